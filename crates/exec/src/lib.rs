@@ -1,0 +1,29 @@
+//! Lazy tensors for Candle: recording, planning, plan cache and execution.
+//!
+//! Data flows through the modules in this order:
+//!
+//! 1. [`tensor`]: [`LazyTensor`], the handle that records.
+//! 2. [`lower`]: a captured graph becomes a plan: row programs are formed and kernels chosen by predicates.
+//! 3. [`plan`]: the immutable [`Plan`](plan::Plan) and the bounded plan cache.
+//! 4. [`run`]: a plan is bound to sizes, scalars and leaves, and run.
+//! 5. [`report`]: what a run did.
+//!
+//! [`buffer`] holds the memory of values that no Candle tensor owns.
+#![doc = include_str!("../README.md")]
+#![deny(unsafe_code)]
+
+pub mod buffer;
+pub mod config;
+pub mod error;
+pub mod lower;
+pub mod plan;
+pub mod report;
+pub mod run;
+pub mod tensor;
+
+pub use candle_lazy_graph::{module_scope, BuildSite, ModuleScope};
+pub use config::EvalOptions;
+pub use error::{Error, Result};
+pub use report::EvalReport;
+pub use run::{eval_all, eval_all_with, eval_all_with_report, materialize};
+pub use tensor::{AttentionOptions, LazyTensor};

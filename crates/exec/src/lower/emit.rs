@@ -1,0 +1,242 @@
+//! From a group of ops to a row program.
+//!
+//! Each recorded op rounds to its own dtype; inside a composite nothing is rounded. That makes a result independent of
+//! what was fused: the same bits with one op per program or with forty.
+
+use super::units::{Group, PerRow, Units};
+use super::{origin, output};
+use crate::error::{Error, Result};
+use crate::plan::{Step, StepKind};
+use candle_core::DType;
+use candle_lazy_graph::{BinaryOp, CmpOp, FastMap, Graph, Op, ReduceOp, Sym, UnaryOp};
+use candle_lazy_ops::row::{emit, BinaryFn, Builder, Class, FloatKind, ReduceFn, Reg, RowProgram, UnaryFn};
+use smallvec::SmallVec;
+
+struct Emitter<'a> {
+    graph: &'a Graph,
+    units: &'a Units,
+    unit: usize,
+    group: &'a Group,
+    builder: Builder,
+    regs: FastMap<u32, Reg>,
+    inputs: SmallVec<[u32; 4]>,
+    params: SmallVec<[u32; 4]>,
+}
+
+pub(super) fn row_step(graph: &Graph, units: &Units, unit: usize, group: &Group) -> Result<Step> {
+    let mut emitter = Emitter {
+        graph,
+        units,
+        unit,
+        group,
+        builder: RowProgram::builder(group.class),
+        regs: FastMap::default(),
+        inputs: SmallVec::new(),
+        params: SmallVec::new(),
+    };
+    let mut members = group.members.clone();
+    members.sort_unstable();
+    for &id in &members {
+        let reg = emitter.node(id)?;
+        emitter.regs.insert(id, reg);
+    }
+    let mut outputs = SmallVec::new();
+    for &id in &members {
+        if units.is_needed(id) {
+            let node = &graph.nodes[id as usize];
+            let reg = emitter.regs.get(&id).copied().ok_or_else(|| missing(id))?;
+            emitter.builder.output(reg, node.dtype);
+            outputs.push(output(id, node));
+        }
+    }
+    let program = emitter.builder.finish().map_err(|e| Error::Internal(format!("row program: {e}")))?;
+    Ok(Step {
+        kind: StepKind::Row { program: Box::new(program), domain: group.domain.clone(), axes: group.axes.unwrap_or(0) },
+        inputs: emitter.inputs,
+        outputs,
+        params: emitter.params,
+        free_after: SmallVec::new(),
+        origin: members.last().map_or(0, |&id| origin(graph, id)),
+        ops: members.iter().filter_map(|&id| graph.nodes[id as usize].op()).map(Op::name).collect(),
+    })
+}
+
+fn missing(id: u32) -> Error {
+    Error::Internal(format!("node %{id} was not emitted"))
+}
+
+impl Emitter<'_> {
+    /// The register of an input: a member's, or a load.
+    fn input(&mut self, id: u32, per_row: bool) -> Result<Reg> {
+        if self.units.unit_of(id) == Some(self.unit) {
+            return self.regs.get(&id).copied().ok_or_else(|| missing(id));
+        }
+        let number = match self.inputs.iter().position(|&i| i == id) {
+            Some(number) => number,
+            None => {
+                self.inputs.push(id);
+                self.inputs.len() - 1
+            }
+        };
+        let number = u16::try_from(number).map_err(|_| Error::Internal("too many inputs".into()))?;
+        let row = per_row || !self.varies_along_rows(id);
+        Ok(if row { self.builder.load_row(number) } else { self.builder.load(number) })
+    }
+
+    /// Whether an input counts as having a value per element: it has more than one element along the reduced dims, or these
+    /// dims have size one, where per row and per element are the same.
+    fn varies_along_rows(&self, id: u32) -> bool {
+        let dims = &self.graph.nodes[id as usize].dims;
+        let rank = self.group.domain.len();
+        let Some(axes) = self.group.axes else {
+            return true;
+        };
+        let reduced = |d: &usize| axes & (1 << *d) != 0;
+        // aligned at the end: a missing dim is a broadcast one
+        let varies = |d: usize| (d + dims.len()).checked_sub(rank).is_some_and(|i| dims[i] != Sym::ONE);
+        (0..rank).filter(reduced).any(varies) || (0..rank).filter(reduced).all(|d| self.group.domain[d] == Sym::ONE)
+    }
+
+    fn param(&mut self, param: u32) -> Result<Reg> {
+        let number = match self.params.iter().position(|&p| p == param) {
+            Some(number) => number,
+            None => {
+                self.params.push(param);
+                self.params.len() - 1
+            }
+        };
+        let number = u16::try_from(number).map_err(|_| Error::Internal("too many scalars".into()))?;
+        Ok(self.builder.param(number))
+    }
+
+    /// A scalar rounded to the dtype that Candle would convert it to.
+    fn rounded_param(&mut self, param: u32, dtype: DType) -> Result<Reg> {
+        let reg = self.param(param)?;
+        Ok(self.rounded(reg, dtype))
+    }
+
+    fn rounded(&mut self, reg: Reg, dtype: DType) -> Reg {
+        match dtype {
+            DType::F16 => self.builder.round(FloatKind::F16, reg),
+            DType::BF16 => self.builder.round(FloatKind::BF16, reg),
+            DType::F32 if self.group.class == Class::F64 => self.builder.round(FloatKind::F32, reg),
+            _ => reg,
+        }
+    }
+
+    fn node(&mut self, id: u32) -> Result<Reg> {
+        let node = &self.graph.nodes[id as usize];
+        let Some(op) = node.op() else {
+            return Err(Error::Internal(format!("leaf %{id} in a row program")));
+        };
+        let mut x: SmallVec<[Reg; 4]> = SmallVec::new();
+        let per_row = self.units.per_row[id as usize] == PerRow::Kept;
+        for &input in &node.inputs {
+            x.push(self.input(input, per_row && !matches!(op, Op::Reduce { .. }))?);
+        }
+        let arg = |i: usize| x.get(i).copied().ok_or_else(|| missing(id));
+        let fail = |e: candle_lazy_ops::Error| Error::Internal(format!("row program of {}: {e}", op.name()));
+        let reg = match op {
+            Op::Unary(f) => {
+                let f = unary(*f);
+                self.builder.unary(f, arg(0)?)
+            }
+            Op::Binary(f) => self.builder.binary(binary(*f), arg(0)?, arg(1)?),
+            Op::Compare(f) => self.builder.binary(compare(*f), arg(0)?, arg(1)?),
+            Op::CompareScalar(f) => {
+                let dtype = self.graph.nodes[node.inputs[0] as usize].dtype;
+                let scalar = self.rounded_param(node.params[0], dtype)?;
+                self.builder.binary(compare(*f), arg(0)?, scalar)
+            }
+            Op::Affine => {
+                let (mul, add) = (self.param(node.params[0])?, self.param(node.params[1])?);
+                let product = self.builder.binary(BinaryFn::Mul, arg(0)?, mul);
+                self.builder.binary(BinaryFn::Add, product, add)
+            }
+            Op::Powf => {
+                let e = self.param(node.params[0])?;
+                self.builder.binary(BinaryFn::Pow, arg(0)?, e)
+            }
+            Op::Where => self.builder.select(arg(0)?, arg(1)?, arg(2)?),
+            Op::Cast(_) => arg(0)?,
+            Op::Reduce { axes: 0, .. } => arg(0)?,
+            Op::Reduce { op, .. } => self.reduce(*op, arg(0)?),
+            Op::Softmax { .. } => emit::softmax(&mut self.builder, arg(0)?).map_err(fail)?,
+            Op::LogSoftmax { .. } => emit::log_softmax(&mut self.builder, arg(0)?).map_err(fail)?,
+            Op::RmsNorm { weight } => {
+                let eps = self.param(node.params[0])?;
+                let weight = if *weight { Some(arg(1)?) } else { None };
+                emit::rms_norm(&mut self.builder, arg(0)?, weight, eps).map_err(fail)?
+            }
+            Op::LayerNorm { weight, bias } => {
+                let eps = self.param(node.params[0])?;
+                let w = if *weight { Some(arg(1)?) } else { None };
+                let b = if *bias { Some(arg(1 + usize::from(*weight))?) } else { None };
+                emit::layer_norm(&mut self.builder, arg(0)?, w, b, eps).map_err(fail)?
+            }
+            Op::Glu { act } => {
+                let gate = self.builder.unary(unary(*act), arg(0)?);
+                self.builder.binary(BinaryFn::Mul, gate, arg(1)?)
+            }
+            other => return Err(Error::Internal(format!("{} in a row program", other.name()))),
+        };
+        Ok(self.rounded(reg, node.dtype))
+    }
+
+    fn reduce(&mut self, op: ReduceOp, x: Reg) -> Reg {
+        match op {
+            ReduceOp::Sum => self.builder.reduce(ReduceFn::Sum, x),
+            ReduceOp::Max => self.builder.reduce(ReduceFn::Max, x),
+            ReduceOp::Min => self.builder.reduce(ReduceFn::Min, x),
+            ReduceOp::Mean => emit::mean(&mut self.builder, x),
+        }
+    }
+}
+
+fn unary(op: UnaryOp) -> UnaryFn {
+    match op {
+        UnaryOp::Neg => UnaryFn::Neg,
+        UnaryOp::Abs => UnaryFn::Abs,
+        UnaryOp::Recip => UnaryFn::Recip,
+        UnaryOp::Sqr => UnaryFn::Sqr,
+        UnaryOp::Sqrt => UnaryFn::Sqrt,
+        UnaryOp::Rsqrt => UnaryFn::Rsqrt,
+        UnaryOp::Exp => UnaryFn::Exp,
+        UnaryOp::Log => UnaryFn::Log,
+        UnaryOp::Sin => UnaryFn::Sin,
+        UnaryOp::Cos => UnaryFn::Cos,
+        UnaryOp::Tanh => UnaryFn::Tanh,
+        UnaryOp::Erf => UnaryFn::Erf,
+        UnaryOp::Gelu => UnaryFn::Gelu,
+        UnaryOp::GeluErf => UnaryFn::GeluErf,
+        UnaryOp::Relu => UnaryFn::Relu,
+        UnaryOp::Silu => UnaryFn::Silu,
+        UnaryOp::Sigmoid => UnaryFn::Sigmoid,
+        UnaryOp::Floor => UnaryFn::Floor,
+        UnaryOp::Ceil => UnaryFn::Ceil,
+        UnaryOp::Round => UnaryFn::Round,
+        UnaryOp::Sign => UnaryFn::Sign,
+    }
+}
+
+fn binary(op: BinaryOp) -> BinaryFn {
+    match op {
+        BinaryOp::Add => BinaryFn::Add,
+        BinaryOp::Sub => BinaryFn::Sub,
+        BinaryOp::Mul => BinaryFn::Mul,
+        BinaryOp::Div => BinaryFn::Div,
+        BinaryOp::Maximum => BinaryFn::Max,
+        BinaryOp::Minimum => BinaryFn::Min,
+    }
+}
+
+fn compare(op: CmpOp) -> BinaryFn {
+    match op {
+        CmpOp::Eq => BinaryFn::Eq,
+        CmpOp::Ne => BinaryFn::Ne,
+        CmpOp::Lt => BinaryFn::Lt,
+        CmpOp::Le => BinaryFn::Le,
+        CmpOp::Gt => BinaryFn::Gt,
+        CmpOp::Ge => BinaryFn::Ge,
+    }
+}

@@ -1,0 +1,199 @@
+//! Lowering: from an optimised graph to a plan.
+//!
+//! 1. `choose`: each op gets a kernel, by predicates on op, dtypes, device and tracking, before anything runs.
+//! 2. `units`: ops that row programs serve are grouped; everything else stands alone.
+//! 3. `emit`: a group becomes one row program.
+//! 4. Slots follow from liveness.
+
+mod choose;
+mod emit;
+mod units;
+
+pub use choose::{expands, Choice};
+
+use crate::config::EvalOptions;
+use crate::error::{Error, Result};
+use crate::plan::{CandleReason, Output, Plan, Slot, Step, StepKind};
+use candle_core::DeviceLocation;
+use candle_lazy_graph::{passes, Bindings, GNode, Graph, Op, Sym};
+use smallvec::{smallvec, SmallVec};
+use units::{Unit, Units};
+
+/// Makes the plan of `graph`: passes, then lowering.
+///
+/// # Errors
+/// When a pass broke the graph, or an op has neither a kernel nor a Candle op: defects of this library.
+pub(crate) fn make_plan(graph: &Graph, bindings: &Bindings, options: &EvalOptions) -> Result<Plan> {
+    let check = options.validate.then_some(bindings);
+    let (graph, hits) = passes::run_passes(graph, |p| !options.skip_passes.contains(&p.name), check)?;
+    let mut plan = lower(&graph, options)?;
+    plan.passes = hits;
+    Ok(plan)
+}
+
+/// Lowers a graph as it is.
+fn lower(graph: &Graph, options: &EvalOptions) -> Result<Plan> {
+    let choices: Vec<Choice> = graph.nodes.iter().map(|n| choose::choose(graph, n, options)).collect();
+    let units = units::form(graph, &choices, options.fuse);
+    let mut steps = Vec::new();
+    for unit in units.in_order(graph) {
+        steps.push(step_of(graph, &choices, &units, unit)?);
+    }
+    Ok(assign_slots(graph, steps))
+}
+
+/// A step whose slots are still node indices.
+fn step_of(graph: &Graph, choices: &[Choice], units: &Units, unit: usize) -> Result<Step> {
+    match units.get(unit) {
+        Unit::Row(group) => emit::row_step(graph, units, unit, group),
+        Unit::Single(node) => single_step(graph, choices, *node),
+    }
+}
+
+fn single_step(graph: &Graph, choices: &[Choice], id: u32) -> Result<Step> {
+    let node = &graph.nodes[id as usize];
+    let Some(op) = node.op() else {
+        return Err(Error::Internal(format!("node %{id} is a leaf, not a step")));
+    };
+    let kind = match choices[id as usize] {
+        Choice::Candle(reason) => StepKind::Candle { op: op.clone(), reason },
+        Choice::Leaf | Choice::Row | Choice::Kernel => kernel_step(op, node)?,
+    };
+    Ok(Step {
+        kind,
+        inputs: node.inputs.iter().copied().collect(),
+        outputs: smallvec![output(id, node)],
+        params: node.params.iter().copied().collect(),
+        free_after: SmallVec::new(),
+        origin: origin(graph, id),
+        ops: smallvec![op.name()],
+    })
+}
+
+fn kernel_step(op: &Op<Sym>, node: &GNode) -> Result<StepKind> {
+    Ok(match op {
+        Op::Reshape { .. } | Op::Permute { .. } | Op::Narrow { .. } | Op::Broadcast { .. } | Op::Detach => {
+            StepKind::View(op.clone())
+        }
+        Op::Contiguous => StepKind::Copy,
+        Op::Matmul => StepKind::Matmul,
+        Op::Linear { .. } => StepKind::Linear,
+        Op::Lora { .. } => StepKind::Lora,
+        Op::Rope { interleaved } => StepKind::Rope { interleaved: *interleaved },
+        Op::Attention { mask, causal, softcap, window } => {
+            StepKind::Attention { mask: *mask, causal: *causal, softcap: *softcap, window: *window }
+        }
+        Op::IndexSelect { dim } => StepKind::IndexSelect { dim: *dim },
+        Op::Embedding => StepKind::IndexSelect { dim: 0 },
+        Op::Concat { dim } => StepKind::Concat { dim: *dim },
+        Op::SliceAssign { dim, start } => StepKind::SliceAssign { dim: *dim, start: *start },
+        Op::Full { .. } => StepKind::Full,
+        Op::CausalMask { window, .. } => StepKind::CausalMask { window: *window },
+        Op::Cast(_) => StepKind::Cast,
+        other => {
+            return Err(Error::Internal(format!("no kernel for {} {}", other.name(), node.dtype.as_str())));
+        }
+    })
+}
+
+pub(crate) fn output(id: u32, node: &GNode) -> Output {
+    Output { slot: id, dims: node.dims.clone(), dtype: node.dtype }
+}
+
+pub(crate) fn origin(graph: &Graph, id: u32) -> u32 {
+    graph.origins.get(id as usize).copied().unwrap_or(id)
+}
+
+/// From node indices to slots: a slot is free again after the step that reads its value last.
+fn assign_slots(graph: &Graph, mut steps: Vec<Step>) -> Plan {
+    let n = graph.nodes.len();
+    let mut last_use: Vec<Option<usize>> = vec![None; n];
+    let mut is_output = vec![false; n];
+    for &o in &graph.outputs {
+        is_output[o as usize] = true;
+    }
+    for (i, step) in steps.iter().enumerate() {
+        for &input in &step.inputs {
+            last_use[input as usize] = Some(i);
+        }
+        for output in &step.outputs {
+            // a value that nobody reads dies where it is made
+            last_use[output.slot as usize].get_or_insert(i);
+        }
+    }
+    let mut slot_of: Vec<Option<Slot>> = vec![None; n];
+    let mut free: Vec<Slot> = Vec::new();
+    let mut slots = 0;
+    let mut take = |free: &mut Vec<Slot>| {
+        free.pop().unwrap_or_else(|| {
+            slots += 1;
+            slots - 1
+        })
+    };
+    let mut plan = Plan::default();
+    for (id, node) in graph.nodes.iter().enumerate() {
+        if node.op().is_some() {
+            continue;
+        }
+        let used = last_use[id].is_some() || is_output[id];
+        let slot = used.then(|| take(&mut free));
+        slot_of[id] = slot;
+        plan.leaves.push(slot);
+        plan.donatable.push(false);
+    }
+    let leaf_number: Vec<Option<usize>> = {
+        let mut next = 0;
+        graph
+            .nodes
+            .iter()
+            .map(|n| {
+                n.op().is_none().then(|| {
+                    next += 1;
+                    next - 1
+                })
+            })
+            .collect()
+    };
+    let uses = graph.use_counts();
+    for (i, step) in steps.iter_mut().enumerate() {
+        let reads: SmallVec<[u32; 4]> = step.inputs.clone();
+        if let (StepKind::SliceAssign { .. }, Some(&target)) = (&step.kind, reads.first()) {
+            if let (Some(leaf), 1) = (leaf_number[target as usize], uses[target as usize]) {
+                plan.donatable[leaf] = true;
+            }
+        }
+        for slot in &mut step.inputs {
+            *slot = slot_of[*slot as usize].unwrap_or(0);
+        }
+        let makes: SmallVec<[u32; 2]> = step.outputs.iter().map(|o| o.slot).collect();
+        for output in &mut step.outputs {
+            let id = output.slot as usize;
+            output.slot = take(&mut free);
+            slot_of[id] = Some(output.slot);
+        }
+        for &id in reads.iter().chain(&makes) {
+            let id = id as usize;
+            if last_use[id] == Some(i) && !is_output[id] {
+                if let Some(slot) = slot_of[id].take() {
+                    step.free_after.push(slot);
+                    free.push(slot);
+                }
+            }
+        }
+    }
+    plan.outputs = graph.outputs.iter().map(|&o| slot_of[o as usize].unwrap_or(0)).collect();
+    plan.slots = slots;
+    plan.steps = steps;
+    plan
+}
+
+/// Whether a device has kernels of ours.
+pub(crate) fn has_kernels(device: DeviceLocation) -> bool {
+    device == DeviceLocation::Cpu
+}
+
+/// Why a value that needs no kernel runs as Candle's op.
+pub(crate) const REPLAY: Choice = Choice::Candle(CandleReason::Replay);
+
+#[cfg(test)]
+mod tests;

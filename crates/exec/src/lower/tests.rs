@@ -1,0 +1,114 @@
+//! Tests of lowering: what fuses, what does not, and that slots are reused and never too early.
+use super::*;
+use crate::run::explain;
+use crate::tensor::LazyTensor;
+use candle_core::{DType, Device, Tensor};
+use candle_lazy_graph::{capture, CaptureOptions};
+
+fn leaf(dims: &[usize]) -> LazyTensor {
+    LazyTensor::from(Tensor::ones(dims, DType::F32, &Device::Cpu).unwrap())
+}
+
+fn plan_of(roots: &[&LazyTensor]) -> Plan {
+    let nodes: Vec<_> = roots.iter().map(|t| t.node().clone()).collect();
+    let captured = capture(&nodes, &CaptureOptions { expand: &|_, _, _, _| false }).unwrap();
+    make_plan(&captured.graph, &captured.bindings, &EvalOptions::default()).unwrap()
+}
+
+fn row_steps(plan: &Plan) -> Vec<Vec<&'static str>> {
+    let rows = plan.steps.iter().filter(|s| matches!(s.kind, StepKind::Row { .. }));
+    rows.map(|s| s.ops.to_vec()).collect()
+}
+
+#[test]
+fn a_transformer_block_fuses_around_its_products() {
+    let x = leaf(&[2, 5, 8]);
+    let h = x.rms_norm(Some(&leaf(&[8])), 1e-5).unwrap();
+    let gate = h.linear(&leaf(&[16, 8]), None).unwrap();
+    let up = h.linear(&leaf(&[16, 8]), Some(&leaf(&[16]))).unwrap();
+    let down = gate.silu_mul(&up).unwrap().linear(&leaf(&[8, 16]), None).unwrap();
+    let y = (down + &x).unwrap().layer_norm(None, None, 1e-5).unwrap();
+    drop((h, gate, up));
+    let plan = plan_of(&[&y]);
+    assert_eq!(row_steps(&plan), [vec!["rms_norm"], vec!["add", "glu"], vec!["add", "layer_norm"]], "{plan}");
+}
+
+#[test]
+fn different_reduced_dims_do_not_share_a_program() {
+    let x = leaf(&[4, 5]);
+    let y = x.softmax(0).unwrap().softmax(1).unwrap();
+    assert_eq!(row_steps(&plan_of(&[&y])).len(), 2);
+}
+
+#[test]
+fn a_reduction_without_its_dim_ends_a_program() {
+    let x = leaf(&[4, 4]);
+    // (4) broadcast against (4, 4) lies along the wrong dim, so it cannot be read per row
+    let y = x.exp().unwrap().broadcast_sub(&x.exp().unwrap().sum(1).unwrap()).unwrap();
+    let plan = plan_of(&[&y]);
+    assert_eq!(row_steps(&plan).len(), 2, "{plan}");
+}
+
+#[test]
+fn no_program_needs_its_own_result() {
+    let x = leaf(&[6, 6]);
+    let a = x.exp().unwrap();
+    // through a product and back: `a` and the sum must not be one program
+    let y = (a.matmul(&a).unwrap() + &a).unwrap();
+    drop(a);
+    let plan = plan_of(&[&y]);
+    assert_eq!(row_steps(&plan), [vec!["exp"], vec!["add"]], "{plan}");
+}
+
+#[test]
+fn two_branches_of_one_shape_merge() {
+    let (x, y) = (leaf(&[3, 4]), leaf(&[3, 4]));
+    let z = (x.exp().unwrap() * y.tanh().unwrap()).unwrap();
+    assert_eq!(row_steps(&plan_of(&[&z])), [vec!["exp", "tanh", "mul"]]);
+}
+
+#[test]
+fn slots_are_reused_and_outputs_are_kept() {
+    let mut x = leaf(&[4, 4]);
+    for _ in 0..10 {
+        x = x.matmul(&x).unwrap();
+    }
+    let plan = plan_of(&[&x]);
+    assert!(plan.slots <= 3, "{} slots\n{plan}", plan.slots);
+    let mut live: Vec<bool> = vec![false; plan.slots as usize];
+    for slot in plan.leaves.iter().flatten() {
+        live[*slot as usize] = true;
+    }
+    for step in &plan.steps {
+        assert!(step.inputs.iter().all(|&s| live[s as usize]), "{plan}");
+        for output in &step.outputs {
+            assert!(!live[output.slot as usize], "a live value is overwritten\n{plan}");
+            live[output.slot as usize] = true;
+        }
+        for &slot in &step.free_after {
+            assert!(std::mem::replace(&mut live[slot as usize], false), "freed twice\n{plan}");
+        }
+    }
+    assert!(plan.outputs.iter().all(|&s| live[s as usize]));
+}
+
+#[test]
+fn the_peak_is_known_before_running() {
+    let x = leaf(&[100, 100]);
+    let y = x.matmul(&x).unwrap().matmul(&x).unwrap().matmul(&x).unwrap();
+    let captured = capture(&[y.node().clone()], &CaptureOptions { expand: &|_, _, _, _| false }).unwrap();
+    let plan = make_plan(&captured.graph, &captured.bindings, &EvalOptions::default()).unwrap();
+    // the input and the result of a product live at once; the leaf is not ours
+    assert_eq!(crate::plan::peak_bytes(&plan, &captured.bindings, &[false]), 2 * 40_000);
+}
+
+#[test]
+fn a_plan_explains_itself() {
+    let x = leaf(&[3, 4]);
+    let y = (x.exp().unwrap() + 1.0).unwrap();
+    let text = explain(&[&y], &EvalOptions::default()).unwrap();
+    for needle in ["leaf(tensor)", "exp", "affine", "row [exp, affine]", "return", "peak 48 bytes"] {
+        assert!(text.contains(needle), "{needle} is missing:\n{text}");
+    }
+    assert!(!y.is_ready());
+}

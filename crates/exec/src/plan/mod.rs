@@ -1,0 +1,202 @@
+//! The plan: immutable steps over slots, shared between runs and threads.
+//!
+//! A plan holds symbols, never sizes or numbers; [`crate::run`] binds them. A slot is a place for one value at a time:
+//! slots are reused after the last use of what they hold.
+
+mod cache;
+mod peak;
+
+pub use cache::{cache_stats, clear_cache, set_cache_capacity, CacheStats};
+pub(crate) use cache::{lookup_or_make, PlanKey};
+pub(crate) use peak::peak_bytes;
+
+use candle_core::DType;
+use candle_lazy_graph::{Dims, Op, Sym};
+use candle_lazy_ops::row::RowProgram;
+use smallvec::SmallVec;
+use std::fmt;
+
+/// A place for a value while a plan runs.
+pub type Slot = u32;
+
+/// A value that a step makes.
+#[derive(Debug, Clone)]
+pub struct Output {
+    /// Where it goes.
+    pub slot: Slot,
+    /// Its shape.
+    pub dims: Dims<Sym>,
+    /// Its dtype.
+    pub dtype: DType,
+}
+
+/// Why a step runs Candle's own op.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CandleReason {
+    /// Candle's autograd tracks the value, or it is not on the CPU.
+    Replay,
+    /// No kernel of ours serves this op with these dtypes.
+    Fallback,
+}
+
+/// What a step does.
+#[derive(Debug, Clone)]
+pub enum StepKind {
+    /// Another look at the same data; a reshape that the strides cannot express copies.
+    View(Op<Sym>),
+    /// A fused row program.
+    Row {
+        /// The program.
+        program: Box<RowProgram>,
+        /// The shape it runs over.
+        domain: Dims<Sym>,
+        /// The reduced dims of that shape, as a bit mask.
+        axes: u32,
+    },
+    /// Batched matrix product.
+    Matmul,
+    /// x·wᵀ.
+    Linear,
+    /// Two skinny products, scaled, onto a base if there is one.
+    Lora,
+    /// Rotary position embedding.
+    Rope {
+        /// Neighbouring pairs.
+        interleaved: bool,
+    },
+    /// Attention with online softmax.
+    Attention {
+        /// Whether the fourth input is a mask.
+        mask: bool,
+        /// Whether queries see only earlier keys.
+        causal: bool,
+        /// Whether the second scalar caps the scores.
+        softcap: bool,
+        /// The sliding window.
+        window: Option<Sym>,
+    },
+    /// Slices by index.
+    IndexSelect {
+        /// The dim.
+        dim: u8,
+    },
+    /// Parts behind one another.
+    Concat {
+        /// The dim.
+        dim: u8,
+    },
+    /// A range overwritten, in place where the first input is held by nobody else.
+    SliceAssign {
+        /// The dim.
+        dim: u8,
+        /// The first index.
+        start: Sym,
+    },
+    /// One number everywhere.
+    Full,
+    /// An additive causal mask.
+    CausalMask {
+        /// The sliding window.
+        window: Option<Sym>,
+    },
+    /// Conversion between dtypes that row programs do not read or write.
+    Cast,
+    /// A row-major copy.
+    Copy,
+    /// Candle's own op.
+    Candle {
+        /// The op.
+        op: Op<Sym>,
+        /// Why.
+        reason: CandleReason,
+    },
+}
+
+impl StepKind {
+    /// The kernel's name in reports.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::View(op) => op.name(),
+            Self::Row { .. } => "row",
+            Self::Matmul => "matmul",
+            Self::Linear => "linear",
+            Self::Lora => "lora",
+            Self::Rope { .. } => "rope",
+            Self::Attention { .. } => "attention",
+            Self::IndexSelect { .. } => "index_select",
+            Self::Concat { .. } => "cat",
+            Self::SliceAssign { .. } => "slice_assign",
+            Self::Full => "full",
+            Self::CausalMask { .. } => "causal_mask",
+            Self::Cast => "to_dtype",
+            Self::Copy => "contiguous",
+            Self::Candle { op, .. } => op.name(),
+        }
+    }
+}
+
+/// One step of a plan.
+#[derive(Debug, Clone)]
+pub struct Step {
+    /// What it does.
+    pub kind: StepKind,
+    /// What it reads.
+    pub inputs: SmallVec<[Slot; 4]>,
+    /// What it makes.
+    pub outputs: SmallVec<[Output; 2]>,
+    /// Its scalars, as indices into the run's parameters.
+    pub params: SmallVec<[u32; 4]>,
+    /// The slots whose values nobody needs after this step.
+    pub free_after: SmallVec<[Slot; 4]>,
+    /// The recorded node that an error names.
+    pub origin: u32,
+    /// The recorded ops that the step computes.
+    pub ops: SmallVec<[&'static str; 4]>,
+}
+
+/// An immutable plan.
+#[derive(Debug, Clone, Default)]
+pub struct Plan {
+    /// The steps, in order.
+    pub steps: Vec<Step>,
+    /// How many slots a run needs.
+    pub slots: u32,
+    /// The slot of each leaf, in the order of capture; `None` where the plan does not read it.
+    pub leaves: Vec<Option<Slot>>,
+    /// Leaves whose only use is to be written into: they may be written in place.
+    pub donatable: Vec<bool>,
+    /// The slot of each output, in the order of capture.
+    pub outputs: Vec<Slot>,
+    /// What each pass rewrote when the plan was made.
+    pub passes: Vec<(&'static str, usize)>,
+}
+
+impl Plan {
+    /// How many steps do work: all but views.
+    #[must_use]
+    pub fn work_steps(&self) -> usize {
+        self.steps.iter().filter(|s| !matches!(s.kind, StepKind::View(_))).count()
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let slots = |list: &[Slot]| list.iter().map(|s| format!("${s}")).collect::<Vec<_>>().join(", ");
+        for step in &self.steps {
+            let outputs: Vec<Slot> = step.outputs.iter().map(|o| o.slot).collect();
+            let kind = match &step.kind {
+                StepKind::View(_) => "view",
+                StepKind::Candle { reason: CandleReason::Replay, .. } => "candle (replay)",
+                StepKind::Candle { reason: CandleReason::Fallback, .. } => "candle (fallback)",
+                kind => kind.name(),
+            };
+            write!(f, "{} = {kind} [{}] {}", slots(&outputs), step.ops.join(", "), slots(&step.inputs))?;
+            if !step.free_after.is_empty() {
+                write!(f, "  then free {}", slots(&step.free_after))?;
+            }
+            writeln!(f)?;
+        }
+        writeln!(f, "return {}", slots(&self.outputs))
+    }
+}

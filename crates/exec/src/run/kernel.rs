@@ -1,0 +1,360 @@
+//! One step: the kernel it names, on the values in its slots.
+
+use super::bind::Lent;
+use super::slots::{kernel_error, slot_tensor, with_views, SlotValue};
+use super::{candle, Engine};
+use crate::buffer::Buffer;
+use crate::error::{Error, Result};
+use crate::plan::{CandleReason, Output, Step, StepKind};
+use crate::report::EvalReport;
+use candle_lazy_graph::{Bindings, Dims, Op, Sym};
+use candle_lazy_ops::kernels::{self, AttentionParams};
+use candle_lazy_ops::row::{BinaryFn, Class, RowProgram};
+use candle_lazy_ops::view::{SliceMut, Strided, View};
+use smallvec::SmallVec;
+use std::sync::Arc;
+
+struct Ctx<'a> {
+    step: &'a Step,
+    bindings: &'a Bindings,
+}
+
+impl Ctx<'_> {
+    fn param(&self, i: usize) -> Result<f64> {
+        let index = self.step.params.get(i).copied();
+        index
+            .and_then(|p| self.bindings.params.get(p as usize).copied())
+            .ok_or_else(|| Error::Internal(format!("{} lacks scalar {i}", self.step.kind.name())))
+    }
+
+    fn output(&self, i: usize) -> Result<&Output> {
+        let output = self.step.outputs.get(i);
+        output.ok_or_else(|| Error::Internal(format!("{} lacks output {i}", self.step.kind.name())))
+    }
+
+    fn input(&self, i: usize) -> Result<u32> {
+        let input = self.step.inputs.get(i).copied();
+        input.ok_or_else(|| Error::Internal(format!("{} lacks input {i}", self.step.kind.name())))
+    }
+}
+
+pub(super) fn run_step(
+    step: &Step,
+    bindings: &Bindings,
+    slots: &mut [SlotValue],
+    lent: &mut Lent,
+    report: &mut EvalReport,
+) -> Result<()> {
+    let ctx = Ctx { step, bindings };
+    match &step.kind {
+        StepKind::View(op) => return view(&ctx, op, slots, report),
+        StepKind::Candle { op, reason } => {
+            let counts = match reason {
+                CandleReason::Replay => &mut report.replayed,
+                CandleReason::Fallback => &mut report.fallbacks,
+            };
+            *counts.entry(op.name()).or_default() += 1;
+            return candle_op(&ctx, op, slots);
+        }
+        StepKind::SliceAssign { dim, start } => slice_assign(&ctx, *dim, *start, slots, lent, report)?,
+        StepKind::Row { program, domain, axes } => {
+            let dims = bindings.dims(domain);
+            let params = (0..step.params.len()).map(|i| ctx.param(i)).collect::<Result<SmallVec<[f64; 4]>>>()?;
+            let mut buffers: SmallVec<[Buffer; 2]> = SmallVec::new();
+            for output in &step.outputs {
+                buffers.push(Buffer::take(output.dtype, bindings.dims(&output.dims).iter().product())?);
+            }
+            with_views(slots, &step.inputs, |views| {
+                let mut broadcast: SmallVec<[View<'_>; 6]> = SmallVec::new();
+                for view in views {
+                    let layout = view.layout.broadcast_to(&dims).map_err(kernel_error)?;
+                    broadcast.push(View { data: view.data, layout });
+                }
+                let mut outputs: SmallVec<[_; 2]> = buffers.iter_mut().map(Buffer::slice_mut).collect();
+                program.run(&dims, *axes, &broadcast, &params, &mut outputs).map_err(kernel_error)
+            })?;
+            for (output, buffer) in step.outputs.iter().zip(buffers) {
+                put(slots, output, buffer, bindings);
+            }
+        }
+        _ => single_output(&ctx, slots)?,
+    }
+    *report.kernels.entry(step.kind.name()).or_default() += 1;
+    Ok(())
+}
+
+fn put(slots: &mut [SlotValue], output: &Output, buffer: Buffer, bindings: &Bindings) {
+    if let Some(place) = slots.get_mut(output.slot as usize) {
+        *place = SlotValue::buffer(buffer, &bindings.dims(&output.dims));
+    }
+}
+
+/// Kernels that fill one new buffer.
+fn single_output(ctx: &Ctx<'_>, slots: &mut [SlotValue]) -> Result<()> {
+    let output = ctx.output(0)?;
+    let dims = ctx.bindings.dims(&output.dims);
+    let mut buffer = Buffer::take(output.dtype, dims.iter().product())?;
+    with_views(slots, &ctx.step.inputs, |v| {
+        let mut out = buffer.slice_mut();
+        let at =
+            |i: usize| v.get(i).ok_or_else(|| Error::Internal(format!("{} lacks input {i}", ctx.step.kind.name())));
+        match &ctx.step.kind {
+            StepKind::Matmul => kernels::matmul(at(0)?, at(1)?, &mut out).map_err(kernel_error),
+            StepKind::Linear => linear(at(0)?, at(1)?, v.get(2), &mut out),
+            StepKind::Lora => {
+                kernels::lora(at(0)?, at(1)?, at(2)?, v.get(3), ctx.param(0)?, &mut out).map_err(kernel_error)
+            }
+            StepKind::Rope { interleaved } => {
+                kernels::rope(at(0)?, at(1)?, at(2)?, *interleaved, &mut out).map_err(kernel_error)
+            }
+            StepKind::Attention { mask, causal, softcap, window } => {
+                let params = AttentionParams {
+                    scale: ctx.param(0)?,
+                    causal: *causal,
+                    softcap: if *softcap { Some(ctx.param(1)?) } else { None },
+                    window: window.map(|w| ctx.bindings.size(w)),
+                };
+                let mask = if *mask { Some(at(3)?) } else { None };
+                kernels::attention(at(0)?, at(1)?, at(2)?, mask, &params, &mut out).map_err(kernel_error)
+            }
+            StepKind::IndexSelect { dim } => {
+                kernels::index_select(at(0)?, at(1)?, usize::from(*dim), &mut out).map_err(kernel_error)
+            }
+            StepKind::Concat { dim } => {
+                let whole = Strided::contiguous(&dims);
+                let mut start = 0;
+                for part in v {
+                    let dim = usize::from(*dim);
+                    let len = part.dims().get(dim).copied().unwrap_or(0);
+                    let place = whole.narrow(dim, start, len).map_err(kernel_error)?;
+                    kernels::copy_into(part, &mut out, &place).map_err(kernel_error)?;
+                    start += len;
+                }
+                Ok(())
+            }
+            StepKind::Full => kernels::fill(&mut out, ctx.param(0)?).map_err(kernel_error),
+            StepKind::CausalMask { window } => {
+                let values = candle::causal_mask_values(&dims, window.map(|w| ctx.bindings.size(w)));
+                let view = View::new(candle_lazy_ops::view::Slice::F32(&values), Strided::contiguous(&dims));
+                kernels::cast(&view.map_err(kernel_error)?, &mut out).map_err(kernel_error)
+            }
+            StepKind::Cast => kernels::cast(at(0)?, &mut out).map_err(kernel_error),
+            StepKind::Copy => kernels::copy_into(at(0)?, &mut out, &Strided::contiguous(&dims)).map_err(kernel_error),
+            StepKind::View(_) | StepKind::Row { .. } | StepKind::SliceAssign { .. } | StepKind::Candle { .. } => {
+                Err(Error::Internal(format!("{} fills no single buffer", ctx.step.kind.name())))
+            }
+        }
+    })?;
+    put(slots, output, buffer, ctx.bindings);
+    Ok(())
+}
+
+/// x·wᵀ with w (out, in) read where it lies; the bias is added to the rounded product, as the pass that splits it off does.
+fn linear(x: &View<'_>, w: &View<'_>, bias: Option<&View<'_>>, out: &mut SliceMut<'_>) -> Result<()> {
+    let transposed = View { data: w.data, layout: w.layout.permute(&[1, 0]).map_err(kernel_error)? };
+    let row;
+    let x = match x.dims() {
+        [features] => {
+            let Some(layout) = x.layout.reshape(&[1, *features]) else {
+                return Err(Error::Internal("a vector that has no row form".into()));
+            };
+            row = View { data: x.data, layout };
+            &row
+        }
+        _ => x,
+    };
+    let Some(bias) = bias else {
+        return kernels::matmul(x, &transposed, out).map_err(kernel_error);
+    };
+    let mut product = Buffer::take(out.dtype(), out.len())?;
+    kernels::matmul(x, &transposed, &mut product.slice_mut()).map_err(kernel_error)?;
+    let width = bias.dims().first().copied().unwrap_or(1).max(1);
+    let dims = [out.len() / width, width];
+    let program = sum_program(out.dtype())?;
+    let product = View::new(product.slice(), Strided::contiguous(&dims)).map_err(kernel_error)?;
+    let bias = View { data: bias.data, layout: bias.layout.broadcast_to(&dims).map_err(kernel_error)? };
+    program.run(&dims, 0, &[product, bias], &[], &mut [out.reborrow()]).map_err(kernel_error)
+}
+
+/// a + b of one dtype.
+fn sum_program(dtype: candle_core::DType) -> Result<RowProgram> {
+    let Some(class) = Class::of(dtype) else {
+        return Err(Error::Internal(format!("no row program of {}", dtype.as_str())));
+    };
+    let mut builder = RowProgram::builder(class);
+    let (a, b) = (builder.load(0), builder.load(1));
+    let sum = builder.binary(BinaryFn::Add, a, b);
+    builder.output(sum, dtype);
+    builder.finish().map_err(kernel_error)
+}
+
+/// Another look at the same data.
+fn view(ctx: &Ctx<'_>, op: &Op<Sym>, slots: &mut [SlotValue], report: &mut EvalReport) -> Result<()> {
+    let output = ctx.output(0)?;
+    let input = ctx.input(0)?;
+    let dims = ctx.bindings.dims(&output.dims);
+    let result = match slots.get(input as usize) {
+        Some(SlotValue::Buffer(value)) => {
+            let layout = match op {
+                Op::Reshape { .. } => value.layout.reshape(&dims),
+                Op::Permute { perm } => {
+                    let perm: SmallVec<[usize; 8]> = perm.iter().map(|&d| usize::from(d)).collect();
+                    Some(value.layout.permute(&perm).map_err(kernel_error)?)
+                }
+                Op::Narrow { dim, start, len } => {
+                    let (start, len) = (ctx.bindings.size(*start), ctx.bindings.size(*len));
+                    Some(value.layout.narrow(usize::from(*dim), start, len).map_err(kernel_error)?)
+                }
+                Op::Broadcast { .. } => Some(value.layout.broadcast_to(&dims).map_err(kernel_error)?),
+                Op::Detach => Some(value.layout.clone()),
+                other => return Err(Error::Internal(format!("{} is no view", other.name()))),
+            };
+            layout.map(|layout| SlotValue::Buffer(Engine { buffer: value.buffer.clone(), layout }))
+        }
+        Some(SlotValue::Foreign(value)) => foreign_view(ctx, op, &value.tensor, &dims)?.map(SlotValue::foreign),
+        Some(SlotValue::Empty) | None => return Err(Error::Internal(format!("slot ${input} is empty"))),
+    };
+    let result = match result {
+        Some(result) => {
+            report.views += 1;
+            result
+        }
+        None => {
+            // the strides cannot express the new shape
+            let mut buffer = Buffer::take(output.dtype, dims.iter().product())?;
+            with_views(slots, &[input], |v| {
+                let Some(x) = v.first() else {
+                    return Err(Error::Internal("reshape lacks its input".into()));
+                };
+                let whole = Strided::contiguous(x.dims());
+                kernels::copy_into(x, &mut buffer.slice_mut(), &whole).map_err(kernel_error)
+            })?;
+            *report.kernels.entry("contiguous").or_default() += 1;
+            SlotValue::buffer(buffer, &dims)
+        }
+    };
+    if let Some(place) = slots.get_mut(output.slot as usize) {
+        *place = result;
+    }
+    Ok(())
+}
+
+/// A view of a Candle tensor is Candle's own view: no data moves, and a result that is a view of the user's tensor shares it.
+fn foreign_view(
+    ctx: &Ctx<'_>,
+    op: &Op<Sym>,
+    tensor: &candle_core::Tensor,
+    dims: &Dims,
+) -> Result<Option<candle_core::Tensor>> {
+    Ok(Some(match op {
+        Op::Reshape { .. } if !tensor.is_contiguous() => return Ok(None),
+        Op::Reshape { .. } => tensor.reshape(dims.as_slice())?,
+        Op::Permute { perm } => {
+            let perm: Vec<usize> = perm.iter().map(|&d| usize::from(d)).collect();
+            tensor.permute(perm)?
+        }
+        Op::Narrow { dim, start, len } => {
+            tensor.narrow(usize::from(*dim), ctx.bindings.size(*start), ctx.bindings.size(*len))?
+        }
+        Op::Broadcast { .. } => tensor.broadcast_as(dims.as_slice())?,
+        Op::Detach => tensor.detach(),
+        other => return Err(Error::Internal(format!("{} is no view", other.name()))),
+    }))
+}
+
+fn candle_op(ctx: &Ctx<'_>, op: &Op<Sym>, slots: &mut [SlotValue]) -> Result<()> {
+    let output = ctx.output(0)?;
+    let mut inputs: SmallVec<[candle_core::Tensor; 4]> = SmallVec::new();
+    for &slot in &ctx.step.inputs {
+        inputs.push(slot_tensor(slots, slot)?);
+    }
+    let op = op.map_sizes(|s| ctx.bindings.size(*s));
+    let params = (0..ctx.step.params.len()).map(|i| ctx.param(i)).collect::<Result<SmallVec<[f64; 2]>>>()?;
+    let dims = ctx.bindings.dims(&output.dims);
+    let recorded = ctx.bindings.recorded.get(ctx.step.origin as usize);
+    let device = recorded.map_or(candle_core::Device::Cpu, |n| n.device().clone());
+    let result = candle::apply(&op, &params, &inputs, &dims, &device)?;
+    if result.dims() != dims.as_slice() || result.dtype() != output.dtype {
+        return Err(Error::Internal(format!(
+            "{} gave {} {:?}, inference said {} {:?}",
+            op.name(),
+            result.dtype().as_str(),
+            result.dims(),
+            output.dtype.as_str(),
+            dims.as_slice()
+        )));
+    }
+    if let Some(place) = slots.get_mut(output.slot as usize) {
+        *place = SlotValue::foreign(result);
+    }
+    Ok(())
+}
+
+/// Writes a range of the first input: in place where the buffer is whole, ends here and nobody else holds it; else into a copy.
+fn slice_assign(
+    ctx: &Ctx<'_>,
+    dim: u8,
+    start: Sym,
+    slots: &mut [SlotValue],
+    lent: &mut Lent,
+    report: &mut EvalReport,
+) -> Result<()> {
+    let output = ctx.output(0)?;
+    let (target, src) = (ctx.input(0)?, ctx.input(1)?);
+    let dims = ctx.bindings.dims(&output.dims);
+    let start = ctx.bindings.size(start);
+    let ends_here = ctx.step.free_after.contains(&target);
+    let owned = match slots.get_mut(target as usize) {
+        Some(SlotValue::Buffer(value)) if ends_here && target != src && value.is_whole() => {
+            Arc::get_mut(&mut value.buffer).is_some()
+        }
+        _ => false,
+    };
+    if owned {
+        let Some(SlotValue::Buffer(mut value)) = slots.get_mut(target as usize).map(std::mem::take) else {
+            return Err(Error::Internal("the target of a slice assignment vanished".into()));
+        };
+        let written = match Arc::get_mut(&mut value.buffer) {
+            Some(buffer) => write_slice(slots, src, buffer, &dims, dim, start),
+            None => Err(Error::Internal("the target of a slice assignment is shared".into())),
+        };
+        // on failure the value stays where it can be given back from
+        let place = if written.is_ok() { output.slot } else { target };
+        if let Some(slot) = slots.get_mut(place as usize) {
+            *slot = SlotValue::Buffer(value);
+        }
+        written?;
+        lent.moved(target, output.slot);
+        report.in_place += 1;
+        return Ok(());
+    }
+    let mut buffer = Buffer::take(output.dtype, dims.iter().product())?;
+    with_views(slots, &[target], |v| {
+        let Some(x) = v.first() else {
+            return Err(Error::Internal("slice_assign lacks its input".into()));
+        };
+        kernels::copy_into(x, &mut buffer.slice_mut(), &Strided::contiguous(&dims)).map_err(kernel_error)
+    })?;
+    write_slice(slots, src, &mut buffer, &dims, dim, start)?;
+    report.copies += 1;
+    put(slots, output, buffer, ctx.bindings);
+    Ok(())
+}
+
+fn write_slice(
+    slots: &[SlotValue],
+    src: u32,
+    buffer: &mut Buffer,
+    dims: &[usize],
+    dim: u8,
+    start: usize,
+) -> Result<()> {
+    with_views(slots, &[src], |v| {
+        let Some(src) = v.first() else {
+            return Err(Error::Internal("slice_assign lacks its source".into()));
+        };
+        let len = src.dims().get(usize::from(dim)).copied().unwrap_or(0);
+        let place = Strided::contiguous(dims).narrow(usize::from(dim), start, len).map_err(kernel_error)?;
+        kernels::copy_into(src, &mut buffer.slice_mut(), &place).map_err(kernel_error)
+    })
+}

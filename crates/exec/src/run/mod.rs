@@ -1,0 +1,323 @@
+//! Running: capture, plan, bind, run, publish.
+//!
+//! A failed run changes nothing: nodes stay pending, values that were given away for an in-place update are given back,
+//! and a retry works. The only memory that a run may write in place before it has succeeded is the target of a slice
+//! assignment that nobody else can reach; writing it again writes the same bytes.
+
+mod bind;
+mod candle;
+mod kernel;
+mod slots;
+
+use crate::buffer::BufferValue;
+use crate::config::EvalOptions;
+use crate::error::{Error, Result};
+use crate::lower;
+use crate::plan::{self, Plan, PlanKey};
+use crate::report::EvalReport;
+use crate::tensor::LazyTensor;
+use bind::Lent;
+use candle_core::Tensor;
+use candle_lazy_graph::capture::CaptureFailure;
+use candle_lazy_graph::{capture, validate, Bindings, CaptureOptions, Captured, FastMap, Graph, Node, NodeId, Value};
+use parking_lot::{Condvar, Mutex};
+use slots::SlotValue;
+use std::cell::Cell;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Evaluates all tensors as one plan and returns their values.
+///
+/// # Errors
+/// When a kernel fails: the error names the op and the line that recorded it, nothing has changed, and a retry works.
+pub fn eval_all(tensors: &[&LazyTensor]) -> Result<Vec<Tensor>> {
+    Ok(eval_all_with_report(tensors)?.0)
+}
+
+/// As [`eval_all`], with what it did.
+///
+/// # Errors
+/// As [`eval_all`].
+pub fn eval_all_with_report(tensors: &[&LazyTensor]) -> Result<(Vec<Tensor>, EvalReport)> {
+    eval_all_with(tensors, &EvalOptions::default())
+}
+
+/// As [`eval_all_with_report`], with options.
+///
+/// # Errors
+/// As [`eval_all`].
+pub fn eval_all_with(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<(Vec<Tensor>, EvalReport)> {
+    let report = evaluate(tensors, options, true)?;
+    let values = tensors.iter().map(|t| tensor_of(t.node())).collect::<Result<Vec<_>>>()?;
+    Ok((values, report))
+}
+
+/// Evaluates all tensors as one plan and keeps the values in the engine's own memory: nothing becomes a Candle tensor.
+///
+/// # Errors
+/// As [`eval_all`].
+pub fn materialize(tensors: &[&LazyTensor]) -> Result<EvalReport> {
+    evaluate(tensors, &EvalOptions::default(), false)
+}
+
+/// The plan that evaluating `tensors` would run, as text; nothing is run and nothing is cached.
+///
+/// # Errors
+/// When lowering fails.
+pub fn explain(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<String> {
+    let roots: Vec<Arc<Node>> = tensors.iter().map(|t| t.node().clone()).collect();
+    let captured = capture_waiting(&roots, options)?;
+    let graph = candle_lazy_graph::dump::dump(&captured.graph, Some(&captured.bindings));
+    let plan = lower::make_plan(&captured.graph, &captured.bindings, options)?;
+    let peak = plan::peak_bytes(&plan, &captured.bindings, &vec![false; captured.bindings.leaves.len()]);
+    Ok(format!("graph\n{graph}\nplan\n{plan}peak {peak} bytes\n"))
+}
+
+fn evaluate(tensors: &[&LazyTensor], options: &EvalOptions, as_tensors: bool) -> Result<EvalReport> {
+    let start = Instant::now();
+    let mut report = EvalReport::default();
+    if tensors.iter().all(|t| t.is_ready()) {
+        report.elapsed = start.elapsed();
+        return Ok(report);
+    }
+    let roots: Vec<Arc<Node>> = tensors.iter().map(|t| t.node().clone()).collect();
+    loop {
+        let Captured { graph, bindings } = capture_waiting(&roots, options)?;
+        report.nodes = bindings.pending;
+        let key = PlanKey::new(graph, options);
+        let make = |graph: &Graph| lower::make_plan(graph, &bindings, options);
+        let (plan, hit) = plan::lookup_or_make(key, options.cache, make)?;
+        report.cache_hit = hit;
+        report.passes.clone_from(&plan.passes);
+        report.steps = plan.work_steps();
+        match run_and_publish(&plan, bindings, &roots, as_tensors, &mut report)? {
+            Ran::Done => break,
+            // another run took a leaf between our capture and our run: look again
+            Ran::Again => {}
+        }
+    }
+    report.elapsed = start.elapsed();
+    Ok(report)
+}
+
+/// How a run ended that did not fail.
+enum Ran {
+    Done,
+    Again,
+}
+
+/// Captures; where another run is writing a leaf in place, waits for it first.
+fn capture_waiting(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Captured> {
+    loop {
+        let seen = *LENT.lock();
+        let expand = |_: &candle_lazy_graph::Op, _, tracked: bool, device: &candle_core::Device| {
+            lower::expands(tracked, device, options)
+        };
+        match capture(roots, &CaptureOptions { expand: &expand }) {
+            Ok(captured) => {
+                if options.validate {
+                    validate::validate(&captured.graph, &captured.bindings)?;
+                }
+                return Ok(captured);
+            }
+            Err(CaptureFailure::Error(error)) => return Err(error.into()),
+            Err(CaptureFailure::Lent) => wait_for_lent(seen),
+        }
+    }
+}
+
+/// Counts the runs that ended after borrowing values; a capture that met a borrowed value waits for the next one.
+static LENT: Mutex<u64> = Mutex::new(0);
+static RETURNED: Condvar = Condvar::new();
+
+fn wait_for_lent(seen: u64) {
+    let mut count = LENT.lock();
+    while *count == seen {
+        // the time-out covers a lender that returned between our capture and our lock
+        if RETURNED.wait_for(&mut count, Duration::from_millis(1)).timed_out() {
+            return;
+        }
+    }
+}
+
+fn announce_returned() {
+    *LENT.lock() += 1;
+    RETURNED.notify_all();
+}
+
+/// The value of a ready node as a tensor: an engine buffer moves into one where nobody else holds it.
+fn tensor_of(node: &Arc<Node>) -> Result<Tensor> {
+    let dims = node.shape().dims();
+    loop {
+        let seen = *LENT.lock();
+        match node.value() {
+            Some(Value::Tensor(tensor)) => return Ok(tensor),
+            Some(Value::Engine(shared)) => {
+                let ours = shared.as_any().downcast_ref::<Engine>();
+                if ours.is_none_or(|v| v.layout.elem_count() != dims.iter().product::<usize>()) {
+                    return Err(Error::Internal("a root holds a value of another kind or size".into()));
+                }
+                drop(shared);
+                let Some(value) = node.lend() else { continue };
+                let result = settle_as_tensor(node, bind::buffer_value(value)?, dims);
+                announce_returned();
+                return result;
+            }
+            None if node.is_lent() => wait_for_lent(seen),
+            None => return Err(Error::Internal("a root has no value after its run".into())),
+        }
+    }
+}
+
+/// Turns a lent value into a tensor and makes the node ready with it; on failure the node gets the value back.
+fn settle_as_tensor(node: &Arc<Node>, value: Engine, dims: &[usize]) -> Result<Tensor> {
+    // only a value that will be copied can fail, and then a second reference is no loss
+    let will_move = value.is_whole() && Arc::strong_count(&value.buffer) == 1;
+    let spare = (!will_move).then(|| value.clone());
+    match slots::to_tensor(value, dims) {
+        Ok((tensor, _)) => {
+            node.settle(Value::Tensor(tensor.clone()));
+            Ok(tensor)
+        }
+        Err(error) => {
+            if let Some(value) = spare {
+                node.give_back(Arc::new(value));
+            }
+            Err(error)
+        }
+    }
+}
+
+fn run_and_publish(
+    plan: &Plan,
+    mut bindings: Bindings,
+    roots: &[Arc<Node>],
+    as_tensors: bool,
+    report: &mut EvalReport,
+) -> Result<Ran> {
+    let mut lent = Lent::default();
+    let Some(mut slots) = bind::leaves(plan, &mut bindings, &mut lent)? else {
+        return Ok(Ran::Again);
+    };
+    report.peak_bytes = plan::peak_bytes(plan, &bindings, &lent.leaves);
+    let current = Cell::new(0usize);
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        for (i, step) in plan.steps.iter().enumerate() {
+            current.set(i);
+            kernel::run_step(step, &bindings, &mut slots, &mut lent, report)
+                .map_err(|e| located(plan, i, &bindings, e))?;
+            for &slot in &step.free_after {
+                lent.freed(slot, &mut slots);
+            }
+        }
+        values(plan, &bindings, &mut slots, roots, as_tensors)
+    }));
+    let outcome = match outcome {
+        Ok(result) => result,
+        Err(panic) => Err(panicked(plan, current.get(), &bindings, panic.as_ref())),
+    };
+    match outcome {
+        Ok(values) => {
+            for (nodes, value) in bindings.publish.iter().zip(values) {
+                for node in nodes {
+                    node.publish(value.clone());
+                }
+            }
+            // after publishing: whoever waits finds the new values
+            if lent.finish() {
+                announce_returned();
+            }
+            Ok(Ran::Done)
+        }
+        Err(error) => {
+            if lent.give_back(&mut slots) {
+                announce_returned();
+            }
+            Err(error)
+        }
+    }
+}
+
+/// The values of the outputs, as tensors where a root asks for them.
+fn values(
+    plan: &Plan,
+    bindings: &Bindings,
+    slots: &mut [SlotValue],
+    roots: &[Arc<Node>],
+    as_tensors: bool,
+) -> Result<Vec<Value>> {
+    let wanted: FastMap<NodeId, ()> = roots.iter().map(|n| (n.id(), ())).collect();
+    let mut uses: FastMap<u32, u32> = FastMap::default();
+    for &slot in &plan.outputs {
+        *uses.entry(slot).or_default() += 1;
+    }
+    let mut done: FastMap<u32, Value> = FastMap::default();
+    let mut values = Vec::with_capacity(plan.outputs.len());
+    for (&slot, nodes) in plan.outputs.iter().zip(&bindings.publish) {
+        if let Some(value) = done.get(&slot) {
+            values.push(value.clone());
+            continue;
+        }
+        let asked = as_tensors && nodes.iter().any(|n| wanted.contains_key(&n.id()));
+        let taken = std::mem::replace(&mut slots[slot as usize], SlotValue::Empty);
+        let value = match taken {
+            SlotValue::Foreign(foreign) => Value::Tensor(foreign.tensor),
+            SlotValue::Buffer(value) if asked => {
+                let dims = value.layout.dims.clone();
+                Value::Tensor(slots::to_tensor(value, &dims)?.0)
+            }
+            SlotValue::Buffer(value) => Value::Engine(Arc::new(value)),
+            SlotValue::Empty => return Err(Error::Internal(format!("output slot ${slot} is empty"))),
+        };
+        if uses.get(&slot).copied().unwrap_or(0) > 1 {
+            done.insert(slot, value.clone());
+        }
+        values.push(value);
+    }
+    Ok(values)
+}
+
+/// The error of step `i`, with the op and the user's line.
+fn located(plan: &Plan, i: usize, bindings: &Bindings, error: Error) -> Error {
+    let (Error::Candle(_) | Error::Internal(_)) = &error else {
+        return error;
+    };
+    let Some(step) = plan.steps.get(i) else {
+        return error;
+    };
+    let Some(node) = bindings.recorded.get(step.origin as usize) else {
+        return error;
+    };
+    let site = Box::new(node.site().clone());
+    let op = step.ops.last().copied().unwrap_or("step");
+    let source: Box<dyn std::error::Error + Send + Sync> = match error {
+        Error::Candle(error) => Box::new(error),
+        other => Box::new(other),
+    };
+    Error::Run { op, site, source }
+}
+
+fn panicked(plan: &Plan, i: usize, bindings: &Bindings, panic: &(dyn std::any::Any + Send)) -> Error {
+    let message = panic
+        .downcast_ref::<&str>()
+        .map(ToString::to_string)
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "no message".into());
+    let step = plan.steps.get(i);
+    let node = step.and_then(|s| bindings.recorded.get(s.origin as usize));
+    match (step, node) {
+        (Some(step), Some(node)) => Error::Panic {
+            op: step.ops.last().copied().unwrap_or("step"),
+            site: Box::new(node.site().clone()),
+            message,
+        },
+        _ => Error::Internal(format!("a kernel panicked: {message}")),
+    }
+}
+
+/// A value that the engine made, for its own modules.
+pub(crate) type Engine = BufferValue;
+
+#[cfg(test)]
+mod tests;

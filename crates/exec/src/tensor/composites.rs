@@ -1,0 +1,168 @@
+//! Semantic composites: recorded as one node each, so that no pattern has to be found again.
+
+use super::LazyTensor;
+use crate::error::Result;
+use candle_core::shape::Dim;
+use candle_lazy_graph::{ErrorKind, Op, UnaryOp};
+
+/// Options of [`LazyTensor::attention`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionOptions {
+    /// The factor of the scores, usually 1/√d.
+    pub scale: f64,
+    /// Query i of s sees keys 0..=t−s+i of t.
+    pub causal: bool,
+    /// Scores pass through cap·tanh(score/cap).
+    pub softcap: Option<f64>,
+    /// With `causal`, a query sees at most this many keys, its own included.
+    pub window: Option<usize>,
+}
+
+impl AttentionOptions {
+    /// Scores times `scale`; no mask, no cap.
+    #[must_use]
+    pub fn new(scale: f64) -> Self {
+        Self { scale, causal: false, softcap: None, window: None }
+    }
+
+    /// The same with a causal mask.
+    #[must_use]
+    pub fn causal(self, causal: bool) -> Self {
+        Self { causal, ..self }
+    }
+}
+
+impl LazyTensor {
+    /// exp(x − max)/sum over `dim`. f16 and bf16 compute in f32 and round once.
+    ///
+    /// # Errors
+    /// When the dim is out of range or the dtype is not floating-point.
+    #[track_caller]
+    pub fn softmax<D: Dim>(&self, dim: D) -> Result<Self> {
+        let dim = self.dim_index(dim, "softmax")?;
+        Self::record(Op::Softmax { dim: dim as u8 }, &[], &[self])
+    }
+
+    /// The logarithm of the softmax over `dim`.
+    ///
+    /// # Errors
+    /// As [`LazyTensor::softmax`].
+    #[track_caller]
+    pub fn log_softmax<D: Dim>(&self, dim: D) -> Result<Self> {
+        let dim = self.dim_index(dim, "log_softmax")?;
+        Self::record(Op::LogSoftmax { dim: dim as u8 }, &[], &[self])
+    }
+
+    /// x/√(mean(x²) + eps)·weight over the last dim (arXiv:1910.07467, eq. 4); weight (n).
+    ///
+    /// # Errors
+    /// When the weight has another shape or dtype.
+    #[track_caller]
+    pub fn rms_norm(&self, weight: Option<&Self>, eps: f64) -> Result<Self> {
+        match weight {
+            Some(w) => Self::record(Op::RmsNorm { weight: true }, &[eps], &[self, w]),
+            None => Self::record(Op::RmsNorm { weight: false }, &[eps], &[self]),
+        }
+    }
+
+    /// (x − mean)/√(var + eps)·weight + bias over the last dim, biased variance (arXiv:1607.06450, eq. 4); weight and bias (n).
+    ///
+    /// # Errors
+    /// When weight or bias have another shape or dtype.
+    #[track_caller]
+    pub fn layer_norm(&self, weight: Option<&Self>, bias: Option<&Self>, eps: f64) -> Result<Self> {
+        let op = Op::LayerNorm { weight: weight.is_some(), bias: bias.is_some() };
+        let inputs: smallvec::SmallVec<[&Self; 3]> = std::iter::once(self).chain(weight).chain(bias).collect();
+        Self::record(op, &[eps], &inputs)
+    }
+
+    /// x·weightᵀ + bias: (…, in) with weight (out, in) and bias (out) gives (…, out).
+    ///
+    /// # Errors
+    /// When the shapes do not fit or the dtypes differ.
+    #[track_caller]
+    pub fn linear(&self, weight: &Self, bias: Option<&Self>) -> Result<Self> {
+        match bias {
+            Some(b) => Self::record(Op::Linear { bias: true }, &[], &[self, weight, b]),
+            None => Self::record(Op::Linear { bias: false }, &[], &[self, weight]),
+        }
+    }
+
+    /// (x·A·B)·scale: (…, in) with A (in, r) and B (r, out) gives (…, out) (arXiv:2106.09685, §4.1).
+    ///
+    /// # Errors
+    /// When the shapes do not fit or the dtypes differ.
+    #[track_caller]
+    pub fn lora(&self, a: &Self, b: &Self, scale: f64) -> Result<Self> {
+        Self::record(Op::Lora { base: false }, &[scale], &[self, a, b])
+    }
+
+    /// base + (x·A·B)·scale; base (…, out).
+    ///
+    /// # Errors
+    /// When the shapes do not fit or the dtypes differ.
+    #[track_caller]
+    pub fn lora_add(&self, base: &Self, a: &Self, b: &Self, scale: f64) -> Result<Self> {
+        Self::record(Op::Lora { base: true }, &[scale], &[self, a, b, base])
+    }
+
+    /// silu(self)·up: SwiGLU (arXiv:2002.05202, §2).
+    ///
+    /// # Errors
+    /// When shapes or dtypes differ.
+    #[track_caller]
+    pub fn silu_mul(&self, up: &Self) -> Result<Self> {
+        Self::record(Op::Glu { act: UnaryOp::Silu }, &[], &[self, up])
+    }
+
+    /// gelu(self)·up with the tanh form: GeGLU (arXiv:2002.05202, §2).
+    ///
+    /// # Errors
+    /// When shapes or dtypes differ.
+    #[track_caller]
+    pub fn gelu_mul(&self, up: &Self) -> Result<Self> {
+        Self::record(Op::Glu { act: UnaryOp::Gelu }, &[], &[self, up])
+    }
+
+    /// Rotary position embedding, pairs (i, i + d/2): x (b, h, s, d); cos and sin (s, d/2) or (b, s, d/2)
+    /// (arXiv:2104.09864, eq. 34).
+    ///
+    /// # Errors
+    /// When the shapes do not fit or the dtypes differ.
+    #[track_caller]
+    pub fn rope(&self, cos: &Self, sin: &Self) -> Result<Self> {
+        Self::record(Op::Rope { interleaved: false }, &[], &[self, cos, sin])
+    }
+
+    /// Rotary position embedding, pairs (2i, 2i + 1); shapes as [`LazyTensor::rope`].
+    ///
+    /// # Errors
+    /// When the shapes do not fit or the dtypes differ.
+    #[track_caller]
+    pub fn rope_i(&self, cos: &Self, sin: &Self) -> Result<Self> {
+        Self::record(Op::Rope { interleaved: true }, &[], &[self, cos, sin])
+    }
+
+    /// softmax(q·kᵀ·scale + mask)·v without the score matrix: q (b, h, s, d), k (b, hk, t, d), v (b, hk, t, dv), where h is a
+    /// multiple of hk (grouped heads are not repeated); mask additive, broadcast to (b, h, s, t).
+    ///
+    /// # Errors
+    /// When the shapes do not fit or the dtypes differ.
+    #[track_caller]
+    pub fn attention(q: &Self, k: &Self, v: &Self, mask: Option<&Self>, options: &AttentionOptions) -> Result<Self> {
+        if let Some(cap) = options.softcap {
+            if cap == 0.0 || cap.is_nan() {
+                return Self::refuse("attention", ErrorKind::Range(format!("a softcap of {cap}")));
+            }
+        }
+        let op = Op::Attention {
+            mask: mask.is_some(),
+            causal: options.causal,
+            softcap: options.softcap.is_some(),
+            window: options.window,
+        };
+        let scalars: smallvec::SmallVec<[f64; 2]> = std::iter::once(options.scale).chain(options.softcap).collect();
+        let inputs: smallvec::SmallVec<[&Self; 4]> = [q, k, v].into_iter().chain(mask).collect();
+        Self::record(op, &scalars, &inputs)
+    }
+}

@@ -1,0 +1,226 @@
+//! The lazy tensor: a cheap handle on a recorded node.
+//!
+//! Names and argument order are Candle's. Every op validates at once, so an error names the line that wrote it; nothing is
+//! computed until a value is asked for.
+
+mod composites;
+mod create;
+mod elementwise;
+mod movement;
+mod operators;
+mod read;
+mod reduce;
+mod views;
+
+pub use composites::AttentionOptions;
+
+use crate::config;
+use crate::error::Result;
+use candle_core::{DType, Device, Shape, Tensor};
+use candle_lazy_graph::{BuildSite, Node, Op, Scalars};
+use smallvec::SmallVec;
+use std::sync::Arc;
+
+/// A tensor that is computed when its value is asked for.
+///
+/// Cloning is cheap, and handles may be used from several threads at once.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_lazy_exec::LazyTensor;
+/// # fn main() -> candle_lazy_exec::Result<()> {
+/// let x = LazyTensor::from(Tensor::new(&[[1f32, 2.], [3., 4.]], &Device::Cpu)?);
+/// let y = ((&x * 2.0)? + &x)?.softmax(1)?; // recorded
+/// let values = y.to_vec2::<f32>()?; // planned and run
+/// assert!((values[0][0] + values[0][1] - 1.0).abs() < 1e-6);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct LazyTensor {
+    node: Arc<Node>,
+}
+
+impl std::fmt::Debug for LazyTensor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let state = if self.is_ready() { "ready" } else { "pending" };
+        write!(
+            f,
+            "LazyTensor[{:?}, {}, {:?}, {state}, recorded at {}]",
+            self.dims(),
+            self.dtype().as_str(),
+            self.device().location(),
+            self.node.site()
+        )
+    }
+}
+
+impl From<Tensor> for LazyTensor {
+    /// A leaf. The tensor is read when a result is computed: a change of its storage until then is seen.
+    #[track_caller]
+    fn from(tensor: Tensor) -> Self {
+        Self { node: Node::leaf(tensor, BuildSite::here()) }
+    }
+}
+
+impl From<&Tensor> for LazyTensor {
+    #[track_caller]
+    fn from(tensor: &Tensor) -> Self {
+        Self::from(tensor.clone())
+    }
+}
+
+impl AsRef<LazyTensor> for LazyTensor {
+    fn as_ref(&self) -> &LazyTensor {
+        self
+    }
+}
+
+impl LazyTensor {
+    /// A leaf that holds `tensor`; the same as `From<Tensor>`.
+    #[track_caller]
+    #[must_use]
+    pub fn from_tensor(tensor: Tensor) -> Self {
+        Self::from(tensor)
+    }
+
+    /// The recorded node.
+    #[must_use]
+    pub fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+
+    /// A handle on `node`.
+    #[must_use]
+    pub fn from_node(node: Arc<Node>) -> Self {
+        Self { node }
+    }
+
+    /// The shape.
+    #[must_use]
+    pub fn shape(&self) -> &Shape {
+        self.node.shape()
+    }
+
+    /// The dimensions.
+    #[must_use]
+    pub fn dims(&self) -> &[usize] {
+        self.node.shape().dims()
+    }
+
+    /// The size of one dim.
+    ///
+    /// # Errors
+    /// When the dim is out of range.
+    #[track_caller]
+    pub fn dim<D: candle_core::shape::Dim>(&self, dim: D) -> Result<usize> {
+        let dim = self.dim_index(dim, "dim")?;
+        Ok(self.dims()[dim])
+    }
+
+    /// The number of dims.
+    #[must_use]
+    pub fn rank(&self) -> usize {
+        self.dims().len()
+    }
+
+    /// The number of elements.
+    #[must_use]
+    pub fn elem_count(&self) -> usize {
+        self.shape().elem_count()
+    }
+
+    /// The element type.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.node.dtype()
+    }
+
+    /// The device.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        self.node.device()
+    }
+
+    /// Whether the value has been computed.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.node.is_ready()
+    }
+
+    /// Whether Candle's autograd tracks a leaf that this tensor depends on.
+    #[must_use]
+    pub fn track_op(&self) -> bool {
+        self.node.tracked()
+    }
+
+    /// Where the tensor was recorded.
+    #[must_use]
+    pub fn site(&self) -> &BuildSite {
+        self.node.site()
+    }
+
+    /// Records an op at the caller's line.
+    #[track_caller]
+    pub(crate) fn record(op: Op, scalars: &[f64], inputs: &[&LazyTensor]) -> Result<Self> {
+        Self::record_on(op, scalars, inputs, None)
+    }
+
+    #[track_caller]
+    pub(crate) fn record_on(op: Op, scalars: &[f64], inputs: &[&LazyTensor], device: Option<&Device>) -> Result<Self> {
+        let site = BuildSite::here();
+        let inputs: SmallVec<[Arc<Node>; 3]> = inputs.iter().map(|t| t.node.clone()).collect();
+        Self::record_nodes(op, scalars, inputs, device, site)
+    }
+
+    pub(crate) fn record_nodes(
+        op: Op,
+        scalars: &[f64],
+        inputs: SmallVec<[Arc<Node>; 3]>,
+        device: Option<&Device>,
+        site: BuildSite,
+    ) -> Result<Self> {
+        let node = Node::record(op, Scalars::from_slice(scalars), inputs, device, site)?;
+        let (max_nodes, max_bytes) = config::pending_budget();
+        let (nodes, bytes) = node.pending_estimate();
+        if nodes > max_nodes || bytes > max_bytes {
+            // the estimate counts shared parts more than once: look before evaluating
+            let (nodes, bytes) = node.count_pending();
+            if nodes > max_nodes || bytes > max_bytes {
+                config::count_budget_evaluation();
+                let tensor = Self { node };
+                crate::run::materialize(&[&tensor])?;
+                return Ok(tensor);
+            }
+        }
+        Ok(Self { node })
+    }
+
+    /// The index of a dim, or an error at the caller's line.
+    #[track_caller]
+    pub(crate) fn dim_index<D: candle_core::shape::Dim>(&self, dim: D, op: &'static str) -> Result<usize> {
+        use candle_lazy_graph::{Error, ErrorKind};
+        let site = BuildSite::here();
+        dim.to_index(self.shape(), op).map_err(|e| {
+            let detail = format!("{e} (shape {:?})", self.dims());
+            Error::new(op, ErrorKind::Range(detail)).at(&site).into()
+        })
+    }
+
+    /// The indices of dims, or an error at the caller's line.
+    #[track_caller]
+    pub(crate) fn dim_indices<D: candle_core::shape::Dims>(&self, dims: D, op: &'static str) -> Result<Vec<usize>> {
+        use candle_lazy_graph::{Error, ErrorKind};
+        let site = BuildSite::here();
+        dims.to_indexes(self.shape(), op).map_err(|e| {
+            let detail = format!("{e} (shape {:?})", self.dims());
+            Error::new(op, ErrorKind::Range(detail)).at(&site).into()
+        })
+    }
+
+    /// A recording error of this crate's own checks, at the caller's line.
+    #[track_caller]
+    pub(crate) fn refuse<T>(op: &'static str, kind: candle_lazy_graph::ErrorKind) -> Result<T> {
+        Err(candle_lazy_graph::Error::new(op, kind).at(&BuildSite::here()).into())
+    }
+}

@@ -1,0 +1,295 @@
+//! What each composite means, in primitives: its specification, and what runs where no kernel serves.
+//!
+//! f16 and bf16 composites compute in f32 inside and round once at the end, so their decompositions begin and end with
+//! a cast; `linear` and `lora` round like the products they are made of.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::op::{BinaryOp, Dims, Op, OpClass, ReduceOp, Scalars, UnaryOp};
+use candle_core::DType;
+use smallvec::{smallvec, SmallVec};
+
+/// Something that ops can be recorded into.
+pub trait Recorder {
+    /// A recorded node.
+    type Ref: Clone;
+    /// The dims of a node.
+    fn dims(&self, node: &Self::Ref) -> Dims;
+    /// The dtype of a node.
+    fn dtype(&self, node: &Self::Ref) -> DType;
+    /// Records an op.
+    ///
+    /// # Errors
+    /// When inference refuses it.
+    fn push(&mut self, op: Op, scalars: Scalars, inputs: &[Self::Ref]) -> Result<Self::Ref>;
+}
+
+/// Whether `op` decomposes.
+#[must_use]
+pub fn is_composite<S>(op: &Op<S>) -> bool {
+    op.class() == OpClass::Composite
+}
+
+/// Short names for recording primitives.
+struct Rec<'r, R: Recorder>(&'r mut R);
+
+impl<R: Recorder> Rec<'_, R> {
+    fn unary(&mut self, op: UnaryOp, x: &R::Ref) -> Result<R::Ref> {
+        self.0.push(Op::Unary(op), smallvec![], std::slice::from_ref(x))
+    }
+    fn binary(&mut self, op: BinaryOp, a: &R::Ref, b: &R::Ref) -> Result<R::Ref> {
+        self.0.push(Op::Binary(op), smallvec![], &[a.clone(), b.clone()])
+    }
+    fn affine(&mut self, x: &R::Ref, mul: f64, add: f64) -> Result<R::Ref> {
+        self.0.push(Op::Affine, smallvec![mul, add], std::slice::from_ref(x))
+    }
+    fn reduce(&mut self, op: ReduceOp, x: &R::Ref, dim: usize) -> Result<R::Ref> {
+        let op = Op::Reduce { op, axes: 1 << dim, keepdim: true };
+        self.0.push(op, smallvec![], std::slice::from_ref(x))
+    }
+    fn cast(&mut self, x: &R::Ref, dtype: DType) -> Result<R::Ref> {
+        if self.0.dtype(x) == dtype {
+            return Ok(x.clone());
+        }
+        self.0.push(Op::Cast(dtype), smallvec![], std::slice::from_ref(x))
+    }
+    /// f16 and bf16 to f32; wider dtypes stay.
+    fn widen(&mut self, x: &R::Ref) -> Result<R::Ref> {
+        match self.0.dtype(x) {
+            DType::F16 | DType::BF16 => self.cast(x, DType::F32),
+            _ => Ok(x.clone()),
+        }
+    }
+    fn reshape(&mut self, x: &R::Ref, dims: &[usize]) -> Result<R::Ref> {
+        if self.0.dims(x).as_slice() == dims {
+            return Ok(x.clone());
+        }
+        let op = Op::Reshape { shape: Dims::from_slice(dims) };
+        self.0.push(op, smallvec![], std::slice::from_ref(x))
+    }
+    fn swap_last(&mut self, x: &R::Ref) -> Result<R::Ref> {
+        let rank = self.0.dims(x).len();
+        let mut perm: SmallVec<[u8; 8]> = (0..rank as u8).collect();
+        if rank >= 2 {
+            perm.swap(rank - 1, rank - 2);
+        }
+        self.0.push(Op::Permute { perm }, smallvec![], std::slice::from_ref(x))
+    }
+    fn narrow(&mut self, x: &R::Ref, dim: usize, start: usize, len: usize) -> Result<R::Ref> {
+        let op = Op::Narrow { dim: dim as u8, start, len };
+        self.0.push(op, smallvec![], std::slice::from_ref(x))
+    }
+    fn matmul(&mut self, a: &R::Ref, b: &R::Ref) -> Result<R::Ref> {
+        self.0.push(Op::Matmul, smallvec![], &[a.clone(), b.clone()])
+    }
+    /// a·b where a may have a single dim.
+    fn product(&mut self, a: &R::Ref, b: &R::Ref) -> Result<R::Ref> {
+        let dims = self.0.dims(a);
+        if dims.len() != 1 {
+            return self.matmul(a, b);
+        }
+        let row = self.reshape(a, &[1, dims[0]])?;
+        let result = self.matmul(&row, b)?;
+        let width = self.0.dims(&result)[1];
+        self.reshape(&result, &[width])
+    }
+}
+
+fn invalid<T>(op: &Op, detail: &str) -> Result<T> {
+    Err(Error::new(op.name(), ErrorKind::Invalid(detail.into())))
+}
+
+/// Records the decomposition of the composite `op` applied to `inputs` and returns its result.
+///
+/// # Errors
+/// When `op` is no composite or its inputs do not fit it.
+pub fn decompose<R: Recorder>(op: &Op, scalars: &[f64], inputs: &[R::Ref], into: &mut R) -> Result<R::Ref> {
+    if op.arity() != Some(inputs.len()) || op.scalar_count() != scalars.len() {
+        return invalid(op, "wrong number of inputs or scalars");
+    }
+    let mut r = Rec(into);
+    match op {
+        Op::Softmax { dim } => {
+            let (x, dtype) = (r.widen(&inputs[0])?, r.0.dtype(&inputs[0]));
+            let e = shifted(&mut r, &x, usize::from(*dim))?;
+            let e = r.unary(UnaryOp::Exp, &e)?;
+            let sum = r.reduce(ReduceOp::Sum, &e, usize::from(*dim))?;
+            let y = r.binary(BinaryOp::Div, &e, &sum)?;
+            r.cast(&y, dtype)
+        }
+        Op::LogSoftmax { dim } => {
+            let (x, dtype) = (r.widen(&inputs[0])?, r.0.dtype(&inputs[0]));
+            let d = shifted(&mut r, &x, usize::from(*dim))?;
+            let e = r.unary(UnaryOp::Exp, &d)?;
+            let sum = r.reduce(ReduceOp::Sum, &e, usize::from(*dim))?;
+            let log = r.unary(UnaryOp::Log, &sum)?;
+            let y = r.binary(BinaryOp::Sub, &d, &log)?;
+            r.cast(&y, dtype)
+        }
+        Op::RmsNorm { weight } => {
+            let (x, dtype) = (r.widen(&inputs[0])?, r.0.dtype(&inputs[0]));
+            let last = r.0.dims(&x).len() - 1;
+            let sqr = r.unary(UnaryOp::Sqr, &x)?;
+            let mut y = scaled_by_root_mean(&mut r, &x, &sqr, last, scalars[0])?;
+            if *weight {
+                let w = r.widen(&inputs[1])?;
+                y = r.binary(BinaryOp::Mul, &y, &w)?;
+            }
+            r.cast(&y, dtype)
+        }
+        Op::LayerNorm { weight, bias } => {
+            let (x, dtype) = (r.widen(&inputs[0])?, r.0.dtype(&inputs[0]));
+            let last = r.0.dims(&x).len() - 1;
+            let mean = r.reduce(ReduceOp::Mean, &x, last)?;
+            let d = r.binary(BinaryOp::Sub, &x, &mean)?;
+            let sqr = r.unary(UnaryOp::Sqr, &d)?;
+            let mut y = scaled_by_root_mean(&mut r, &d, &sqr, last, scalars[0])?;
+            let mut rest = inputs[1..].iter();
+            if let (true, Some(w)) = (*weight, rest.next()) {
+                let w = r.widen(w)?;
+                y = r.binary(BinaryOp::Mul, &y, &w)?;
+            }
+            // without a weight the bias is the first of the rest
+            let b = if *weight { rest.next() } else { inputs.get(1) };
+            if let (true, Some(b)) = (*bias, b) {
+                let b = r.widen(b)?;
+                y = r.binary(BinaryOp::Add, &y, &b)?;
+            }
+            r.cast(&y, dtype)
+        }
+        Op::Linear { bias } => {
+            let w = r.swap_last(&inputs[1])?;
+            let y = r.product(&inputs[0], &w)?;
+            if *bias {
+                return r.binary(BinaryOp::Add, &y, &inputs[2]);
+            }
+            Ok(y)
+        }
+        Op::Lora { base } => {
+            let hidden = r.product(&inputs[0], &inputs[1])?;
+            let y = r.product(&hidden, &inputs[2])?;
+            let y = r.affine(&y, scalars[0], 0.0)?;
+            if *base {
+                return r.binary(BinaryOp::Add, &inputs[3], &y);
+            }
+            Ok(y)
+        }
+        Op::Glu { act } => {
+            let dtype = r.0.dtype(&inputs[0]);
+            let (gate, up) = (r.widen(&inputs[0])?, r.widen(&inputs[1])?);
+            let gate = r.unary(*act, &gate)?;
+            let y = r.binary(BinaryOp::Mul, &gate, &up)?;
+            r.cast(&y, dtype)
+        }
+        Op::Rope { interleaved } => rope(&mut r, inputs, *interleaved),
+        Op::Attention { .. } => attention(&mut r, op, scalars, inputs),
+        Op::Embedding => {
+            let (table, ids) = (r.0.dims(&inputs[0]), r.0.dims(&inputs[1]));
+            let flat = r.reshape(&inputs[1], &[ids.iter().product()])?;
+            let rows = r.0.push(Op::IndexSelect { dim: 0 }, smallvec![], &[inputs[0].clone(), flat])?;
+            let mut dims = ids;
+            dims.push(table[1]);
+            r.reshape(&rows, &dims)
+        }
+        other => invalid(other, "no composite"),
+    }
+}
+
+/// x − max(x) along `dim`.
+fn shifted<R: Recorder>(r: &mut Rec<'_, R>, x: &R::Ref, dim: usize) -> Result<R::Ref> {
+    // the largest element of an empty row does not exist, and nothing needs it
+    if r.0.dims(x)[dim] == 0 {
+        return Ok(x.clone());
+    }
+    let max = r.reduce(ReduceOp::Max, x, dim)?;
+    r.binary(BinaryOp::Sub, x, &max)
+}
+
+/// x/√(mean(sqr) + eps) along `dim`.
+fn scaled_by_root_mean<R: Recorder>(
+    r: &mut Rec<'_, R>,
+    x: &R::Ref,
+    sqr: &R::Ref,
+    dim: usize,
+    eps: f64,
+) -> Result<R::Ref> {
+    let mean = r.reduce(ReduceOp::Mean, sqr, dim)?;
+    let mean = r.affine(&mean, 1.0, eps)?;
+    let root = r.unary(UnaryOp::Sqrt, &mean)?;
+    r.binary(BinaryOp::Div, x, &root)
+}
+
+fn rope<R: Recorder>(r: &mut Rec<'_, R>, inputs: &[R::Ref], interleaved: bool) -> Result<R::Ref> {
+    let dtype = r.0.dtype(&inputs[0]);
+    let x = r.widen(&inputs[0])?;
+    let dims = r.0.dims(&x);
+    let (b, h, s, half) = (dims[0], dims[1], dims[2], dims[3] / 2);
+    let mut tables = Vec::with_capacity(2);
+    for table in &inputs[1..3] {
+        let table = r.widen(table)?;
+        let batched = r.0.dims(&table).len() == 3;
+        let table = if batched { r.reshape(&table, &[b, 1, s, half])? } else { table };
+        tables.push(table);
+    }
+    let (cos, sin) = (&tables[0], &tables[1]);
+    let (x1, x2) = if interleaved {
+        let pairs = r.reshape(&x, &[b, h, s, half, 2])?;
+        let first = r.narrow(&pairs, 4, 0, 1)?;
+        let second = r.narrow(&pairs, 4, 1, 1)?;
+        (r.reshape(&first, &[b, h, s, half])?, r.reshape(&second, &[b, h, s, half])?)
+    } else {
+        (r.narrow(&x, 3, 0, half)?, r.narrow(&x, 3, half, half)?)
+    };
+    let (a, c) = (r.binary(BinaryOp::Mul, &x1, cos)?, r.binary(BinaryOp::Mul, &x2, sin)?);
+    let y1 = r.binary(BinaryOp::Sub, &a, &c)?;
+    let (a, c) = (r.binary(BinaryOp::Mul, &x1, sin)?, r.binary(BinaryOp::Mul, &x2, cos)?);
+    let y2 = r.binary(BinaryOp::Add, &a, &c)?;
+    let y = if interleaved {
+        let y1 = r.reshape(&y1, &[b, h, s, half, 1])?;
+        let y2 = r.reshape(&y2, &[b, h, s, half, 1])?;
+        let pairs = r.0.push(Op::Concat { dim: 4 }, smallvec![], &[y1, y2])?;
+        r.reshape(&pairs, &dims)?
+    } else {
+        r.0.push(Op::Concat { dim: 3 }, smallvec![], &[y1, y2])?
+    };
+    r.cast(&y, dtype)
+}
+
+fn attention<R: Recorder>(r: &mut Rec<'_, R>, op: &Op, scalars: &[f64], inputs: &[R::Ref]) -> Result<R::Ref> {
+    let Op::Attention { mask, causal, softcap, window } = op else {
+        return invalid(op, "no attention");
+    };
+    let dtype = r.0.dtype(&inputs[0]);
+    let (q, k, v) = (r.widen(&inputs[0])?, r.widen(&inputs[1])?, r.widen(&inputs[2])?);
+    let (qd, kd, vd) = (r.0.dims(&q), r.0.dims(&k), r.0.dims(&v));
+    let (b, h, s, d, hk, t, dv) = (qd[0], qd[1], qd[2], qd[3], kd[1], kd[2], vd[3]);
+    let group = h / hk;
+    // the query heads that share a key head become one batch dim, so that k and v are broadcast and not repeated
+    let q = r.reshape(&q, &[b, hk, group, s, d])?;
+    let k = r.reshape(&k, &[b, hk, 1, t, d])?;
+    let v = r.reshape(&v, &[b, hk, 1, t, dv])?;
+    let kt = r.swap_last(&k)?;
+    let scores = r.matmul(&q, &kt)?;
+    let mut scores = r.affine(&scores, scalars[0], 0.0)?;
+    if *softcap {
+        let x = r.affine(&scores, 1.0 / scalars[1], 0.0)?;
+        let x = r.unary(UnaryOp::Tanh, &x)?;
+        scores = r.affine(&x, scalars[1], 0.0)?;
+    }
+    let wide = r.0.dtype(&scores);
+    if *mask {
+        let m = r.cast(&inputs[3], wide)?;
+        let shape: Dims = Dims::from_slice(&[b, h, s, t]);
+        let m = r.0.push(Op::Broadcast { shape }, smallvec![], &[m])?;
+        let m = r.reshape(&m, &[b, hk, group, s, t])?;
+        scores = r.binary(BinaryOp::Add, &scores, &m)?;
+    }
+    if *causal {
+        let op = Op::CausalMask { queries: s, keys: t, window: *window, dtype: wide };
+        let m = r.0.push(op, smallvec![], &[])?;
+        scores = r.binary(BinaryOp::Add, &scores, &m)?;
+    }
+    let weights = r.0.push(Op::Softmax { dim: 4 }, smallvec![], &[scores])?;
+    let y = r.matmul(&weights, &v)?;
+    let y = r.reshape(&y, &[b, h, s, dv])?;
+    r.cast(&y, dtype)
+}

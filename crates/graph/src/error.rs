@@ -1,0 +1,96 @@
+//! What can go wrong while recording.
+
+use crate::site::BuildSite;
+use std::fmt;
+
+/// A recording error: the op, what is wrong with which shapes or dtypes, and the user's line.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{op}: {kind}{site}", site = Located(site))]
+#[non_exhaustive]
+pub struct Error {
+    /// The name of the op that refused.
+    pub op: &'static str,
+    /// What is wrong.
+    pub kind: ErrorKind,
+    /// Where the op was written; absent only for a graph that no user line built (a rewritten one).
+    pub site: Option<Box<BuildSite>>,
+}
+
+struct Located<'a>(&'a Option<Box<BuildSite>>);
+
+impl fmt::Display for Located<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(site) => write!(f, ", at {site}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The kinds of recording errors.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// Shapes that do not fit each other or the op.
+    #[error("shape mismatch, {0}")]
+    Shape(String),
+    /// Dtypes that do not fit each other or the op.
+    #[error("dtype mismatch, {0}")]
+    DType(String),
+    /// Inputs on different devices.
+    #[error("device mismatch, {0}")]
+    Device(String),
+    /// A dimension or an index out of range.
+    #[error("out of range, {0}")]
+    Range(String),
+    /// Something that this version does not do.
+    #[error("unsupported, {0}")]
+    Unsupported(String),
+    /// A value that was given away to an in-place update and lost when that update failed.
+    #[error("state lost, {0}")]
+    Lost(String),
+    /// A rewrite broke the graph: a defect of this library, never of the user's program.
+    #[error("invalid graph, {0}")]
+    Invalid(String),
+}
+
+/// The result of recording.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// An error of `op` without a line yet.
+    #[must_use]
+    pub fn new(op: &'static str, kind: ErrorKind) -> Self {
+        Self { op, kind, site: None }
+    }
+
+    /// The same error, naming the line that wrote the op.
+    #[must_use]
+    pub fn at(mut self, site: &BuildSite) -> Self {
+        if self.site.is_none() {
+            self.site = Some(Box::new(site.clone()));
+        }
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn display_names_op_kind_and_line() {
+        let error = Error::new("matmul", ErrorKind::Shape("[2, 3] x [4, 5]".into())).at(&BuildSite::here());
+        let text = error.to_string();
+        assert!(text.starts_with("matmul: shape mismatch, [2, 3] x [4, 5], at "), "{text}");
+        assert!(text.contains("error.rs:"), "{text}");
+    }
+
+    #[test]
+    fn the_first_line_wins() {
+        let first = BuildSite::here();
+        let second = BuildSite::here();
+        let error = Error::new("add", ErrorKind::DType("x".into())).at(&first).at(&second);
+        assert_eq!(error.site.unwrap().location().line(), first.location().line());
+    }
+}

@@ -1,0 +1,521 @@
+//! Shape and dtype inference: the only truth about what an op gives.
+//!
+//! [`infer`] runs when an op is recorded, when a composite decomposes, after every pass (on the concrete sizes at
+//! hand), and what it says is checked against every tensor that a plan produces.
+//!
+//! Where Candle is laxer, this says so: `matmul` compares the batch dims one by one (Candle compares their product),
+//! `max` and `min` over an empty dim are errors, and no op promotes a dtype.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::op::{Dims, Op, ReduceOp, UnaryOp};
+use candle_core::DType;
+use smallvec::SmallVec;
+
+/// What inference knows of an input.
+#[derive(Debug, Clone, Copy)]
+pub struct Meta<'a> {
+    /// The dimensions.
+    pub dims: &'a [usize],
+    /// The element type.
+    pub dtype: DType,
+}
+
+/// What inference says of a result.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutMeta {
+    /// The dimensions.
+    pub dims: Dims,
+    /// The element type.
+    pub dtype: DType,
+}
+
+/// The dtypes that can be recorded.
+pub const DTYPES: [DType; 7] = [DType::U8, DType::U32, DType::I64, DType::BF16, DType::F16, DType::F32, DType::F64];
+
+/// The largest rank that can be recorded.
+pub const MAX_RANK: usize = 8;
+
+/// The number of elements, or `None` where it overflows.
+#[must_use]
+pub fn elem_count(dims: &[usize]) -> Option<usize> {
+    dims.iter().try_fold(1usize, |acc, &d| acc.checked_mul(d))
+}
+
+/// The shape that two shapes broadcast to (numpy's rule: aligned at the end, size one stretches).
+#[must_use]
+pub fn broadcast_shapes(a: &[usize], b: &[usize]) -> Option<Dims> {
+    let rank = a.len().max(b.len());
+    let mut out: Dims = SmallVec::with_capacity(rank);
+    for i in 0..rank {
+        let at = |dims: &[usize]| (i + dims.len()).checked_sub(rank).map_or(1, |j| dims[j]);
+        let (da, db) = (at(a), at(b));
+        out.push(match (da, db) {
+            (x, y) if x == y => x,
+            (1, y) => y,
+            (x, 1) => x,
+            _ => return None,
+        });
+    }
+    Some(out)
+}
+
+struct Ctx<'a> {
+    op: &'static str,
+    inputs: &'a [Meta<'a>],
+}
+
+impl Ctx<'_> {
+    fn shape<T>(&self, detail: impl Into<String>) -> Result<T> {
+        Err(Error::new(self.op, ErrorKind::Shape(detail.into())))
+    }
+    fn dtype<T>(&self, detail: impl Into<String>) -> Result<T> {
+        Err(Error::new(self.op, ErrorKind::DType(detail.into())))
+    }
+    fn range<T>(&self, detail: impl Into<String>) -> Result<T> {
+        Err(Error::new(self.op, ErrorKind::Range(detail.into())))
+    }
+    fn dims(&self, i: usize) -> &[usize] {
+        self.inputs[i].dims
+    }
+    fn ty(&self, i: usize) -> DType {
+        self.inputs[i].dtype
+    }
+
+    fn known(&self, dtype: DType) -> Result<()> {
+        if DTYPES.contains(&dtype) {
+            return Ok(());
+        }
+        Err(Error::new(self.op, ErrorKind::Unsupported(format!("dtype {}", dtype.as_str()))))
+    }
+
+    fn float(&self, i: usize) -> Result<DType> {
+        let dtype = self.ty(i);
+        if dtype.is_float() && DTYPES.contains(&dtype) {
+            return Ok(dtype);
+        }
+        self.dtype(format!(
+            "needs a floating-point tensor, got {} of shape {:?}; cast it first: .to_dtype(DType::F32)",
+            dtype.as_str(),
+            self.dims(i)
+        ))
+    }
+
+    /// All inputs in `which` have the dtype of the first one.
+    fn same_dtype(&self, which: std::ops::Range<usize>) -> Result<DType> {
+        let first = self.ty(which.start);
+        for i in which.clone() {
+            if self.ty(i) != first {
+                let all: Vec<_> = which.map(|j| format!("{} {:?}", self.ty(j).as_str(), self.dims(j))).collect();
+                return self.dtype(format!(
+                    "operands are {}; cast one of them, for example .to_dtype(DType::{:?})",
+                    all.join(" and "),
+                    first
+                ));
+            }
+        }
+        self.known(first)?;
+        Ok(first)
+    }
+
+    fn broadcast(&self, a: &[usize], b: &[usize]) -> Result<Dims> {
+        match broadcast_shapes(a, b) {
+            Some(dims) => Ok(dims),
+            None => self.shape(format!("{a:?} and {b:?} do not broadcast")),
+        }
+    }
+
+    fn dim_in(&self, dim: u8, rank: usize) -> Result<usize> {
+        if usize::from(dim) < rank {
+            return Ok(usize::from(dim));
+        }
+        self.range(format!("dim {dim} of a tensor of rank {rank}, shape {:?}", self.dims(0)))
+    }
+
+    fn ids(&self, i: usize) -> Result<()> {
+        if matches!(self.ty(i), DType::U8 | DType::U32 | DType::I64) {
+            return Ok(());
+        }
+        self.dtype(format!(
+            "indices must be u8, u32 or i64, got {}; cast them: .to_dtype(DType::U32)",
+            self.ty(i).as_str()
+        ))
+    }
+
+    /// A vector over the last dim of input 0 with its dtype: a norm's weight or bias.
+    fn last_dim_vector(&self, i: usize, what: &str) -> Result<()> {
+        let last = self.dims(0).last().copied().unwrap_or(1);
+        if self.dims(i) != [last] {
+            return self.shape(format!(
+                "{what} has shape {:?}, the input {:?} needs [{last}]",
+                self.dims(i),
+                self.dims(0)
+            ));
+        }
+        self.same_dtype_pair(i, what)
+    }
+
+    fn same_dtype_pair(&self, i: usize, what: &str) -> Result<()> {
+        if self.ty(i) == self.ty(0) {
+            return Ok(());
+        }
+        self.dtype(format!(
+            "{what} is {}, the input is {}; cast it: .to_dtype(DType::{:?})",
+            self.ty(i).as_str(),
+            self.ty(0).as_str(),
+            self.ty(0)
+        ))
+    }
+}
+
+fn out(dims: impl Into<Dims>, dtype: DType) -> OutMeta {
+    OutMeta { dims: dims.into(), dtype }
+}
+
+/// The shape and dtype of `op` applied to `inputs`.
+///
+/// # Errors
+/// An [`Error`] naming the op, the shapes and the dtypes when the inputs do not fit.
+pub fn infer(op: &Op, inputs: &[Meta<'_>]) -> Result<OutMeta> {
+    let ctx = Ctx { op: op.name(), inputs };
+    match op.arity() {
+        Some(n) if n != inputs.len() => return ctx.shape(format!("takes {n} inputs, got {}", inputs.len())),
+        None if inputs.is_empty() => return ctx.shape("takes at least one input, got none"),
+        _ => {}
+    }
+    for input in inputs {
+        ctx.known(input.dtype)?;
+    }
+    let result = infer_op(op, &ctx)?;
+    if result.dims.len() > MAX_RANK {
+        return ctx.shape(format!("rank {} is above the limit of {MAX_RANK}", result.dims.len()));
+    }
+    // bytes, not elements, so that no later size computation overflows
+    let bytes = elem_count(&result.dims).and_then(|n| n.checked_mul(result.dtype.size_in_bytes().max(1)));
+    if bytes.is_none_or(|b| b > isize::MAX as usize) {
+        return ctx.shape(format!("{:?} has more bytes than memory can address", result.dims.as_slice()));
+    }
+    Ok(result)
+}
+
+fn infer_op(op: &Op, ctx: &Ctx<'_>) -> Result<OutMeta> {
+    Ok(match op {
+        Op::Full { shape, dtype } => {
+            ctx.known(*dtype)?;
+            out(shape.clone(), *dtype)
+        }
+        Op::CausalMask { queries, keys, window, dtype } => {
+            ctx.known(*dtype)?;
+            if !dtype.is_float() {
+                return ctx.dtype(format!("an additive mask must be floating-point, not {}", dtype.as_str()));
+            }
+            if queries > keys {
+                return ctx.shape(format!("{queries} queries and only {keys} keys"));
+            }
+            if *window == Some(0) {
+                return ctx.range("a sliding window of zero keys");
+            }
+            out(Dims::from_slice(&[*queries, *keys]), *dtype)
+        }
+        Op::Unary(_) | Op::Powf => {
+            let dtype = ctx.float(0)?;
+            out(ctx.dims(0), dtype)
+        }
+        Op::Affine => {
+            ctx.known(ctx.ty(0))?;
+            out(ctx.dims(0), ctx.ty(0))
+        }
+        Op::Binary(_) => {
+            let dims = ctx.broadcast(ctx.dims(0), ctx.dims(1))?;
+            out(dims, ctx.same_dtype(0..2)?)
+        }
+        Op::Compare(_) => {
+            let dims = ctx.broadcast(ctx.dims(0), ctx.dims(1))?;
+            ctx.same_dtype(0..2)?;
+            out(dims, DType::U8)
+        }
+        Op::CompareScalar(_) => {
+            ctx.known(ctx.ty(0))?;
+            out(ctx.dims(0), DType::U8)
+        }
+        Op::Where => {
+            ctx.ids(0)?;
+            let values = ctx.broadcast(ctx.dims(1), ctx.dims(2))?;
+            let dims = ctx.broadcast(ctx.dims(0), &values)?;
+            out(dims, ctx.same_dtype(1..3)?)
+        }
+        Op::Cast(dtype) => {
+            ctx.known(ctx.ty(0))?;
+            ctx.known(*dtype)?;
+            out(ctx.dims(0), *dtype)
+        }
+        Op::Reduce { op, axes, keepdim } => reduce(ctx, *op, *axes, *keepdim)?,
+        Op::Matmul => matmul(ctx)?,
+        Op::Reshape { shape } => {
+            if elem_count(shape) != elem_count(ctx.dims(0)) {
+                return ctx.shape(format!(
+                    "{:?} has {} elements, {:?} would need another number",
+                    ctx.dims(0),
+                    ctx.dims(0).iter().product::<usize>(),
+                    shape.as_slice()
+                ));
+            }
+            out(shape.clone(), ctx.ty(0))
+        }
+        Op::Permute { perm } => {
+            let rank = ctx.dims(0).len();
+            let mut seen = [false; MAX_RANK];
+            let valid = perm.len() == rank
+                && perm.iter().all(|&d| {
+                    let d = usize::from(d);
+                    d < rank && !std::mem::replace(&mut seen[d], true)
+                });
+            if !valid {
+                return ctx.range(format!("{:?} is no permutation of the dims of {:?}", perm.as_slice(), ctx.dims(0)));
+            }
+            let dims: Dims = perm.iter().map(|&d| ctx.dims(0)[usize::from(d)]).collect();
+            out(dims, ctx.ty(0))
+        }
+        Op::Narrow { dim, start, len } => {
+            let d = ctx.dim_in(*dim, ctx.dims(0).len())?;
+            if start.checked_add(*len).is_none_or(|end| end > ctx.dims(0)[d]) {
+                return ctx.range(format!("start {start} and length {len} exceed dim {dim} of {:?}", ctx.dims(0)));
+            }
+            let mut dims = Dims::from_slice(ctx.dims(0));
+            dims[d] = *len;
+            out(dims, ctx.ty(0))
+        }
+        Op::Broadcast { shape } => {
+            if broadcast_shapes(ctx.dims(0), shape).as_deref() != Some(shape.as_slice()) {
+                return ctx.shape(format!("{:?} does not broadcast to {:?}", ctx.dims(0), shape.as_slice()));
+            }
+            out(shape.clone(), ctx.ty(0))
+        }
+        Op::Contiguous | Op::Detach => out(ctx.dims(0), ctx.ty(0)),
+        Op::Concat { dim } => concat(ctx, *dim)?,
+        Op::IndexSelect { dim } => {
+            let d = ctx.dim_in(*dim, ctx.dims(0).len())?;
+            ctx.ids(1)?;
+            let [count] = ctx.dims(1) else {
+                return ctx.shape(format!("indices must have one dim, got {:?}", ctx.dims(1)));
+            };
+            let mut dims = Dims::from_slice(ctx.dims(0));
+            dims[d] = *count;
+            out(dims, ctx.ty(0))
+        }
+        Op::SliceAssign { dim, start } => {
+            let d = ctx.dim_in(*dim, ctx.dims(0).len())?;
+            let dtype = ctx.same_dtype(0..2)?;
+            let (x, src) = (ctx.dims(0), ctx.dims(1));
+            let fits = x.len() == src.len()
+                && x.iter().zip(src).enumerate().all(|(i, (a, b))| i == d || a == b)
+                && start.checked_add(src[d]).is_some_and(|end| end <= x[d]);
+            if !fits {
+                return ctx.shape(format!("{src:?} does not fit into {x:?} at {start} of dim {dim}"));
+            }
+            out(x, dtype)
+        }
+        Op::Softmax { dim } | Op::LogSoftmax { dim } => {
+            ctx.dim_in(*dim, ctx.dims(0).len())?;
+            let dtype = ctx.float(0)?;
+            out(ctx.dims(0), dtype)
+        }
+        Op::RmsNorm { .. } | Op::LayerNorm { .. } => norm(op, ctx)?,
+        Op::Linear { bias } => linear(ctx, *bias)?,
+        Op::Lora { base } => lora(ctx, *base)?,
+        Op::Glu { act } => {
+            if !matches!(act, UnaryOp::Silu | UnaryOp::Gelu | UnaryOp::GeluErf | UnaryOp::Relu | UnaryOp::Sigmoid) {
+                return Err(Error::new(
+                    op.name(),
+                    ErrorKind::Unsupported(format!("{} is no activation of a gated unit", act.name())),
+                ));
+            }
+            ctx.float(0)?;
+            let dtype = ctx.same_dtype(0..2)?;
+            if ctx.dims(0) != ctx.dims(1) {
+                return ctx.shape(format!("gate {:?} and up {:?} differ", ctx.dims(0), ctx.dims(1)));
+            }
+            out(ctx.dims(0), dtype)
+        }
+        Op::Rope { .. } => rope(ctx)?,
+        Op::Attention { mask, causal, window, .. } => attention(ctx, *mask, *causal, *window)?,
+        Op::Embedding => {
+            ctx.ids(1)?;
+            ctx.known(ctx.ty(0))?;
+            let [_, width] = ctx.dims(0) else {
+                return ctx.shape(format!("the table must have two dims, got {:?}", ctx.dims(0)));
+            };
+            let mut dims = Dims::from_slice(ctx.dims(1));
+            dims.push(*width);
+            out(dims, ctx.ty(0))
+        }
+    })
+}
+
+fn reduce(ctx: &Ctx<'_>, op: ReduceOp, axes: u32, keepdim: bool) -> Result<OutMeta> {
+    let dims = ctx.dims(0);
+    if dims.len() < 32 && axes >> dims.len() != 0 {
+        return ctx.range(format!("dims (bit mask {axes:#b}) of a tensor of shape {dims:?}"));
+    }
+    let dtype = if op == ReduceOp::Mean { ctx.float(0)? } else { ctx.ty(0) };
+    ctx.known(dtype)?;
+    let reduced = |d: usize| axes & (1 << d) != 0;
+    if matches!(op, ReduceOp::Max | ReduceOp::Min) && (0..dims.len()).any(|d| reduced(d) && dims[d] == 0) {
+        return ctx.range(format!("no {} over an empty dim of {dims:?}", op.name()));
+    }
+    let mut result: Dims = SmallVec::new();
+    for (d, &size) in dims.iter().enumerate() {
+        match (reduced(d), keepdim) {
+            (false, _) => result.push(size),
+            (true, true) => result.push(1),
+            (true, false) => {}
+        }
+    }
+    Ok(out(result, dtype))
+}
+
+fn matmul(ctx: &Ctx<'_>) -> Result<OutMeta> {
+    ctx.float(0)?;
+    let dtype = ctx.same_dtype(0..2)?;
+    let (a, b) = (ctx.dims(0), ctx.dims(1));
+    let ([a_batch @ .., m, k], [b_batch @ .., k2, n]) = (a, b) else {
+        return ctx.shape(format!("{a:?} x {b:?}: both sides need at least two dims"));
+    };
+    if k != k2 {
+        return ctx.shape(format!("{a:?} x {b:?}: the inner dims {k} and {k2} differ"));
+    }
+    let Some(mut dims) = broadcast_shapes(a_batch, b_batch) else {
+        return ctx.shape(format!("{a:?} x {b:?}: the batch dims do not broadcast"));
+    };
+    dims.extend([*m, *n]);
+    Ok(out(dims, dtype))
+}
+
+fn concat(ctx: &Ctx<'_>, dim: u8) -> Result<OutMeta> {
+    let dtype = ctx.same_dtype(0..ctx.inputs.len())?;
+    let first = ctx.dims(0);
+    let d = ctx.dim_in(dim, first.len())?;
+    let mut dims = Dims::from_slice(first);
+    for i in 1..ctx.inputs.len() {
+        let other = ctx.dims(i);
+        let fits = other.len() == first.len() && (0..first.len()).all(|j| j == d || first[j] == other[j]);
+        if !fits {
+            return ctx.shape(format!("{first:?} and {other:?} differ outside dim {dim}"));
+        }
+        match dims[d].checked_add(other[d]) {
+            Some(sum) => dims[d] = sum,
+            None => return ctx.shape(format!("dim {dim} overflows")),
+        }
+    }
+    Ok(out(dims, dtype))
+}
+
+fn norm(op: &Op, ctx: &Ctx<'_>) -> Result<OutMeta> {
+    let dtype = ctx.float(0)?;
+    if ctx.dims(0).is_empty() {
+        return ctx.shape("needs at least one dim, got a scalar");
+    }
+    let names: &[&str] = match op {
+        Op::LayerNorm { weight: false, bias: true } => &["the bias"],
+        Op::LayerNorm { bias: true, .. } => &["the weight", "the bias"],
+        _ => &["the weight"],
+    };
+    for (i, name) in (1..ctx.inputs.len()).zip(names) {
+        ctx.last_dim_vector(i, name)?;
+    }
+    Ok(out(ctx.dims(0), dtype))
+}
+
+fn linear(ctx: &Ctx<'_>, bias: bool) -> Result<OutMeta> {
+    ctx.float(0)?;
+    let dtype = ctx.same_dtype(0..ctx.inputs.len())?;
+    let ([batch @ .., k], [n, k2]) = (ctx.dims(0), ctx.dims(1)) else {
+        return ctx.shape(format!("input {:?} and weight {:?}: needs (…, in) and (out, in)", ctx.dims(0), ctx.dims(1)));
+    };
+    if k != k2 {
+        return ctx.shape(format!("input {:?} has {k} features, the weight {:?} takes {k2}", ctx.dims(0), ctx.dims(1)));
+    }
+    if bias && ctx.dims(2) != [*n] {
+        return ctx.shape(format!("the bias has shape {:?}, the weight {:?} needs [{n}]", ctx.dims(2), ctx.dims(1)));
+    }
+    let mut dims = Dims::from_slice(batch);
+    dims.push(*n);
+    Ok(out(dims, dtype))
+}
+
+fn lora(ctx: &Ctx<'_>, base: bool) -> Result<OutMeta> {
+    ctx.float(0)?;
+    let dtype = ctx.same_dtype(0..ctx.inputs.len())?;
+    let (x, a, b) = (ctx.dims(0), ctx.dims(1), ctx.dims(2));
+    let fits = match (x, a, b) {
+        ([.., k], [k2, r], [r2, _]) => k == k2 && r == r2,
+        _ => false,
+    };
+    if !fits {
+        return ctx.shape(format!("input {x:?}, A {a:?}, B {b:?}: needs (…, in), (in, rank), (rank, out)"));
+    }
+    let mut dims = Dims::from_slice(&x[..x.len() - 1]);
+    dims.push(b[1]);
+    if base && ctx.dims(3) != dims.as_slice() {
+        return ctx.shape(format!("the base has shape {:?}, the product {:?}", ctx.dims(3), dims.as_slice()));
+    }
+    Ok(out(dims, dtype))
+}
+
+fn rope(ctx: &Ctx<'_>) -> Result<OutMeta> {
+    ctx.float(0)?;
+    let dtype = ctx.same_dtype(0..3)?;
+    let [b, _, s, d] = ctx.dims(0) else {
+        return ctx.shape(format!("input {:?}: needs (batch, heads, positions, head dim)", ctx.dims(0)));
+    };
+    if d % 2 != 0 {
+        return ctx.shape(format!("input {:?}: the head dim must be even", ctx.dims(0)));
+    }
+    for i in 1..3 {
+        let t = ctx.dims(i);
+        if t != [*s, d / 2] && t != [*b, *s, d / 2] {
+            return ctx.shape(format!(
+                "input {:?} needs cos and sin of shape [{s}, {}] or [{b}, {s}, {}], got {t:?}",
+                ctx.dims(0),
+                d / 2,
+                d / 2
+            ));
+        }
+    }
+    if ctx.dims(1) != ctx.dims(2) {
+        return ctx.shape(format!("cos {:?} and sin {:?} differ", ctx.dims(1), ctx.dims(2)));
+    }
+    Ok(out(ctx.dims(0), dtype))
+}
+
+fn attention(ctx: &Ctx<'_>, mask: bool, causal: bool, window: Option<usize>) -> Result<OutMeta> {
+    ctx.float(0)?;
+    let dtype = ctx.same_dtype(0..ctx.inputs.len())?;
+    let (q, k, v) = (ctx.dims(0), ctx.dims(1), ctx.dims(2));
+    let ([b, h, s, d], [bk, hk, t, dk], [bv, hv, tv, dv]) = (q, k, v) else {
+        return ctx
+            .shape(format!("q {q:?}, k {k:?}, v {v:?}: each needs four dims (batch, heads, positions, head dim)"));
+    };
+    if (b, hk, t) != (bk, hv, tv) || bk != bv || d != dk {
+        return ctx.shape(format!("q {q:?}, k {k:?}, v {v:?} do not fit each other"));
+    }
+    if *hk == 0 || h % hk != 0 {
+        return ctx.shape(format!("{h} query heads cannot share {hk} key heads (q {q:?}, k {k:?})"));
+    }
+    if causal && s > t {
+        return ctx.shape(format!("causal with {s} queries and only {t} keys (q {q:?}, k {k:?})"));
+    }
+    if window.is_some() && !causal {
+        return Err(Error::new(ctx.op, ErrorKind::Unsupported("a sliding window without causal".into())));
+    }
+    if window == Some(0) {
+        return ctx.range("a sliding window of zero keys");
+    }
+    let scores = [*b, *h, *s, *t];
+    if mask && broadcast_shapes(ctx.dims(3), &scores).as_deref() != Some(&scores[..]) {
+        return ctx.shape(format!("the mask {:?} does not broadcast to {scores:?}", ctx.dims(3)));
+    }
+    Ok(out(Dims::from_slice(&[*b, *h, *s, *dv]), dtype))
+}
+
+#[cfg(test)]
+mod tests;

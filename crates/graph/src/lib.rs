@@ -1,0 +1,35 @@
+//! The intermediate representation of candle-lazy.
+//!
+//! This crate knows what was recorded, what shape it has and how it may be rewritten. It computes nothing: no kernel,
+//! no allocation of tensor memory, no cargo feature. Data flows through the modules in this order:
+//!
+//! 1. [`mod@op`]: the operations, their attributes and the class table ([`OpClass`], [`Exactness`]).
+//! 2. [`mod@infer`]: the only truth about shape, dtype and device of a result.
+//! 3. [`mod@node`]: the implicit graph. A [`Node`] is *pending* (an op and its inputs) or *ready* (a value).
+//! 4. [`mod@capture`]: from several roots into a hash-consed [`Graph`] in topological order, in relative form.
+//! 5. [`mod@decompose`]: what a composite means, in primitives.
+//! 6. [`mod@passes`]: pure functions `Graph → Graph`, each validated and counted.
+//! 7. [`mod@dump`]: a graph as text.
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+pub mod capture;
+pub mod decompose;
+pub mod dump;
+pub mod error;
+mod hash;
+pub mod infer;
+pub mod node;
+pub mod op;
+pub mod passes;
+pub mod site;
+pub mod validate;
+
+pub use capture::{capture, Bindings, CaptureOptions, Captured, GNode, Graph, LeafKey, LeafKind, Sym};
+pub use decompose::{decompose, Recorder};
+pub use error::{Error, ErrorKind, Result};
+pub use hash::{FastHasher, FastMap};
+pub use infer::{infer, Meta, OutMeta};
+pub use node::{EngineValue, Expr, Node, NodeId, Value};
+pub use op::{BinaryOp, CmpOp, Dims, Exactness, Op, OpClass, ReduceOp, Scalars, UnaryOp};
+pub use site::{module_scope, BuildSite, ModuleScope};

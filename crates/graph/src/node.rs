@@ -1,0 +1,353 @@
+//! The implicit graph: shared nodes that are pending or ready.
+//!
+//! There is no graph object. An edge is an `Arc<Node>` in the inputs of a pending node, so a subgraph that nobody can
+//! reach frees itself, and a node that becomes ready drops its op and its inputs. Building, reading and dropping are
+//! iterative: a chain of a million nodes needs no stack.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::infer::{infer, Meta};
+use crate::op::{Op, Scalars};
+use crate::site::BuildSite;
+use candle_core::{DType, Device, Shape, Tensor};
+use parking_lot::Mutex;
+use smallvec::SmallVec;
+use std::any::Any;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+
+/// A number that no other node of this process has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NodeId(u64);
+
+impl NodeId {
+    fn next() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// The number itself.
+    #[must_use]
+    pub fn get(self) -> u64 {
+        self.0
+    }
+}
+
+/// A value that the executor holds in its own memory; opaque here.
+pub trait EngineValue: Any + Send + Sync + std::fmt::Debug {
+    /// Whether the elements lie in row-major order without gaps.
+    fn is_contiguous(&self) -> bool;
+    /// For downcasting in the executor.
+    fn as_any(&self) -> &dyn Any;
+    /// For downcasting in the executor, with ownership.
+    fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync>;
+}
+
+/// What a ready node holds.
+#[derive(Clone, Debug)]
+pub enum Value {
+    /// A Candle tensor, the user's or one that `eval` made.
+    Tensor(Tensor),
+    /// A buffer of the executor.
+    Engine(Arc<dyn EngineValue>),
+}
+
+/// An operation waiting for its inputs.
+#[derive(Clone, Debug)]
+pub struct Expr {
+    /// The operation.
+    pub op: Op,
+    /// Its run-time scalars.
+    pub scalars: Scalars,
+    /// Its inputs.
+    pub inputs: SmallVec<[Arc<Node>; 3]>,
+}
+
+#[derive(Debug)]
+enum State {
+    Pending(Expr),
+    Ready(Value),
+    /// The value was given to a running plan, which writes it in place; the plan gives it back if it fails.
+    Lent,
+}
+
+/// A recorded operation or a leaf.
+#[derive(Debug)]
+pub struct Node {
+    id: NodeId,
+    shape: Shape,
+    dtype: DType,
+    device: Device,
+    tracked: bool,
+    site: BuildSite,
+    /// An upper estimate of the pending work above this node, for the pending budget.
+    pending_nodes: AtomicU64,
+    pending_bytes: AtomicU64,
+    state: Mutex<State>,
+}
+
+impl Node {
+    /// A ready node that holds `tensor`.
+    #[must_use]
+    pub fn leaf(tensor: Tensor, site: BuildSite) -> Arc<Self> {
+        Arc::new(Self {
+            id: NodeId::next(),
+            shape: tensor.shape().clone(),
+            dtype: tensor.dtype(),
+            device: tensor.device().clone(),
+            tracked: tensor.track_op(),
+            site,
+            pending_nodes: AtomicU64::new(0),
+            pending_bytes: AtomicU64::new(0),
+            state: Mutex::new(State::Ready(Value::Tensor(tensor))),
+        })
+    }
+
+    /// Records `op` on `inputs`; `device` is used only by ops without inputs.
+    ///
+    /// # Errors
+    /// When shapes, dtypes or devices do not fit: the error names the op and `site`.
+    pub fn record(
+        op: Op,
+        scalars: Scalars,
+        inputs: SmallVec<[Arc<Node>; 3]>,
+        device: Option<&Device>,
+        site: BuildSite,
+    ) -> Result<Arc<Self>> {
+        let meta = {
+            let metas: SmallVec<[Meta<'_>; 4]> = inputs.iter().map(|n| n.meta()).collect();
+            infer(&op, &metas).map_err(|e| e.at(&site))?
+        };
+        if scalars.len() != op.scalar_count() {
+            let detail = format!("takes {} scalars, got {}", op.scalar_count(), scalars.len());
+            return Err(Error::new(op.name(), ErrorKind::Invalid(detail)).at(&site));
+        }
+        let device = match (inputs.first(), device) {
+            (Some(first), _) => first.device.clone(),
+            (None, Some(device)) => device.clone(),
+            (None, None) => Device::Cpu,
+        };
+        for (i, input) in inputs.iter().enumerate().skip(1) {
+            if !input.device.same_device(&device) {
+                let detail = format!(
+                    "input 0 is on {:?}, input {i} on {:?}; move one of them first",
+                    device.location(),
+                    input.device.location()
+                );
+                return Err(Error::new(op.name(), ErrorKind::Device(detail)).at(&site));
+            }
+        }
+        let tracked = !matches!(op, Op::Detach | Op::Compare(_) | Op::CompareScalar(_))
+            && meta.dtype.is_float()
+            && inputs.iter().any(|n| n.tracked);
+        let own_bytes = meta.dims.iter().product::<usize>() * meta.dtype.size_in_bytes();
+        let sum = |f: fn(&Node) -> &AtomicU64| {
+            inputs.iter().fold(0u64, |acc, n| acc.saturating_add(f(n).load(Ordering::Relaxed)))
+        };
+        let pending_nodes = AtomicU64::new(sum(|n| &n.pending_nodes).saturating_add(1));
+        let pending_bytes = AtomicU64::new(sum(|n| &n.pending_bytes).saturating_add(own_bytes as u64));
+        Ok(Arc::new(Self {
+            id: NodeId::next(),
+            shape: Shape::from(meta.dims.as_slice()),
+            dtype: meta.dtype,
+            device,
+            tracked,
+            site,
+            pending_nodes,
+            pending_bytes,
+            state: Mutex::new(State::Pending(Expr { op, scalars, inputs })),
+        }))
+    }
+
+    /// The node's own number.
+    #[must_use]
+    pub fn id(&self) -> NodeId {
+        self.id
+    }
+
+    /// The shape of the result.
+    #[must_use]
+    pub fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    /// The dtype of the result.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The device of the result.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Whether Candle's autograd tracks a leaf that this node depends on.
+    #[must_use]
+    pub fn tracked(&self) -> bool {
+        self.tracked
+    }
+
+    /// Where the node was recorded.
+    #[must_use]
+    pub fn site(&self) -> &BuildSite {
+        &self.site
+    }
+
+    /// Shape and dtype, as inference takes them.
+    #[must_use]
+    pub fn meta(&self) -> Meta<'_> {
+        Meta { dims: self.shape.dims(), dtype: self.dtype }
+    }
+
+    /// Whether the node holds a value.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        matches!(*self.state.lock(), State::Ready(_))
+    }
+
+    /// The value, if the node is ready.
+    #[must_use]
+    pub fn value(&self) -> Option<Value> {
+        match &*self.state.lock() {
+            State::Ready(value) => Some(value.clone()),
+            State::Pending(_) | State::Lent => None,
+        }
+    }
+
+    /// What the node is now, in one look under the lock: a copy of the op and its inputs, the value, or lent out.
+    #[must_use]
+    pub fn look(&self) -> Look {
+        match &*self.state.lock() {
+            State::Pending(expr) => Look::Pending(expr.clone()),
+            State::Ready(value) => Look::Ready(value.clone()),
+            State::Lent => Look::Lent,
+        }
+    }
+
+    /// Makes the node ready unless it is: the first to publish wins. Returns whether `value` was taken.
+    ///
+    /// The op and the inputs are dropped here, outside the lock.
+    pub fn publish(&self, value: Value) -> bool {
+        let old = {
+            let mut state = self.state.lock();
+            if matches!(*state, State::Ready(_)) {
+                return false;
+            }
+            std::mem::replace(&mut *state, State::Ready(value))
+        };
+        self.pending_nodes.store(0, Ordering::Relaxed);
+        self.pending_bytes.store(0, Ordering::Relaxed);
+        drop_iteratively(old);
+        true
+    }
+
+    /// Takes an engine value out of a ready node for an in-place update. [`Node::give_back`] returns it.
+    #[must_use]
+    pub fn lend(&self) -> Option<Arc<dyn EngineValue>> {
+        let mut state = self.state.lock();
+        if !matches!(*state, State::Ready(Value::Engine(_))) {
+            return None;
+        }
+        match std::mem::replace(&mut *state, State::Lent) {
+            State::Ready(Value::Engine(value)) => Some(value),
+            other => {
+                *state = other;
+                None
+            }
+        }
+    }
+
+    /// Returns a value taken by [`Node::lend`].
+    pub fn give_back(&self, value: Arc<dyn EngineValue>) {
+        let mut state = self.state.lock();
+        if matches!(*state, State::Lent) {
+            *state = State::Ready(Value::Engine(value));
+        }
+    }
+
+    /// Makes a node whose value was taken by [`Node::lend`] ready again with `value`.
+    pub fn settle(&self, value: Value) {
+        let mut state = self.state.lock();
+        if matches!(*state, State::Lent) {
+            *state = State::Ready(value);
+        }
+    }
+
+    /// Whether the value is lent to a running plan.
+    #[must_use]
+    pub fn is_lent(&self) -> bool {
+        matches!(*self.state.lock(), State::Lent)
+    }
+
+    /// The inputs, if the node is pending.
+    #[must_use]
+    pub fn inputs(&self) -> SmallVec<[Arc<Node>; 3]> {
+        match &*self.state.lock() {
+            State::Pending(expr) => expr.inputs.clone(),
+            State::Ready(_) | State::Lent => SmallVec::new(),
+        }
+    }
+
+    /// Upper estimates of the pending nodes and bytes at and above this node; shared parts may count twice.
+    #[must_use]
+    pub fn pending_estimate(&self) -> (u64, u64) {
+        (self.pending_nodes.load(Ordering::Relaxed), self.pending_bytes.load(Ordering::Relaxed))
+    }
+
+    /// Counts pending nodes and bytes exactly and stores the result as the new estimate.
+    pub fn count_pending(self: &Arc<Self>) -> (u64, u64) {
+        let mut seen = std::collections::HashSet::new();
+        let mut stack = vec![self.clone()];
+        let (mut nodes, mut bytes) = (0u64, 0u64);
+        while let Some(node) = stack.pop() {
+            if !seen.insert(node.id) {
+                continue;
+            }
+            if let Look::Pending(expr) = node.look() {
+                nodes += 1;
+                bytes += (node.shape.elem_count() * node.dtype.size_in_bytes()) as u64;
+                stack.extend(expr.inputs);
+            }
+        }
+        self.pending_nodes.store(nodes, Ordering::Relaxed);
+        self.pending_bytes.store(bytes, Ordering::Relaxed);
+        (nodes, bytes)
+    }
+}
+
+/// What [`Node::look`] saw.
+#[derive(Debug)]
+pub enum Look {
+    /// The op and its inputs.
+    Pending(Expr),
+    /// The value.
+    Ready(Value),
+    /// The value is being written in place by a running plan.
+    Lent,
+}
+
+/// Drops a pending state without recursion: whoever holds the last reference to an input takes that input apart too.
+fn drop_iteratively(state: State) {
+    let State::Pending(expr) = state else { return };
+    let mut stack: Vec<Arc<Node>> = expr.inputs.into_iter().collect();
+    while let Some(node) = stack.pop() {
+        // `into_inner` gives the node to exactly one of the threads that drop it at the same time
+        if let Some(mut node) = Arc::into_inner(node) {
+            let state = std::mem::replace(node.state.get_mut(), State::Lent);
+            if let State::Pending(expr) = state {
+                stack.extend(expr.inputs);
+            }
+        }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let state = std::mem::replace(self.state.get_mut(), State::Lent);
+        drop_iteratively(state);
+    }
+}
+
+#[cfg(test)]
+mod tests;

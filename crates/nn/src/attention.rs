@@ -1,0 +1,143 @@
+//! Causal self-attention with rotary positions, grouped key/value heads and a cache.
+
+use crate::error::{Error, Result};
+use crate::kv_cache::KvCache;
+use crate::linear::{linear_b, Linear};
+use crate::lora::LoraLinear;
+use crate::module::Module;
+use crate::scope;
+use candle_lazy_exec::{AttentionOptions, LazyTensor};
+use candle_nn::VarBuilder;
+use std::sync::Arc;
+
+/// Cosines and sines of the positions that a call adds, (s, head_dim / 2) each; one slice of a [`crate::RopeTable`].
+#[derive(Debug, Clone)]
+pub struct Positions {
+    /// Cosines.
+    pub cos: LazyTensor,
+    /// Sines.
+    pub sin: LazyTensor,
+}
+
+/// The attention block of Llama-like decoders.
+#[derive(Debug, Clone)]
+pub struct CausalSelfAttention {
+    q: LoraLinear,
+    k: LoraLinear,
+    v: LoraLinear,
+    o: LoraLinear,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    window: Option<usize>,
+    path: Arc<str>,
+}
+
+/// Sizes of a [`CausalSelfAttention`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct AttentionSizes {
+    pub(crate) hidden: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) qkv_bias: bool,
+    pub(crate) out_bias: bool,
+    pub(crate) window: Option<usize>,
+}
+
+impl CausalSelfAttention {
+    /// From its four maps: `q` (heads·d, hidden), `k` and `v` (kv_heads·d, hidden), `o` (hidden, heads·d).
+    ///
+    /// # Errors
+    /// Where the widths do not divide into the heads, or `heads` is no multiple of `kv_heads`.
+    pub fn new(q: Linear, k: Linear, v: Linear, o: Linear, heads: usize, kv_heads: usize) -> Result<Self> {
+        let width = q.out_features();
+        let grouped = heads > 0 && kv_heads > 0 && heads.is_multiple_of(kv_heads) && width.is_multiple_of(heads);
+        let head_dim = if grouped { width / heads } else { 0 };
+        let kv_width = kv_heads.checked_mul(head_dim);
+        let fits = grouped
+            && Some(k.out_features()) == kv_width
+            && Some(v.out_features()) == kv_width
+            && o.in_features() == width;
+        if !fits {
+            return Err(Error::module(
+                "attention",
+                "",
+                format_args!(
+                    "{heads} heads over {kv_heads} key/value heads do not fit q {:?}, k {:?}, v {:?}, o {:?}",
+                    q.weight().shape(),
+                    k.weight().shape(),
+                    v.weight().shape(),
+                    o.weight().shape()
+                ),
+            ));
+        }
+        Ok(Self {
+            q: q.into(),
+            k: k.into(),
+            v: v.into(),
+            o: o.into(),
+            heads,
+            kv_heads,
+            head_dim,
+            window: None,
+            path: "".into(),
+        })
+    }
+
+    /// From `q_proj`, `k_proj`, `v_proj` and `o_proj` of the builder. The caller has checked that the sizes multiply.
+    pub(crate) fn load(sizes: AttentionSizes, vb: VarBuilder<'_>) -> Result<Self> {
+        let AttentionSizes { hidden, heads, kv_heads, head_dim, qkv_bias, out_bias, window } = sizes;
+        let width = heads.saturating_mul(head_dim);
+        let kv_width = kv_heads.saturating_mul(head_dim);
+        Ok(Self {
+            q: linear_b(hidden, width, qkv_bias, vb.pp("q_proj"))?.into(),
+            k: linear_b(hidden, kv_width, qkv_bias, vb.pp("k_proj"))?.into(),
+            v: linear_b(hidden, kv_width, qkv_bias, vb.pp("v_proj"))?.into(),
+            o: linear_b(width, hidden, out_bias, vb.pp("o_proj"))?.into(),
+            heads,
+            kv_heads,
+            head_dim,
+            window,
+            path: vb.prefix().into(),
+        })
+    }
+
+    /// The map called `name` in checkpoints (`q_proj`, `k_proj`, `v_proj`, `o_proj`).
+    pub fn projection_mut(&mut self, name: &str) -> Option<&mut LoraLinear> {
+        match name {
+            "q_proj" => Some(&mut self.q),
+            "k_proj" => Some(&mut self.k),
+            "v_proj" => Some(&mut self.v),
+            "o_proj" => Some(&mut self.o),
+            _ => None,
+        }
+    }
+
+    /// Attention of the new positions `xs` (batch, s, hidden) over themselves and what `cache` holds.
+    ///
+    /// The query at new position `i` sees the keys `0..=held + i`. The result has shape (batch, s, hidden).
+    ///
+    /// # Errors
+    /// [`Error::CacheFull`] where the cache has no room, and as its ops.
+    #[track_caller]
+    pub fn forward(&self, xs: &LazyTensor, at: &Positions, cache: &mut KvCache) -> Result<LazyTensor> {
+        let _scope = scope::enter(&self.path);
+        let (b, s, _) = xs.dims3()?;
+        let q = self.q.forward(xs)?.reshape((b, s, self.heads, self.head_dim))?.transpose(1, 2)?;
+        let k = self.k.forward(xs)?.reshape((b, s, self.kv_heads, self.head_dim))?.transpose(1, 2)?;
+        let v = self.v.forward(xs)?.reshape((b, s, self.kv_heads, self.head_dim))?.transpose(1, 2)?;
+        let q = q.rope(&at.cos, &at.sin)?;
+        let k = k.rope(&at.cos, &at.sin)?;
+        let (k, v) = cache.append(&k, &v)?;
+        let options = AttentionOptions {
+            scale: 1. / (self.head_dim as f64).sqrt(),
+            causal: true,
+            softcap: None,
+            window: self.window,
+        };
+        let y = LazyTensor::attention(&q, &k, &v, None, &options)?;
+        let y = y.transpose(1, 2)?.reshape((b, s, self.heads * self.head_dim))?;
+        self.o.forward(&y)
+    }
+}

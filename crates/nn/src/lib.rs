@@ -1,0 +1,54 @@
+//! Modules, models and weight loading on candle-lazy's lazy tensors.
+//!
+//! Everything here records: a module's `forward` adds nodes to the graph behind the [`LazyTensor`] it is given and
+//! computes nothing. The names, constructors and weight layouts are `candle_nn`'s, so a checkpoint that loads there
+//! loads here.
+//!
+//! | what | where |
+//! |---|---|
+//! | building blocks | [`Linear`], [`Embedding`], [`RmsNorm`], [`LayerNorm`], [`Mlp`], [`FeedForward`], [`LoraLinear`], [`KvCache`] |
+//! | models | [`models::bert`] (sentence encoders), [`models::causal_lm`] (Llama, Mistral, Qwen2) |
+//! | weights | [`weights`]: safetensors and GGUF behind Candle's `VarBuilder` |
+//! | a model on disk | [`ModelDir`] |
+//! | text | `tokenizer` (feature `tokenizers`) |
+//! | fetching | `hub` (feature `hub`) |
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+mod activation;
+mod attention;
+mod embedding;
+mod error;
+mod kv_cache;
+mod linear;
+mod lora;
+mod mlp;
+mod model_dir;
+mod module;
+mod norm;
+mod rope;
+mod scope;
+
+#[cfg(feature = "hub")]
+pub mod hub;
+pub mod models;
+#[cfg(feature = "tokenizers")]
+pub mod tokenizer;
+pub mod weights;
+
+pub use activation::Activation;
+pub use attention::{CausalSelfAttention, Positions};
+pub use embedding::{embedding, Embedding};
+pub use error::{Error, Result};
+pub use kv_cache::KvCache;
+pub use linear::{linear, linear_b, linear_no_bias, Linear};
+pub use lora::{LoraLinear, LoraWeights};
+pub use mlp::{FeedForward, Mlp};
+pub use model_dir::{ModelDir, WeightFiles};
+pub use module::Module;
+pub use norm::{layer_norm, rms_norm, LayerNorm, RmsNorm};
+pub use rope::{RopeScaling, RopeTable};
+
+pub use candle_lazy_exec::LazyTensor;
+pub use candle_nn::VarBuilder;

@@ -1,0 +1,83 @@
+//! The two feed-forward blocks of transformers.
+
+use crate::activation::Activation;
+use crate::error::Result;
+use crate::linear::{linear_b, Linear};
+use crate::lora::LoraLinear;
+use crate::module::Module;
+use crate::scope;
+use candle_lazy_exec::LazyTensor;
+use candle_nn::VarBuilder;
+use std::sync::Arc;
+
+/// SwiGLU: `down(silu(gate(x)) · up(x))` (Shazeer 2020, arXiv:2002.05202), the block of Llama, Mistral and Qwen2.
+#[derive(Debug, Clone)]
+pub struct Mlp {
+    gate: LoraLinear,
+    up: LoraLinear,
+    down: LoraLinear,
+    path: Arc<str>,
+}
+
+impl Mlp {
+    /// From its three maps: `gate` and `up` (ffn, hidden), `down` (hidden, ffn).
+    pub fn new(gate: Linear, up: Linear, down: Linear) -> Self {
+        Self { gate: gate.into(), up: up.into(), down: down.into(), path: "".into() }
+    }
+
+    /// From `gate_proj`, `up_proj` and `down_proj` of the builder.
+    ///
+    /// # Errors
+    /// Where a tensor is missing or has another shape.
+    pub fn load(hidden: usize, ffn: usize, bias: bool, vb: VarBuilder<'_>) -> Result<Self> {
+        Ok(Self {
+            gate: linear_b(hidden, ffn, bias, vb.pp("gate_proj"))?.into(),
+            up: linear_b(hidden, ffn, bias, vb.pp("up_proj"))?.into(),
+            down: linear_b(ffn, hidden, bias, vb.pp("down_proj"))?.into(),
+            path: vb.prefix().into(),
+        })
+    }
+
+    /// The map called `name` in checkpoints (`gate_proj`, `up_proj`, `down_proj`).
+    pub fn projection_mut(&mut self, name: &str) -> Option<&mut LoraLinear> {
+        match name {
+            "gate_proj" => Some(&mut self.gate),
+            "up_proj" => Some(&mut self.up),
+            "down_proj" => Some(&mut self.down),
+            _ => None,
+        }
+    }
+}
+
+impl Module for Mlp {
+    #[track_caller]
+    fn forward(&self, xs: &LazyTensor) -> Result<LazyTensor> {
+        let _scope = scope::enter(&self.path);
+        let gate = self.gate.forward(xs)?;
+        let up = self.up.forward(xs)?;
+        self.down.forward(&gate.silu_mul(&up)?)
+    }
+}
+
+/// `down(activation(up(x)))`, the block of BERT and of the first transformers.
+#[derive(Debug, Clone)]
+pub struct FeedForward {
+    up: Linear,
+    activation: Activation,
+    down: Linear,
+}
+
+impl FeedForward {
+    /// From its two maps: `up` (ffn, hidden), `down` (hidden, ffn).
+    pub fn new(up: Linear, activation: Activation, down: Linear) -> Self {
+        Self { up, activation, down }
+    }
+}
+
+impl Module for FeedForward {
+    #[track_caller]
+    fn forward(&self, xs: &LazyTensor) -> Result<LazyTensor> {
+        let hidden = self.activation.forward(&self.up.forward(xs)?)?;
+        self.down.forward(&hidden)
+    }
+}

@@ -1,0 +1,319 @@
+//! Decoders of the Llama family: Llama, SmolLM2, Mistral, Qwen2.
+//!
+//! Weight names are Hugging Face's (`model.embed_tokens.weight`, `model.layers.N.self_attn.q_proj.weight`, …,
+//! `lm_head.weight`); GGUF files are given those names when they are opened ([`crate::weights::Gguf`]).
+
+use super::causal_lm_config::CausalLmConfig;
+use crate::attention::{AttentionSizes, CausalSelfAttention, Positions};
+use crate::embedding::{embedding, Embedding};
+use crate::error::{Error, Result};
+use crate::kv_cache::KvCache;
+use crate::linear::{linear_no_bias, Linear};
+use crate::lora::{LoraLinear, LoraWeights};
+use crate::mlp::Mlp;
+use crate::module::Module;
+use crate::norm::{rms_norm, RmsNorm};
+use crate::rope::RopeTable;
+use crate::scope;
+use candle_core::{DType, Device};
+use candle_lazy_exec::LazyTensor;
+use candle_nn::VarBuilder;
+use std::sync::Arc;
+
+/// One block: attention and MLP, each behind a norm and added to the residual stream.
+#[derive(Debug, Clone)]
+struct Block {
+    input_norm: RmsNorm,
+    attention: CausalSelfAttention,
+    mlp_norm: RmsNorm,
+    mlp: Mlp,
+    path: Arc<str>,
+}
+
+impl Block {
+    fn load(config: &CausalLmConfig, vb: VarBuilder<'_>) -> Result<Self> {
+        let sizes = AttentionSizes {
+            hidden: config.hidden_size,
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            qkv_bias: config.qkv_bias,
+            out_bias: config.out_bias,
+            window: config.sliding_window,
+        };
+        Ok(Self {
+            input_norm: rms_norm(config.hidden_size, config.rms_norm_eps, vb.pp("input_layernorm"))?,
+            attention: CausalSelfAttention::load(sizes, vb.pp("self_attn"))?,
+            mlp_norm: rms_norm(config.hidden_size, config.rms_norm_eps, vb.pp("post_attention_layernorm"))?,
+            mlp: Mlp::load(config.hidden_size, config.intermediate_size, config.mlp_bias, vb.pp("mlp"))?,
+            path: vb.prefix().into(),
+        })
+    }
+
+    #[track_caller]
+    fn forward(&self, xs: &LazyTensor, at: &Positions, cache: &mut KvCache) -> Result<LazyTensor> {
+        let _scope = scope::enter(&self.path);
+        let attended = self.attention.forward(&self.input_norm.forward(xs)?, at, cache)?;
+        let xs = xs.add(&attended)?;
+        let fed = self.mlp.forward(&self.mlp_norm.forward(&xs)?)?;
+        Ok(xs.add(&fed)?)
+    }
+}
+
+/// The state of one sequence (or one batch of equally long ones): keys and values of all blocks, and the rotary table.
+#[derive(Debug)]
+pub struct Cache {
+    blocks: Vec<KvCache>,
+    rope: RopeTable,
+    capacity: usize,
+}
+
+impl Cache {
+    /// A cache for up to `capacity` positions.
+    ///
+    /// The buffers, 2 · layers · batch · kv heads · capacity · head dim elements of `dtype`, are made at the first use.
+    ///
+    /// # Errors
+    /// [`Error::PromptTooLong`] where `capacity` exceeds the model's context, [`Error::Config`] where it is 0.
+    pub fn new(config: &CausalLmConfig, capacity: usize, dtype: DType, device: &Device) -> Result<Self> {
+        if capacity == 0 {
+            return Err(Error::config("the cache", "a capacity of 0 positions holds nothing"));
+        }
+        if capacity > config.max_position_embeddings {
+            return Err(Error::PromptTooLong { len: capacity, context: config.max_position_embeddings });
+        }
+        let rope = RopeTable::new(config.head_dim, config.rope_theta, &config.rope_scaling, capacity, dtype, device)?;
+        let blocks = (0..config.num_hidden_layers).map(|_| KvCache::new(capacity)).collect();
+        Ok(Self { blocks, rope, capacity })
+    }
+
+    /// Number of positions held.
+    pub fn position(&self) -> usize {
+        self.blocks.first().map_or(0, KvCache::current_seq_len)
+    }
+
+    /// Number of positions there is room for.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Forgets all positions; the buffers stay.
+    pub fn reset(&mut self) {
+        for block in &mut self.blocks {
+            block.reset();
+        }
+    }
+
+    /// Forgets the positions from `position` on, to continue from there in another way.
+    pub fn truncate(&mut self, position: usize) {
+        for block in &mut self.blocks {
+            block.truncate(position);
+        }
+    }
+
+    /// The handles of all buffers, to be evaluated together with a step's logits.
+    pub fn handles(&self) -> Vec<&LazyTensor> {
+        self.blocks.iter().flat_map(KvCache::handles).collect()
+    }
+}
+
+/// A decoder.
+#[derive(Debug, Clone)]
+pub struct CausalLm {
+    embed: Embedding,
+    blocks: Vec<Block>,
+    norm: RmsNorm,
+    head: Linear,
+    config: CausalLmConfig,
+    dtype: DType,
+    device: Device,
+}
+
+impl CausalLm {
+    /// From the weights of the builder, in its dtype and on its device.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where the config contradicts itself or describes fewer blocks than the weights have,
+    /// [`Error::MissingTensor`] and [`Error::TensorShape`] where it does not fit the weights.
+    pub fn load(vb: VarBuilder<'_>, config: &CausalLmConfig) -> Result<Self> {
+        config.validate("the model")?;
+        let (dtype, device) = (vb.dtype(), vb.device().clone());
+        if !dtype.is_float() {
+            return Err(Error::float_expected("causal_lm", "", "the weights", dtype));
+        }
+        let model = vb.pp("model");
+        let embed = embedding(config.vocab_size, config.hidden_size, model.pp("embed_tokens"))?;
+        let layers = model.pp("layers");
+        let mut blocks = Vec::new();
+        for index in 0..config.num_hidden_layers {
+            blocks.push(Block::load(config, layers.pp(index))?);
+        }
+        // A `VarBuilder` of zeros or a `VarMap` has every name; only stored weights can tell that blocks are left over.
+        let one_more = |index: usize| layers.pp(index).pp("input_layernorm").contains_tensor("weight");
+        if one_more(config.num_hidden_layers) && !one_more(usize::MAX) {
+            return Err(Error::config(
+                "the model",
+                format_args!(
+                    "num_hidden_layers is {}, the weights have `model.layers.{}` and more",
+                    config.num_hidden_layers, config.num_hidden_layers
+                ),
+            ));
+        }
+        let norm = rms_norm(config.hidden_size, config.rms_norm_eps, model.pp("norm"))?;
+        let head = if config.tie_word_embeddings {
+            Linear::with_path(embed.embeddings().clone(), None, "lm_head")?
+        } else {
+            linear_no_bias(config.hidden_size, config.vocab_size, vb.pp("lm_head"))?
+        };
+        Ok(Self { embed, blocks, norm, head, config: config.clone(), dtype, device })
+    }
+
+    /// What the model was loaded with.
+    pub fn config(&self) -> &CausalLmConfig {
+        &self.config
+    }
+
+    /// The device of the weights.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The dtype of the weights and of the logits.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// A cache for up to `capacity` positions of this model.
+    ///
+    /// # Errors
+    /// As [`Cache::new`].
+    pub fn new_cache(&self, capacity: usize) -> Result<Cache> {
+        Cache::new(&self.config, capacity, self.dtype, &self.device)
+    }
+
+    /// Sets, replaces (`Some`) or removes (`None`) the adapter of one linear map.
+    ///
+    /// `path` is the map's name in the checkpoint without `.weight`, e.g. `model.layers.3.self_attn.q_proj`;
+    /// q, k, v, o, gate, up and down of every block can carry one.
+    ///
+    /// # Errors
+    /// [`Error::Module`] where there is no such map, or the factors do not fit it.
+    pub fn set_lora(&mut self, path: &str, adapter: Option<LoraWeights>) -> Result<()> {
+        match self.projection_mut(path) {
+            Some(projection) => projection.set_adapter(adapter),
+            None => Err(Error::module(
+                "lora",
+                path,
+                "the model has no such linear map (expected e.g. model.layers.0.self_attn.q_proj or model.layers.0.mlp.up_proj)",
+            )),
+        }
+    }
+
+    /// Removes all adapters.
+    ///
+    /// # Errors
+    /// None in practice: taking an adapter away needs nothing to fit.
+    pub fn clear_lora(&mut self) -> Result<()> {
+        const NAMES: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+        for block in &mut self.blocks {
+            for name in NAMES {
+                let projection = match block.attention.projection_mut(name) {
+                    Some(projection) => Some(projection),
+                    None => block.mlp.projection_mut(name),
+                };
+                if let Some(projection) = projection {
+                    projection.set_adapter(None)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn projection_mut(&mut self, path: &str) -> Option<&mut LoraLinear> {
+        let rest = path.strip_prefix("model.layers.")?;
+        let (index, rest) = rest.split_once('.')?;
+        let block = self.blocks.get_mut(index.parse::<usize>().ok()?)?;
+        match rest.split_once('.')? {
+            ("self_attn", name) => block.attention.projection_mut(name),
+            ("mlp", name) => block.mlp.projection_mut(name),
+            _ => None,
+        }
+    }
+
+    /// Logits (batch, vocab) of the last of the positions `ids` (batch, s) adds.
+    ///
+    /// A long prompt may be given in pieces: the cache knows where the next one begins.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrompt`] for s = 0, [`Error::CacheFull`] where the cache has no room, [`Error::Cache`] where it
+    /// belongs to another model or batch. After an error the cache holds what it held before.
+    #[track_caller]
+    pub fn forward(&self, ids: &LazyTensor, cache: &mut Cache) -> Result<LazyTensor> {
+        let hidden = self.hidden(ids, cache)?;
+        let (b, s, width) = hidden.dims3()?;
+        // Only the last row meets the vocabulary: of a long prompt the other rows' logits are not wanted.
+        let last = hidden.narrow(1, s.saturating_sub(1), 1)?.reshape((b, width))?;
+        self.logits(&last)
+    }
+
+    /// Logits (batch, s, vocab) of all the positions `ids` (batch, s) adds.
+    ///
+    /// # Errors
+    /// As [`CausalLm::forward`].
+    #[track_caller]
+    pub fn forward_all(&self, ids: &LazyTensor, cache: &mut Cache) -> Result<LazyTensor> {
+        let hidden = self.hidden(ids, cache)?;
+        self.logits(&hidden)
+    }
+
+    #[track_caller]
+    fn logits(&self, hidden: &LazyTensor) -> Result<LazyTensor> {
+        let normed = {
+            let _scope = scope::enter("model");
+            self.norm.forward(hidden)?
+        };
+        self.head.forward(&normed)
+    }
+
+    /// The residual stream (batch, s, hidden) after all blocks, before the last norm.
+    #[track_caller]
+    fn hidden(&self, ids: &LazyTensor, cache: &mut Cache) -> Result<LazyTensor> {
+        let &[_, s] = ids.dims() else {
+            return Err(Error::module(
+                "causal_lm",
+                "model",
+                format_args!("ids must have shape (batch, length), found {:?}", ids.shape()),
+            ));
+        };
+        if s == 0 {
+            return Err(Error::EmptyPrompt);
+        }
+        if cache.blocks.len() != self.blocks.len() {
+            return Err(Error::Cache {
+                message: format!("made for {} blocks, the model has {}", cache.blocks.len(), self.blocks.len()),
+            });
+        }
+        let position = cache.position();
+        if position.checked_add(s).is_none_or(|end| end > cache.capacity) {
+            return Err(Error::CacheFull { position, added: s, capacity: cache.capacity });
+        }
+        let recorded = self.blocks_forward(ids, position, s, cache);
+        if recorded.is_err() {
+            // Some blocks may have taken the new positions: all of them go back to where the call began.
+            cache.truncate(position);
+        }
+        recorded
+    }
+
+    #[track_caller]
+    fn blocks_forward(&self, ids: &LazyTensor, position: usize, s: usize, cache: &mut Cache) -> Result<LazyTensor> {
+        let _scope = scope::enter("model");
+        let (cos, sin) = cache.rope.slice(position, s)?;
+        let at = Positions { cos, sin };
+        let mut xs = self.embed.forward(ids)?;
+        for (block, kv) in self.blocks.iter().zip(&mut cache.blocks) {
+            xs = block.forward(&xs, &at, kv)?;
+        }
+        Ok(xs)
+    }
+}

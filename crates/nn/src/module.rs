@@ -1,0 +1,54 @@
+//! The trait of everything that maps one tensor to one, and how modules get their weights.
+
+use crate::error::{Error, Result};
+use candle_core::{Shape, Tensor};
+use candle_lazy_exec::LazyTensor;
+use candle_nn::VarBuilder;
+
+/// A function from one tensor to one, with weights inside.
+///
+/// `forward` records; nothing is computed before the result (or something made from it) is evaluated. It is
+/// `#[track_caller]`, so an error names the line that called the module, not a line of this crate.
+pub trait Module {
+    /// Records the module applied to `xs`.
+    ///
+    /// # Errors
+    /// Where shape, dtype or device of `xs` do not fit the weights: the op, both shapes and the caller's line are named.
+    #[track_caller]
+    fn forward(&self, xs: &LazyTensor) -> Result<LazyTensor>;
+}
+
+impl<M: Module + ?Sized> Module for &M {
+    #[track_caller]
+    fn forward(&self, xs: &LazyTensor) -> Result<LazyTensor> {
+        (**self).forward(xs)
+    }
+}
+
+impl<M: Module + ?Sized> Module for Box<M> {
+    #[track_caller]
+    fn forward(&self, xs: &LazyTensor) -> Result<LazyTensor> {
+        (**self).forward(xs)
+    }
+}
+
+/// Full name of tensor `name` under the builder's prefix.
+pub(crate) fn full_name(vb: &VarBuilder<'_>, name: &str) -> String {
+    let prefix = vb.prefix();
+    if prefix.is_empty() {
+        name.to_string()
+    } else {
+        format!("{prefix}.{name}")
+    }
+}
+
+/// Tensor `name` of the builder, with an error that names tensor, file and shapes; initialised by `init` where the
+/// builder makes new variables (training from a `VarMap`).
+pub(crate) fn var_init(
+    vb: &VarBuilder<'_>,
+    shape: impl Into<Shape>,
+    name: &str,
+    init: candle_nn::Init,
+) -> Result<Tensor> {
+    vb.get_with_hints(shape, name, init).map_err(|error| Error::from_var(error, &full_name(vb, name)))
+}

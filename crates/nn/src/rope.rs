@@ -1,0 +1,163 @@
+//! Rotary position embedding: the table of cosines and sines (Su et al. 2021, arXiv:2104.09864).
+
+use crate::error::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use candle_lazy_exec::LazyTensor;
+
+/// How the base frequencies are changed for contexts longer than the model was first trained on.
+#[derive(Debug, Clone, PartialEq, Default)]
+#[non_exhaustive]
+pub enum RopeScaling {
+    /// Frequencies as they are.
+    #[default]
+    None,
+    /// Every frequency divided by one factor (position interpolation, arXiv:2306.15595).
+    Linear {
+        /// The factor.
+        factor: f32,
+    },
+    /// Llama 3.1's rule: long wavelengths are divided by `factor`, short ones kept, those between interpolated.
+    Llama3 {
+        /// What long wavelengths are divided by.
+        factor: f32,
+        /// A wavelength beyond `original_context / low_freq_factor` is long.
+        low_freq_factor: f32,
+        /// A wavelength below `original_context / high_freq_factor` is short.
+        high_freq_factor: f32,
+        /// Context of the first training, in positions.
+        original_context: usize,
+    },
+    /// One divisor per frequency, as GGUF files carry them (`rope_freqs.weight`).
+    Factors(Vec<f32>),
+}
+
+/// Cosines and sines of positions `0..positions`, half-split layout: shape (positions, head_dim / 2) each.
+///
+/// Angles are computed as Hugging Face and candle-transformers compute them, in f32 throughout: the models were trained
+/// with those very numbers, also where f64 would give better ones at far positions.
+#[derive(Debug, Clone)]
+pub struct RopeTable {
+    cos: LazyTensor,
+    sin: LazyTensor,
+    positions: usize,
+}
+
+impl RopeTable {
+    /// The table of `positions` rows for heads of `head_dim`, base `theta`.
+    ///
+    /// # Errors
+    /// Where `head_dim` is odd or zero, or a factor list has another length than `head_dim / 2`.
+    pub fn new(
+        head_dim: usize,
+        theta: f32,
+        scaling: &RopeScaling,
+        positions: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let frequencies = inverse_frequencies(head_dim, theta, scaling)?;
+        let half = frequencies.len();
+        let mut cos = Vec::with_capacity(positions.saturating_mul(half));
+        let mut sin = Vec::with_capacity(positions.saturating_mul(half));
+        for position in 0..positions {
+            for frequency in &frequencies {
+                let angle = position as f32 * frequency;
+                cos.push(angle.cos());
+                sin.push(angle.sin());
+            }
+        }
+        let cos = Tensor::from_vec(cos, (positions, half), device)?.to_dtype(dtype)?;
+        let sin = Tensor::from_vec(sin, (positions, half), device)?.to_dtype(dtype)?;
+        Ok(Self { cos: cos.into(), sin: sin.into(), positions })
+    }
+
+    /// Number of rows.
+    pub fn positions(&self) -> usize {
+        self.positions
+    }
+
+    /// Cosines and sines of `len` positions from `start` on, (len, head_dim / 2) each.
+    ///
+    /// # Errors
+    /// Where the table ends before `start + len`.
+    #[track_caller]
+    pub fn slice(&self, start: usize, len: usize) -> Result<(LazyTensor, LazyTensor)> {
+        Ok((self.cos.narrow(0, start, len)?, self.sin.narrow(0, start, len)?))
+    }
+}
+
+/// `theta^(−2i/head_dim)` for `i` in `0..head_dim/2`, scaled.
+fn inverse_frequencies(head_dim: usize, theta: f32, scaling: &RopeScaling) -> Result<Vec<f32>> {
+    if head_dim == 0 || !head_dim.is_multiple_of(2) {
+        return Err(Error::config("rope", format_args!("the head dim must be even and positive, found {head_dim}")));
+    }
+    let base = (0..head_dim).step_by(2).map(|i| 1f32 / theta.powf(i as f32 / head_dim as f32));
+    Ok(match scaling {
+        RopeScaling::None => base.collect(),
+        RopeScaling::Linear { factor } => base.map(|f| f / factor).collect(),
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+            let context = *original_context as f32;
+            let long = context / low_freq_factor;
+            let short = context / high_freq_factor;
+            base.map(|f| {
+                let wavelength = 2. * std::f32::consts::PI / f;
+                if wavelength < short {
+                    f
+                } else if wavelength > long {
+                    f / factor
+                } else {
+                    let smooth = (context / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                    (1. - smooth) * f / factor + smooth * f
+                }
+            })
+            .collect()
+        }
+        RopeScaling::Factors(factors) => {
+            if factors.len() != head_dim / 2 {
+                return Err(Error::config(
+                    "rope",
+                    format_args!("{} frequency factors for a head dim of {head_dim}", factors.len()),
+                ));
+            }
+            base.zip(factors).map(|(f, factor)| f / factor).collect()
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_frequencies_are_powers_of_theta() -> Result<()> {
+        let got = inverse_frequencies(8, 10_000., &RopeScaling::None)?;
+        for (i, f) in got.iter().enumerate() {
+            let want = 10_000f64.powf(-2. * i as f64 / 8.);
+            assert!((*f as f64 - want).abs() <= 1e-6 * want, "{i}: {f} against {want}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn llama3_keeps_short_and_divides_long_wavelengths() -> Result<()> {
+        let scaling =
+            RopeScaling::Llama3 { factor: 8., low_freq_factor: 1., high_freq_factor: 4., original_context: 8192 };
+        let base = inverse_frequencies(128, 500_000., &RopeScaling::None)?;
+        let got = inverse_frequencies(128, 500_000., &scaling)?;
+        assert_eq!(got.first(), base.first());
+        let (last, base_last) = (got[63], base[63]);
+        assert!((last - base_last / 8.).abs() <= 1e-6 * base_last);
+        for (g, b) in got.iter().zip(&base) {
+            assert!(*g <= b * 1.000001 && *g >= b / 8.000001);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn odd_head_dim_and_wrong_factor_count_are_refused() {
+        assert!(matches!(inverse_frequencies(7, 1e4, &RopeScaling::None), Err(Error::Config { .. })));
+        assert!(matches!(inverse_frequencies(0, 1e4, &RopeScaling::None), Err(Error::Config { .. })));
+        let factors = RopeScaling::Factors(vec![1.; 3]);
+        assert!(matches!(inverse_frequencies(8, 1e4, &factors), Err(Error::Config { .. })));
+    }
+}

@@ -1,0 +1,16 @@
+//! Weights from files, behind Candle's `VarBuilder`.
+//!
+//! Each tensor is read once, straight into the memory it stays in (asked for in huge pages, converted to the wanted
+//! dtype on the way): no map of the file stays behind, so the file may change or vanish after loading. Every count and
+//! offset of a file is checked against its size before anything is allocated.
+
+mod gguf;
+mod gguf_header;
+mod read;
+mod safetensors;
+
+#[cfg(feature = "tokenizers")]
+pub(crate) use gguf::as_u64;
+pub use gguf::Gguf;
+pub use gguf_header::{GgufHeader, GgufTensorInfo};
+pub use safetensors::{safetensors, SafetensorsFile};

@@ -1,0 +1,108 @@
+//! Decoder configs as Hugging Face writes them.
+
+use crate::common::{tiny_config, TestResult};
+use candle_lazy_nn::models::CausalLmConfig;
+use candle_lazy_nn::{Error, RopeScaling};
+
+fn json(extra: &str) -> String {
+    format!(
+        r#"{{"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+            "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-05{extra}}}"#
+    )
+}
+
+#[test]
+fn a_llama_config() -> TestResult {
+    let config = CausalLmConfig::from_json(&json(
+        r#", "model_type": "llama", "rope_theta": 100000, "tie_word_embeddings": true, "hidden_act": "silu",
+           "bos_token_id": 1, "eos_token_id": 2, "rope_scaling": null, "torch_dtype": "bfloat16""#,
+    ))?;
+    assert_eq!((config.head_dim, config.num_key_value_heads, config.rope_theta), (64, 3, 100_000.));
+    assert!(config.tie_word_embeddings && !config.qkv_bias && !config.out_bias);
+    assert_eq!((config.bos_token_id, config.eos_token_ids.as_slice()), (Some(1), &[2][..]));
+    assert_eq!(config.rope_scaling, RopeScaling::None);
+    Ok(())
+}
+
+#[test]
+fn a_qwen2_config_has_biases_and_ignores_an_unused_window() -> TestResult {
+    let text = json(
+        r#", "model_type": "qwen2", "use_sliding_window": false, "sliding_window": 32768, "eos_token_id": [5, 6]"#,
+    );
+    let config = CausalLmConfig::from_json(&text)?;
+    assert!(config.qkv_bias && !config.out_bias);
+    assert_eq!((config.sliding_window, config.eos_token_ids.as_slice()), (None, &[5, 6][..]));
+    Ok(())
+}
+
+#[test]
+fn a_mistral_config_has_its_window() -> TestResult {
+    let config =
+        CausalLmConfig::from_json(&json(r#", "model_type": "mistral", "sliding_window": 4096, "head_dim": 32"#))?;
+    assert_eq!((config.sliding_window, config.head_dim), (Some(4096), 32));
+    Ok(())
+}
+
+#[test]
+fn rope_scalings() -> TestResult {
+    let scaling = |text: &str| CausalLmConfig::from_json(&json(text)).map(|c| (c.rope_scaling, c.rope_theta));
+    let llama3 = r#", "rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}"#;
+    let want = RopeScaling::Llama3 { factor: 8., low_freq_factor: 1., high_freq_factor: 4., original_context: 8192 };
+    assert_eq!(scaling(llama3)?, (want, 500_000.));
+    let linear = r#", "rope_scaling": {"type": "linear", "factor": 2}"#;
+    assert_eq!(scaling(linear)?, (RopeScaling::Linear { factor: 2. }, 10_000.));
+    let parameters = r#", "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}"#;
+    assert_eq!(scaling(parameters)?, (RopeScaling::None, 1_000_000.));
+    let yarn = scaling(r#", "rope_scaling": {"rope_type": "yarn", "factor": 4.0}"#);
+    assert!(matches!(&yarn, Err(Error::Unsupported { found, .. }) if found == "yarn"), "{yarn:?}");
+    let lacking = scaling(r#", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}"#);
+    assert!(
+        matches!(&lacking, Err(Error::Config { message, .. }) if message.contains("low_freq_factor")),
+        "{lacking:?}"
+    );
+    assert!(scaling(r#", "rope_scaling": {"type": "linear", "factor": -2}"#).is_err());
+    Ok(())
+}
+
+#[test]
+fn what_is_not_computed_is_refused_by_name() {
+    let load = |text: &str| CausalLmConfig::from_json(&json(text)).map(|_| ());
+    let error = load(r#", "model_type": "mamba""#);
+    assert!(matches!(&error, Err(Error::Unsupported { found, .. }) if found == "mamba"), "{error:?}");
+    let error = load(r#", "hidden_act": "gelu""#);
+    assert!(matches!(&error, Err(Error::Unsupported { found, .. }) if found == "gelu"), "{error:?}");
+}
+
+#[test]
+fn broken_configs_are_refused() {
+    for text in ["", "[]", "{", r#"{"vocab_size": 3}"#, r#"{"vocab_size": -1}"#] {
+        assert!(matches!(CausalLmConfig::from_json(text), Err(Error::Config { .. })), "{text}");
+    }
+    assert!(matches!(CausalLmConfig::from_file("/nowhere/config.json"), Err(Error::Io { .. })));
+}
+
+#[test]
+fn sizes_that_contradict_each_other_are_refused() {
+    let check = |change: &dyn Fn(&mut CausalLmConfig)| {
+        let mut config = tiny_config();
+        change(&mut config);
+        config.validate("test")
+    };
+    assert!(check(&|_| {}).is_ok());
+    let wrong: [&dyn Fn(&mut CausalLmConfig); 9] = [
+        &|c| c.hidden_size = 0,
+        &|c| c.num_attention_heads = 0,
+        &|c| c.num_key_value_heads = 4,
+        &|c| c.head_dim = 5,
+        &|c| c.vocab_size = usize::MAX,
+        &|c| c.rms_norm_eps = -1.,
+        &|c| c.rope_theta = 0.,
+        &|c| c.rope_theta = f32::NAN,
+        &|c| c.sliding_window = Some(0),
+    ];
+    for (index, change) in wrong.into_iter().enumerate() {
+        assert!(matches!(check(change), Err(Error::Config { .. })), "case {index}");
+    }
+}

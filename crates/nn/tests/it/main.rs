@@ -1,0 +1,17 @@
+//! Tests of modules, models, weights, tokenizers and model directories, all on made-up weights: no network, no fixtures.
+
+mod common;
+
+mod bert;
+mod causal_lm;
+mod config;
+mod generate;
+mod gguf;
+mod gguf_broken;
+mod kv_cache;
+mod lora;
+mod model_dir;
+mod modules;
+mod safetensors;
+#[cfg(feature = "tokenizers")]
+mod tokenizer;

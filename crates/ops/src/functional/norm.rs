@@ -1,0 +1,202 @@
+//! RMS norm and layer norm over the last dim.
+
+use super::apply::{axis, leading_axes, sum_axes, RowCall, Tracked1, Tracked2, Tracked3};
+use super::{alike, float, wide};
+use crate::error::Error;
+use crate::row::{programs, BinaryFn as B, Builder, Class, ReduceFn, Reg, RowProgram, UnaryFn as U};
+use candle_core::{DType, Result, Tensor, D};
+
+/// The last dim of x, and the checks that every norm makes.
+fn check(op: &'static str, x: &Tensor, params: &[(&str, Option<&Tensor>)]) -> Result<usize> {
+    float(op, x)?;
+    let Some(&n) = x.dims().last() else {
+        return Err(Error::shape(op, "a scalar has no dim to normalise").into());
+    };
+    for (what, t) in params {
+        if let Some(t) = t {
+            alike(op, what, x, t)?;
+            if t.dims() != [n] {
+                return Err(Error::shape(op, format!("{what} {:?} for x {:?}", t.dims(), x.dims())).into());
+            }
+        }
+    }
+    Ok(n)
+}
+
+fn class(op: &'static str, dtype: DType) -> Result<Class> {
+    Ok(Class::of(dtype).ok_or_else(|| Error::unsupported(op, format!("dtype {}", dtype.as_str())))?)
+}
+
+fn mean(b: &mut Builder, x: Reg) -> Reg {
+    let s = b.reduce(ReduceFn::Sum, x);
+    let n = b.row_len();
+    let inv = b.unary(U::Recip, n);
+    b.binary(B::Mul, s, inv)
+}
+
+/// The normalised x and the reciprocal of its scale: x/√(mean x² + eps), after subtracting the mean if `centre`.
+fn normalised(b: &mut Builder, x: Reg, centre: bool) -> (Reg, Reg) {
+    let x = if centre {
+        let m = mean(b, x);
+        b.binary(B::Sub, x, m)
+    } else {
+        x
+    };
+    let sqr = b.unary(U::Sqr, x);
+    let var = mean(b, sqr);
+    let eps = b.param(0);
+    let shifted = b.binary(B::Add, var, eps);
+    let root = b.unary(U::Sqrt, shifted);
+    let hat = b.binary(B::Div, x, root);
+    let inv = b.unary(U::Recip, root);
+    (hat, inv)
+}
+
+/// A norm, and what its gradients need.
+#[derive(Clone, Copy)]
+struct Norm {
+    op: &'static str,
+    centre: bool,
+    eps: f64,
+    axes: u32,
+    class: Class,
+    dtype: DType,
+}
+
+impl Norm {
+    fn call(&self, b: Builder) -> Result<RowCall> {
+        Ok(RowCall::new(self.op, b.finish()?, self.axes).with_params(&[self.eps]))
+    }
+
+    /// dx = (h - [mean h] - x̂·mean(h·x̂)) / scale for h = g·w; the mean of h only where the norm centres.
+    fn d_x(&self, x: &Tensor, w: Option<&Tensor>, g: &Tensor) -> Result<Tensor> {
+        let mut b = RowProgram::builder(self.class);
+        let (x_, g_) = (b.load(0), b.load(1));
+        let h = match w {
+            Some(_) => {
+                let w_ = b.load(2);
+                b.binary(B::Mul, g_, w_)
+            }
+            None => g_,
+        };
+        let (hat, inv) = normalised(&mut b, x_, self.centre);
+        let p = b.binary(B::Mul, h, hat);
+        let mp = mean(&mut b, p);
+        let along = b.binary(B::Mul, hat, mp);
+        let mut d = h;
+        if self.centre {
+            let mh = mean(&mut b, h);
+            d = b.binary(B::Sub, d, mh);
+        }
+        let d = b.binary(B::Sub, d, along);
+        let dx = b.binary(B::Mul, d, inv);
+        b.output(dx, self.dtype);
+        let call = self.call(b)?;
+        match w {
+            Some(w) => call.detached(&[x, g, w]),
+            None => call.detached(&[x, g]),
+        }
+    }
+
+    /// dw = Σ over rows of g·x̂, summed in the arithmetic type.
+    fn d_weight(&self, x: &Tensor, g: &Tensor) -> Result<Tensor> {
+        let mut b = RowProgram::builder(self.class);
+        let (x_, g_) = (b.load(0), b.load(1));
+        let (hat, _) = normalised(&mut b, x_, self.centre);
+        let p = b.binary(B::Mul, g_, hat);
+        b.output(p, wide(self.dtype));
+        let p = self.call(b)?.detached(&[x, g])?;
+        sum_axes(&p, leading_axes(x.rank()), self.dtype)
+    }
+
+    fn d_bias(&self, g: &Tensor) -> Result<Tensor> {
+        sum_axes(g, leading_axes(g.rank()), self.dtype)
+    }
+
+    /// Gradients of x and the weight.
+    fn grads(&self, x: &Tensor, w: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (xd, wd) = (x.detach(), w.detach());
+        let dx = x.track_op().then(|| self.d_x(&xd, Some(&wd), g)).transpose()?;
+        let dw = w.track_op().then(|| self.d_weight(&xd, g)).transpose()?;
+        Ok((dx, dw))
+    }
+}
+
+/// x / √(mean(x²) + eps), then times the weight if there is one, along the last dim. x is `(…, n)` of any float dtype, the
+/// weight `(n)` of x's dtype.
+///
+/// # Errors
+/// A weight that is not `(n)`, dtypes or devices that differ, a scalar x, a dtype that is not a float.
+pub fn rms_norm(x: &Tensor, weight: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+    const OP: &str = "rms-norm";
+    let n = check(OP, x, &[("weight", weight)])?;
+    let dtype = x.dtype();
+    if !x.device().is_cpu() {
+        let v = x.to_dtype(wide(dtype))?;
+        let scale = ((v.sqr()?.sum_keepdim(D::Minus1)? / n as f64)? + eps)?.sqrt()?;
+        let y = v.broadcast_div(&scale)?;
+        let y = match weight {
+            Some(w) => y.broadcast_mul(&w.to_dtype(wide(dtype))?)?,
+            None => y,
+        };
+        return y.to_dtype(dtype);
+    }
+    let norm =
+        Norm { op: OP, centre: false, eps, axes: axis(OP, x.rank() - 1, x.rank())?, class: class(OP, dtype)?, dtype };
+    let program = programs::rms_norm(weight.is_some(), dtype)?;
+    let call = RowCall::new(OP, program, norm.axes).with_params(&[eps]);
+    match weight {
+        None => x.apply_op1(Tracked1(call, move |x: &Tensor, _: &Tensor, g: &Tensor| norm.d_x(x, None, g))),
+        Some(w) => x.apply_op2(w, Tracked2(call, move |x: &Tensor, w: &Tensor, g: &Tensor| norm.grads(x, w, g))),
+    }
+}
+
+/// (x - mean) / √(var + eps) · weight + bias along the last dim, with the biased variance. x is `(…, n)` of any float dtype,
+/// weight and bias `(n)` of x's dtype, either may be absent.
+///
+/// # Errors
+/// A weight or bias that is not `(n)`, dtypes or devices that differ, a scalar x, a dtype that is not a float.
+pub fn layer_norm(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+    const OP: &str = "layer-norm";
+    let n = check(OP, x, &[("weight", weight), ("bias", bias)])?;
+    let dtype = x.dtype();
+    if !x.device().is_cpu() {
+        let v = x.to_dtype(wide(dtype))?;
+        let v = v.broadcast_sub(&(v.sum_keepdim(D::Minus1)? / n as f64)?)?;
+        let scale = ((v.sqr()?.sum_keepdim(D::Minus1)? / n as f64)? + eps)?.sqrt()?;
+        let mut y = v.broadcast_div(&scale)?;
+        if let Some(w) = weight {
+            y = y.broadcast_mul(&w.to_dtype(wide(dtype))?)?;
+        }
+        if let Some(b) = bias {
+            y = y.broadcast_add(&b.to_dtype(wide(dtype))?)?;
+        }
+        return y.to_dtype(dtype);
+    }
+    let norm =
+        Norm { op: OP, centre: true, eps, axes: axis(OP, x.rank() - 1, x.rank())?, class: class(OP, dtype)?, dtype };
+    let program = programs::layer_norm(weight.is_some(), bias.is_some(), dtype)?;
+    let call = RowCall::new(OP, program, norm.axes).with_params(&[eps]);
+    match (weight, bias) {
+        (None, None) => x.apply_op1(Tracked1(call, move |x: &Tensor, _: &Tensor, g: &Tensor| norm.d_x(x, None, g))),
+        (Some(w), None) => {
+            x.apply_op2(w, Tracked2(call, move |x: &Tensor, w: &Tensor, g: &Tensor| norm.grads(x, w, g)))
+        }
+        (None, Some(b)) => x.apply_op2(
+            b,
+            Tracked2(call, move |x: &Tensor, b: &Tensor, g: &Tensor| {
+                let xd = x.detach();
+                let dx = x.track_op().then(|| norm.d_x(&xd, None, g)).transpose()?;
+                Ok((dx, b.track_op().then(|| norm.d_bias(g)).transpose()?))
+            }),
+        ),
+        (Some(w), Some(b)) => x.apply_op3(
+            w,
+            b,
+            Tracked3(call, move |x: &Tensor, w: &Tensor, b: &Tensor, g: &Tensor| {
+                let (dx, dw) = norm.grads(x, w, g)?;
+                Ok((dx, dw, b.track_op().then(|| norm.d_bias(g)).transpose()?))
+            }),
+        ),
+    }
+}

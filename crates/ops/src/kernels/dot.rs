@@ -1,0 +1,20 @@
+//! Inner products in a fixed order.
+
+use crate::math::Real;
+use crate::row::loops::fold;
+
+/// Σ aᵢ·bᵢ with 16 interleaved accumulators folded in halves: the order depends on the length alone.
+#[inline(always)]
+pub(crate) fn dot<T: Real>(a: &[T], b: &[T]) -> T {
+    let mut lanes = [T::ZERO; 16];
+    let (mut ca, mut cb) = (a.chunks_exact(16), b.chunks_exact(16));
+    for (x, y) in (&mut ca).zip(&mut cb) {
+        for ((l, &x), &y) in lanes.iter_mut().zip(x).zip(y) {
+            *l = *l + x * y;
+        }
+    }
+    for ((l, &x), &y) in lanes.iter_mut().zip(ca.remainder()).zip(cb.remainder()) {
+        *l = *l + x * y;
+    }
+    fold(lanes, |a, b| a + b)
+}

@@ -1,0 +1,331 @@
+//! Matrix products through the `gemm` crate.
+
+use super::{check_float, check_out};
+use crate::element::Element;
+use crate::error::{Error, Result};
+use crate::row::space::Space;
+use crate::view::{count, Dims, Slice, SliceMut, Strided, View};
+use gemm::Parallelism;
+use half::bf16;
+
+const OP: &str = "matmul";
+
+/// The batch dims of a product, and both operands seen as batches of matrices.
+struct Batched {
+    m: usize,
+    n: usize,
+    k: usize,
+    /// Broadcast batch dims.
+    batch: Dims,
+    a: Strided,
+    b: Strided,
+}
+
+fn batched(a: &Strided, b: &Strided) -> Result<Batched> {
+    let bad = |why: &str| Error::shape(OP, format!("{:?} x {:?}: {why}", a.dims, b.dims));
+    let ([ab @ .., m, k], [bb @ .., kb, n]) = (a.dims.as_slice(), b.dims.as_slice()) else {
+        return Err(bad("both sides need at least two dims"));
+    };
+    if k != kb {
+        return Err(bad("inner dims differ"));
+    }
+    let rank = ab.len().max(bb.len());
+    let mut batch = Dims::from_elem(1, rank);
+    for (i, d) in batch.iter_mut().enumerate() {
+        let at = |dims: &[usize]| (i + dims.len()).checked_sub(rank).map_or(1, |j| dims[j]);
+        *d = match (at(ab), at(bb)) {
+            (x, y) if x == y => x,
+            (1, y) => y,
+            (x, 1) => x,
+            _ => return Err(bad("batch dims do not broadcast")),
+        };
+    }
+    let full = |l: &Strided, r: usize, c: usize| {
+        let mut dims = batch.clone();
+        dims.extend([r, c]);
+        l.broadcast_to(&dims)
+    };
+    Ok(Batched { m: *m, n: *n, k: *k, a: full(a, *m, *k)?, b: full(b, *k, *n)?, batch })
+}
+
+/// One matrix of a view: where it starts and its strides.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Matrix {
+    pub(crate) offset: usize,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) row_stride: usize,
+    pub(crate) col_stride: usize,
+}
+
+impl Matrix {
+    /// A dense row-major matrix.
+    pub(crate) fn dense(offset: usize, rows: usize, cols: usize) -> Self {
+        Matrix { offset, rows, cols, row_stride: cols, col_stride: 1 }
+    }
+
+    /// Whether every element stands within `len`.
+    fn fits(&self, len: usize) -> bool {
+        if self.rows == 0 || self.cols == 0 {
+            return true;
+        }
+        (self.rows - 1)
+            .checked_mul(self.row_stride)
+            .zip((self.cols - 1).checked_mul(self.col_stride))
+            .and_then(|(r, c)| r.checked_add(c)?.checked_add(self.offset))
+            .is_some_and(|last| last < len)
+    }
+}
+
+/// How many threads `gemm` may use: as Candle asks for, except that it never gets more than the current pool has.
+/// The result's bits do not depend on it.
+fn parallelism() -> Parallelism {
+    match candle_core::utils::get_num_threads().min(rayon::current_num_threads()) {
+        0 | 1 => Parallelism::None,
+        n => Parallelism::Rayon(n),
+    }
+}
+
+/// `dst = beta·a·b`, or `dst + beta·a·b` if `accumulate`; `dst` is dense row-major.
+pub(crate) fn gemm_into<T: Element + gemm_scalar::Scalar>(
+    a: &[T],
+    am: Matrix,
+    b: &[T],
+    bm: Matrix,
+    dst: &mut [T],
+    accumulate: bool,
+    beta: T,
+) -> Result<()> {
+    let (m, n, k) = (am.rows, bm.cols, am.cols);
+    if bm.rows != k || dst.len() != m * n || !am.fits(a.len()) || !bm.fits(b.len()) {
+        return Err(Error::shape(OP, format!("{am:?} x {bm:?}")));
+    }
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    if k == 0 {
+        if !accumulate {
+            dst.fill(T::default());
+        }
+        return Ok(());
+    }
+    let alpha = if accumulate { T::from_f32(1.0) } else { T::default() };
+    // SAFETY: `fits` shows that every element (i, j) of both operands, at offset + i·row_stride + j·col_stride, lies within its
+    // slice, and `dst` holds exactly m·n elements, addressed as row-major (m, n). `T` is f16, f32 or f64 (the sealed
+    // `Scalar`), which `gemm` accepts. Strides fit `isize` because the offsets they lead to lie within a slice
+    // (a stride that is multiplied by 0 only is never followed).
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            dst.as_mut_ptr(),
+            1,
+            n as isize,
+            accumulate,
+            a.as_ptr().add(am.offset),
+            am.col_stride as isize,
+            am.row_stride as isize,
+            b.as_ptr().add(bm.offset),
+            bm.col_stride as isize,
+            bm.row_stride as isize,
+            alpha,
+            beta,
+            false,
+            false,
+            false,
+            parallelism(),
+        );
+    }
+    Ok(())
+}
+
+/// The types that the library product covers.
+pub(crate) mod gemm_scalar {
+    /// f16, f32 or f64, and nothing else.
+    pub(crate) trait Scalar {}
+    impl Scalar for half::f16 {}
+    impl Scalar for f32 {}
+    impl Scalar for f64 {}
+}
+
+/// Matrix product `(…, m, k) x (…, k, n) -> (…, m, n)`, batch dims broadcast from the right, any strides.
+///
+/// f32, f64 and f16 go to the `gemm` crate, called as Candle calls it, so that f32 results are
+/// Candle's bit for bit; bf16 is widened to f32, accumulated in f32 and rounded once. `k == 0` gives zeros.
+///
+/// # Errors
+/// `ShapeMismatch`, `DTypeMismatch`, `Unsupported` (not a float), `OutOfBounds`.
+pub fn matmul(a: &View<'_>, b: &View<'_>, out: &mut SliceMut<'_>) -> Result<()> {
+    a.check()?;
+    b.check()?;
+    check_float(OP, a.dtype())?;
+    if a.dtype() != b.dtype() {
+        return Err(Error::dtypes(OP, "the right side", a.dtype(), b.dtype()));
+    }
+    let s = batched(&a.layout, &b.layout)?;
+    let total = count(&s.batch).saturating_mul(s.m).saturating_mul(s.n);
+    check_out(OP, out, a.dtype(), total)?;
+    if total == 0 {
+        return Ok(());
+    }
+    match (a.data, b.data, out) {
+        (Slice::F32(a), Slice::F32(b), SliceMut::F32(o)) => products(&s, a, b, o),
+        (Slice::F64(a), Slice::F64(b), SliceMut::F64(o)) => products(&s, a, b, o),
+        (Slice::F16(a), Slice::F16(b), SliceMut::F16(o)) => products(&s, a, b, o),
+        (Slice::BF16(a), Slice::BF16(b), SliceMut::BF16(o)) => widened(&s, a, b, o),
+        _ => Err(Error::unsupported(OP, "this mix of dtypes")),
+    }
+}
+
+/// Calls `f(a's matrix, b's matrix, range of the output)` for each product to make, folding batches into rows where
+/// the right side is the same for all.
+fn each_product(s: &Batched, mut f: impl FnMut(Matrix, Matrix, std::ops::Range<usize>) -> Result<()>) -> Result<()> {
+    let rank = s.a.dims.len();
+    let matrix = |l: &Strided, offset: usize, rows: usize, cols: usize| Matrix {
+        offset,
+        rows,
+        cols,
+        row_stride: l.strides[rank - 2],
+        col_stride: l.strides[rank - 1],
+    };
+    let batches = count(&s.batch);
+    let invariant = s.batch.iter().zip(&s.b.strides).all(|(&d, &st)| d == 1 || st == 0);
+    if batches > 1 && invariant {
+        if let Some(flat) = s.a.reshape(&[batches * s.m, s.k]) {
+            let whole = Matrix {
+                offset: flat.offset,
+                rows: batches * s.m,
+                cols: s.k,
+                row_stride: flat.strides[0],
+                col_stride: flat.strides[1],
+            };
+            return f(whole, matrix(&s.b, s.b.offset, s.k, s.n), 0..batches * s.m * s.n);
+        }
+    }
+    let lead = |l: &Strided| Strided { dims: s.batch.clone(), strides: l.strides[..rank - 2].into(), offset: l.offset };
+    let space = Space::new(&s.batch, 0, &[lead(&s.a), lead(&s.b)]);
+    let [oa, ob] = space.operands.as_slice() else {
+        return Ok(());
+    };
+    let (sa, sb) = (oa.row.single().unwrap_or(0), ob.row.single().unwrap_or(0));
+    let (mut fa, mut fb) = (Vec::new(), Vec::new());
+    let mut at = 0;
+    for row in 0..space.rows {
+        space.offsets(oa, row, 1, &mut fa);
+        space.offsets(ob, row, 1, &mut fb);
+        let (Some(&a0), Some(&b0)) = (fa.first(), fb.first()) else {
+            continue;
+        };
+        for j in 0..space.cols {
+            f(matrix(&s.a, a0 + j * sa, s.m, s.k), matrix(&s.b, b0 + j * sb, s.k, s.n), at..at + s.m * s.n)?;
+            at += s.m * s.n;
+        }
+    }
+    Ok(())
+}
+
+fn products<T: Element + gemm_scalar::Scalar>(s: &Batched, a: &[T], b: &[T], out: &mut [T]) -> Result<()> {
+    each_product(s, |am, bm, range| gemm_into(a, am, b, bm, &mut out[range], false, T::from_f32(1.0)))
+}
+
+/// Widens a matrix to a dense f32 one.
+pub(crate) fn widen_matrix<T: Element>(src: &[T], m: Matrix, out: &mut Vec<f32>) {
+    out.clear();
+    out.resize(m.rows * m.cols, 0.0);
+    if m.cols == 0 {
+        return;
+    }
+    for (i, row) in out.chunks_exact_mut(m.cols).enumerate() {
+        let at = m.offset + i * m.row_stride;
+        if m.col_stride == 1 {
+            T::widen(&src[at..at + m.cols], row);
+        } else {
+            for (j, d) in row.iter_mut().enumerate() {
+                *d = src[at + j * m.col_stride].to_f32();
+            }
+        }
+    }
+}
+
+fn widened(s: &Batched, a: &[bf16], b: &[bf16], out: &mut [bf16]) -> Result<()> {
+    let (mut wa, mut wb, mut wo) = (Vec::new(), Vec::new(), Vec::new());
+    let mut last = None;
+    each_product(s, |am, bm, range| {
+        widen_matrix(a, am, &mut wa);
+        // The same right side for many batches is widened once.
+        if last != Some(bm.offset) {
+            widen_matrix(b, bm, &mut wb);
+            last = Some(bm.offset);
+        }
+        wo.clear();
+        wo.resize(range.len(), 0.0);
+        gemm_into(
+            &wa,
+            Matrix::dense(0, am.rows, am.cols),
+            &wb,
+            Matrix::dense(0, bm.rows, bm.cols),
+            &mut wo,
+            false,
+            1.0,
+        )?;
+        bf16::round_from(&wo, &mut out[range]);
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    //! The library call against a checked loop over the same operands.
+
+    use super::*;
+
+    /// What `gemm_into` computes, by indexing.
+    fn checked(a: &[f64], am: Matrix, b: &[f64], bm: Matrix, dst: &mut [f64], acc: bool, beta: f64) {
+        for i in 0..am.rows {
+            for j in 0..bm.cols {
+                let mut s = 0.0;
+                for l in 0..am.cols {
+                    s += a[am.offset + i * am.row_stride + l * am.col_stride]
+                        * b[bm.offset + l * bm.row_stride + j * bm.col_stride];
+                }
+                let d = &mut dst[i * bm.cols + j];
+                *d = beta * s + if acc { *d } else { 0.0 };
+            }
+        }
+    }
+
+    #[test]
+    fn the_library_call_is_the_checked_loop() {
+        let data: Vec<f64> = (0..400).map(|i| ((i * 37 % 101) as f64 - 50.0) / 16.0).collect();
+        for (m, n, k) in [(1, 1, 1), (3, 4, 5), (1, 7, 6), (6, 1, 4), (2, 3, 0), (0, 2, 2), (5, 5, 17)] {
+            for (rs, cs) in [(k.max(1) + 2, 1), (1, m.max(1) + 1), (0, 1), (2, 0)] {
+                for acc in [false, true] {
+                    let am = Matrix { offset: 3, rows: m, cols: k, row_stride: rs, col_stride: cs };
+                    let bm = Matrix { offset: 1, rows: k, cols: n, row_stride: 1, col_stride: k + 1 };
+                    let start: Vec<f64> = (0..m * n).map(|i| i as f64).collect();
+                    let (mut got, mut want) = (start.clone(), start);
+                    gemm_into(&data, am, &data, bm, &mut got, acc, 0.5).unwrap();
+                    checked(&data, am, &data, bm, &mut want, acc, 0.5);
+                    for (g, w) in got.iter().zip(&want) {
+                        assert!((g - w).abs() < 1e-10, "{m}x{k}x{n} {rs} {cs}: {g} {w}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn matrices_past_their_data_are_refused() {
+        let data = [1.0f32; 12];
+        let good = Matrix::dense(0, 3, 4);
+        let mut out = [0.0; 9];
+        let t = Matrix { row_stride: 1, col_stride: 4, rows: 4, cols: 3, offset: 0 };
+        assert!(gemm_into(&data, good, &data, t, &mut out, false, 1.0).is_ok());
+        let past = Matrix { offset: 1, ..good };
+        assert!(gemm_into(&data, past, &data, t, &mut out, false, 1.0).is_err());
+        let wide = Matrix { row_stride: usize::MAX, ..good };
+        assert!(gemm_into(&data, wide, &data, t, &mut out, false, 1.0).is_err());
+        assert!(gemm_into(&data, good, &data, t, &mut out[..8], false, 1.0).is_err());
+    }
+}

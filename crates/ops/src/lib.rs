@@ -1,0 +1,17 @@
+#![doc = include_str!("../README.md")]
+
+mod element;
+pub mod error;
+pub mod functional;
+pub mod kernels;
+mod math;
+pub mod row;
+pub mod storage;
+pub mod view;
+
+pub use error::{Error, Result};
+pub use functional::{
+    attention, gelu, gelu_erf, layer_norm, linear, log_softmax, lora, lora_add, matmul, rms_norm, rope, rope_i, silu,
+    silu_mul, softmax,
+};
+pub use kernels::AttentionParams;

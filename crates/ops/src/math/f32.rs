@@ -1,0 +1,173 @@
+//! f32 functions as straight-line polynomial code.
+
+use super::{consts, Real};
+use crate::element::Element;
+
+impl Real for f32 {
+    consts!(f32);
+
+    #[inline(always)]
+    fn exp(self) -> Self {
+        exp(self)
+    }
+    #[inline(always)]
+    fn log(self) -> Self {
+        log(self)
+    }
+    #[inline(always)]
+    fn tanh(self) -> Self {
+        tanh(self)
+    }
+    #[inline(always)]
+    fn erf(self) -> Self {
+        erf(self)
+    }
+
+    #[inline(always)]
+    fn read<E: Element>(src: &[E], dst: &mut [Self]) {
+        E::widen(src, dst);
+    }
+    #[inline(always)]
+    fn write<E: Element>(src: &[Self], dst: &mut [E]) {
+        E::round_from(src, dst);
+    }
+    #[inline(always)]
+    fn get<E: Element>(v: E) -> Self {
+        v.to_f32()
+    }
+    #[inline(always)]
+    fn put<E: Element>(self) -> E {
+        E::from_f32(self)
+    }
+}
+
+/// Adding and subtracting 1.5·2²³ rounds an f32 of small magnitude to an integer, ties to even.
+const ROUNDER: f32 = 12_582_912.0;
+/// ln 2 in two parts; the first has 9 significant bits, so its product with an exponent is exact.
+const LN2_HI: f32 = 0.693_359_4;
+const LN2_LO: f32 = -2.121_944_4e-4;
+
+/// eˣ, within 1 ulp of the true value; gradual underflow to 0, overflow to +∞, NaN stays NaN.
+///
+/// x = n·ln 2 + r with |r| ≤ ln 2 / 2, and 2ⁿ is multiplied in as two halves so that both ends of the
+/// range come out right.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    // Outside this range the result is 0 or ∞ anyway; the comparisons let a NaN through.
+    let x = if x < -104.0 { -104.0 } else { x };
+    let x = if x > 89.0 { 89.0 } else { x };
+    let t = x * std::f32::consts::LOG2_E + ROUNDER;
+    let n = t - ROUNDER;
+    // r and what its rounding lost: without the second part the result would be off by up to a whole ulp.
+    let (high, low) = (x - n * LN2_HI, n * LN2_LO);
+    let r = high - low;
+    let lost = (high - r) - low;
+    let mut p = 0.001_395_170_3f32;
+    p = p * r + 0.008_369_598;
+    p = p * r + 0.041_666_187;
+    p = p * r + 0.166_665_12;
+    p = p * r + 0.5;
+    // 1 + r is kept with its rounding error too, so that only the last addition rounds noticeably.
+    let one = 1.0 + r;
+    let p = one + ((r - (one - 1.0)) + (r * r * p + lost));
+    let n = (t.to_bits() as i32).wrapping_sub(ROUNDER.to_bits() as i32);
+    let half = n >> 1;
+    let rest = n.wrapping_sub(half);
+    p * pow2(half) * pow2(rest)
+}
+
+/// 2ⁿ for n in the normal range.
+#[inline(always)]
+fn pow2(n: i32) -> f32 {
+    f32::from_bits((n.wrapping_add(127) as u32) << 23)
+}
+
+/// Natural logarithm, within 2 ulp; ±0 gives -∞, negative numbers and NaN give NaN, +∞ gives +∞.
+///
+/// x = 2ᵉ·m with m in [2/3, 4/3); log m is f - f²/2 + f³·P(f) for f = m - 1.
+#[inline(always)]
+pub(crate) fn log(x: f32) -> f32 {
+    // Subnormals are scaled into the normal range first.
+    let tiny = x < f32::MIN_POSITIVE;
+    let scaled = if tiny { x * 8_388_608.0 } else { x };
+    let bias = if tiny { -23.0 } else { 0.0 };
+    let bits = scaled.to_bits() as i32;
+    // 0x3f2aaaab is 2/3: the shifted difference is the exponent that puts m into [2/3, 4/3).
+    let e = bits.wrapping_sub(0x3f2a_aaab) >> 23;
+    let m = f32::from_bits(bits.wrapping_sub(e << 23) as u32);
+    let e = e as f32 + bias;
+    let f = m - 1.0;
+    let mut p = 0.123_584_54f32;
+    p = p * f - 0.128_470_55;
+    p = p * f + 0.106_612_556;
+    p = p * f - 0.121_952_98;
+    p = p * f + 0.143_128_47;
+    p = p * f - 0.166_796_15;
+    p = p * f + 0.199_993_06;
+    p = p * f - 0.249_998_2;
+    p = p * f + 0.333_333_37;
+    let f2 = f * f;
+    let tail = f2 * f * p + e * LN2_LO;
+    let r = e * LN2_HI + (f + (tail - 0.5 * f2));
+    let r = if x == 0.0 { f32::NEG_INFINITY } else { r };
+    let r = if x < 0.0 { f32::NAN } else { r };
+    let r = if x == f32::INFINITY { x } else { r };
+    if x.is_nan() {
+        x
+    } else {
+        r
+    }
+}
+
+/// Hyperbolic tangent, within 2 ulp; ±∞ gives ±1, NaN stays NaN.
+///
+/// A polynomial in x² below 0.65, 1 - 2/(e²ˣ + 1) above.
+#[inline(always)]
+pub(crate) fn tanh(x: f32) -> f32 {
+    let a = x.abs();
+    let t = x * x;
+    let mut p = 0.002_031_754_7f32;
+    p = p * t - 0.008_053_952;
+    p = p * t + 0.021_650_156;
+    p = p * t - 0.053_937_47;
+    p = p * t + 0.133_331_33;
+    p = p * t - 0.333_333_28;
+    let small = a + a * t * p;
+    let large = 1.0 - 2.0 / (exp(a + a) + 1.0);
+    let r = if a < 0.65 { small } else { large };
+    f32::from_bits(r.to_bits() | (x.to_bits() & 0x8000_0000))
+}
+
+/// Error function, within 2 ulp; ±∞ gives ±1, NaN stays NaN.
+///
+/// x·(1 + P(x²)) below 0.92, 1 - e^Q(|x|) above, where Q fits log erfc.
+#[inline(always)]
+pub(crate) fn erf(x: f32) -> f32 {
+    let a = x.abs();
+    let t = x * x;
+    let mut p = 8.345_191e-5f32;
+    p = p * t - 0.000_813_742_8;
+    p = p * t + 0.005_200_633_3;
+    p = p * t - 0.026_859_27;
+    p = p * t + 0.112_836_94;
+    p = p * t - 0.376_126_35;
+    p = p * t + 0.128_379_17;
+    let small = x + x * p;
+    // erf rounds to 1 from 3.92 on; the comparison lets a NaN through.
+    let c = if a > 4.0 { 4.0 } else { a };
+    let mut q = -2.082_868e-5f32;
+    q = q * c + 0.000_431_394_2;
+    q = q * c - 0.004_156_257_5;
+    q = q * c + 0.025_080_623;
+    q = q * c - 0.108_220_39;
+    q = q * c - 0.633_400_86;
+    q = q * c - 1.129_488_5;
+    q = q * c + 0.000_169_205_54;
+    let large = 1.0 - exp(q);
+    let large = f32::from_bits(large.to_bits() | (x.to_bits() & 0x8000_0000));
+    if a < 0.92 {
+        small
+    } else {
+        large
+    }
+}

@@ -1,0 +1,46 @@
+//! f64 functions: the platform's, and libm's error function.
+
+use super::{consts, Real};
+use crate::element::Element;
+
+impl Real for f64 {
+    consts!(f64);
+
+    #[inline(always)]
+    fn exp(self) -> Self {
+        self.exp()
+    }
+    #[inline(always)]
+    fn log(self) -> Self {
+        self.ln()
+    }
+    #[inline(always)]
+    fn tanh(self) -> Self {
+        self.tanh()
+    }
+    #[inline(always)]
+    fn erf(self) -> Self {
+        libm::erf(self)
+    }
+
+    #[inline(always)]
+    fn read<E: Element>(src: &[E], dst: &mut [Self]) {
+        for (d, s) in dst.iter_mut().zip(src) {
+            *d = s.to_f64();
+        }
+    }
+    #[inline(always)]
+    fn write<E: Element>(src: &[Self], dst: &mut [E]) {
+        for (d, s) in dst.iter_mut().zip(src) {
+            *d = E::from_f64(*s);
+        }
+    }
+    #[inline(always)]
+    fn get<E: Element>(v: E) -> Self {
+        v.to_f64()
+    }
+    #[inline(always)]
+    fn put<E: Element>(self) -> E {
+        E::from_f64(self)
+    }
+}

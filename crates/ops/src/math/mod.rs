@@ -1,0 +1,134 @@
+//! Elementary functions: polynomial code for f32 that the compiler vectorises, the platform's for f64.
+//!
+//! The f32 functions have no branch and no table (only selects), so a loop over them becomes SIMD code
+//! on any target, and an element's bits never depend on where in a loop it stands. The polynomials are
+//! minimax fits (Remez exchange in 40-digit arithmetic) made for this crate.
+
+mod f32;
+mod f64;
+
+/// What register arithmetic needs of its type. `f32` and `f64` are the only ones.
+pub(crate) trait Real:
+    crate::element::Element
+    + PartialOrd
+    + std::ops::Add<Output = Self>
+    + std::ops::Sub<Output = Self>
+    + std::ops::Mul<Output = Self>
+    + std::ops::Div<Output = Self>
+    + std::ops::Neg<Output = Self>
+{
+    const ZERO: Self;
+    const ONE: Self;
+    const NEG_INF: Self;
+    const INF: Self;
+    const NAN: Self;
+    /// √(2/π) and 1/√2, for the two gelus.
+    const SQRT_2_OVER_PI: Self;
+    const FRAC_1_SQRT_2: Self;
+    const HALF: Self;
+    /// Cubic coefficient of the tanh form of gelu.
+    const GELU_CUBIC: Self;
+
+    fn abs(self) -> Self;
+    fn sqrt(self) -> Self;
+    fn exp(self) -> Self;
+    fn log(self) -> Self;
+    fn sin(self) -> Self;
+    fn cos(self) -> Self;
+    fn tanh(self) -> Self;
+    fn erf(self) -> Self;
+    fn floor(self) -> Self;
+    fn ceil(self) -> Self;
+    fn round(self) -> Self;
+    fn pow(self, e: Self) -> Self;
+    fn is_nan(self) -> bool;
+
+    /// Reads a run of any element type as this type.
+    fn read<E: crate::element::Element>(src: &[E], dst: &mut [Self]);
+    /// Rounds a run of this type to any element type.
+    fn write<E: crate::element::Element>(src: &[Self], dst: &mut [E]);
+    /// Reads one element.
+    fn get<E: crate::element::Element>(v: E) -> Self;
+    /// Rounds one element.
+    fn put<E: crate::element::Element>(self) -> E;
+
+    /// 0.5·x·(1 + tanh(√(2/π)·x·(1 + 0.044715·x²))), evaluated in the order Candle uses.
+    #[inline(always)]
+    fn gelu(self) -> Self {
+        let inner = Self::SQRT_2_OVER_PI * self * (Self::ONE + Self::GELU_CUBIC * self * self);
+        Self::HALF * self * (Self::ONE + inner.tanh())
+    }
+
+    /// 0.5·x·(1 + erf(x/√2)).
+    #[inline(always)]
+    fn gelu_erf(self) -> Self {
+        ((self * Self::FRAC_1_SQRT_2).erf() + Self::ONE) * Self::HALF * self
+    }
+
+    /// 1/(1 + e⁻ˣ).
+    #[inline(always)]
+    fn sigmoid(self) -> Self {
+        Self::ONE / (Self::ONE + (-self).exp())
+    }
+
+    /// x/(1 + e⁻ˣ); -∞ gives NaN, as Candle's does.
+    #[inline(always)]
+    fn silu(self) -> Self {
+        self / (Self::ONE + (-self).exp())
+    }
+}
+
+macro_rules! consts {
+    ($t:ident) => {
+        const ZERO: Self = 0.0;
+        const ONE: Self = 1.0;
+        const NEG_INF: Self = std::primitive::$t::NEG_INFINITY;
+        const INF: Self = std::primitive::$t::INFINITY;
+        const NAN: Self = std::primitive::$t::NAN;
+        const SQRT_2_OVER_PI: Self = 0.797_884_560_802_865_4_f64 as std::primitive::$t;
+        const FRAC_1_SQRT_2: Self = std::$t::consts::FRAC_1_SQRT_2;
+        const HALF: Self = 0.5;
+        const GELU_CUBIC: Self = 0.044715;
+
+        #[inline(always)]
+        fn abs(self) -> Self {
+            self.abs()
+        }
+        #[inline(always)]
+        fn sqrt(self) -> Self {
+            self.sqrt()
+        }
+        #[inline(always)]
+        fn sin(self) -> Self {
+            self.sin()
+        }
+        #[inline(always)]
+        fn cos(self) -> Self {
+            self.cos()
+        }
+        #[inline(always)]
+        fn floor(self) -> Self {
+            self.floor()
+        }
+        #[inline(always)]
+        fn ceil(self) -> Self {
+            self.ceil()
+        }
+        #[inline(always)]
+        fn round(self) -> Self {
+            self.round()
+        }
+        #[inline(always)]
+        fn pow(self, e: Self) -> Self {
+            self.powf(e)
+        }
+        #[inline(always)]
+        fn is_nan(self) -> bool {
+            self.is_nan()
+        }
+    };
+}
+use consts;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,101 @@
+//! Pieces of programs that other programs embed: softmax, norms, gated activations.
+//!
+//! Means are sums times 1/n, as Candle's. Nothing is rounded to a storage type here: the caller places that.
+
+use super::program::{BinaryFn as B, Builder, Instr, Kind, ReduceFn, Reg, UnaryFn as U};
+use crate::error::{Error, Result};
+
+fn vec_arg(b: &Builder, what: &str, x: Reg) -> Result<()> {
+    match b.kind_of(x) {
+        Some(Kind::Vec) => Ok(()),
+        kind => Err(Error::program(format!("{what} needs a value per element, register {} is {kind:?}", x.0))),
+    }
+}
+
+/// The mean over the row; `x` has a value per element, which [`Builder::finish`] checks.
+pub fn mean(b: &mut Builder, x: Reg) -> Reg {
+    let sum = b.reduce(ReduceFn::Sum, x);
+    let n = b.row_len();
+    let inv = b.unary(U::Recip, n);
+    b.binary(B::Mul, sum, inv)
+}
+
+/// exp(x - max x) / Σ exp(x - max x) over the row.
+///
+/// # Errors
+/// `InvalidProgram` if `x` has no value per element.
+pub fn softmax(b: &mut Builder, x: Reg) -> Result<Reg> {
+    vec_arg(b, "softmax", x)?;
+    let max = b.reduce(ReduceFn::Max, x);
+    let shifted = b.binary(B::Sub, x, max);
+    let e = b.unary(U::Exp, shifted);
+    let sum = b.reduce(ReduceFn::Sum, e);
+    Ok(b.binary(B::Div, e, sum))
+}
+
+/// x - max x - log Σ exp(x - max x) over the row.
+///
+/// # Errors
+/// `InvalidProgram` if `x` has no value per element.
+pub fn log_softmax(b: &mut Builder, x: Reg) -> Result<Reg> {
+    vec_arg(b, "log-softmax", x)?;
+    let max = b.reduce(ReduceFn::Max, x);
+    let shifted = b.binary(B::Sub, x, max);
+    let e = b.unary(U::Exp, shifted);
+    let sum = b.reduce(ReduceFn::Sum, e);
+    let log = b.unary(U::Log, sum);
+    Ok(b.binary(B::Sub, shifted, log))
+}
+
+/// x / √(mean(x²) + eps), then times the weight if there is one (Zhang & Sennrich 2019).
+///
+/// # Errors
+/// `InvalidProgram` if `x` has no value per element.
+pub fn rms_norm(b: &mut Builder, x: Reg, weight: Option<Reg>, eps: Reg) -> Result<Reg> {
+    vec_arg(b, "rms-norm", x)?;
+    let sqr = b.unary(U::Sqr, x);
+    let mean = mean(b, sqr);
+    let shifted = b.binary(B::Add, mean, eps);
+    let root = b.unary(U::Sqrt, shifted);
+    let out = b.binary(B::Div, x, root);
+    Ok(match weight {
+        Some(w) => b.binary(B::Mul, out, w),
+        None => out,
+    })
+}
+
+/// (x - mean) / √(var + eps) · weight + bias, with the biased variance of the centred values (Ba et al. 2016).
+///
+/// # Errors
+/// `InvalidProgram` if `x` has no value per element.
+pub fn layer_norm(b: &mut Builder, x: Reg, weight: Option<Reg>, bias: Option<Reg>, eps: Reg) -> Result<Reg> {
+    vec_arg(b, "layer-norm", x)?;
+    let m = mean(b, x);
+    let centred = b.binary(B::Sub, x, m);
+    let sqr = b.unary(U::Sqr, centred);
+    let var = mean(b, sqr);
+    let shifted = b.binary(B::Add, var, eps);
+    let root = b.unary(U::Sqrt, shifted);
+    let mut out = b.binary(B::Div, centred, root);
+    if let Some(w) = weight {
+        out = b.binary(B::Mul, out, w);
+    }
+    if let Some(bias) = bias {
+        out = b.binary(B::Add, out, bias);
+    }
+    Ok(out)
+}
+
+/// silu(gate) · up (SwiGLU's product).
+///
+/// # Errors
+/// `InvalidProgram` if a register is unknown.
+pub fn silu_mul(b: &mut Builder, gate: Reg, up: Reg) -> Result<Reg> {
+    for r in [gate, up] {
+        if b.kind_of(r).is_none() {
+            return Err(Error::program(format!("unknown register {}", r.0)));
+        }
+    }
+    let act = b.push(Instr::Unary(U::Silu, gate));
+    Ok(b.binary(B::Mul, act, up))
+}

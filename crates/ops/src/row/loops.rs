@@ -1,0 +1,326 @@
+//! One tight loop per instruction over a tile of rows.
+//!
+//! Every loop is generic over the register type and monomorphic in its function, so the compiler
+//! vectorises it. A later target-specific build of the tile interpreter only has to instantiate these
+//! functions under another `target_feature`; nothing here depends on the instruction set.
+
+use super::program::{BinaryFn, FloatKind, ReduceFn, UnaryFn};
+use crate::element::Element;
+use crate::math::Real;
+use half::{bf16, f16};
+
+/// Elements per segment of a sum. Part of the numbers a program gives: see [`sum_into`].
+pub(crate) const SEGMENT: usize = 1024;
+/// Accumulators per segment of a sum.
+const LANES: usize = 16;
+
+/// An argument of a loop: one value for the tile, one per row, or one per element.
+#[derive(Clone, Copy)]
+pub(crate) enum Arg<'a, T> {
+    Const(T),
+    Row(&'a [T]),
+    /// Rows of elements, `pitch` apart; pitch 0 repeats one row.
+    Vec {
+        data: &'a [T],
+        pitch: usize,
+    },
+}
+
+/// An argument for one row.
+enum RowArg<'a, T> {
+    Scalar(T),
+    Slice(&'a [T]),
+}
+
+impl<'a, T: Copy + Default> Arg<'a, T> {
+    #[inline(always)]
+    fn row(&self, r: usize, cols: usize) -> RowArg<'a, T> {
+        match *self {
+            Arg::Const(v) => RowArg::Scalar(v),
+            Arg::Row(v) => RowArg::Scalar(v.get(r).copied().unwrap_or_default()),
+            Arg::Vec { data, pitch } => {
+                let at = r * pitch;
+                RowArg::Slice(data.get(at..at + cols).unwrap_or_default())
+            }
+        }
+    }
+
+    /// Whether all rows of the tile are one run of memory (or one scalar).
+    fn is_flat(&self, rows: usize, cols: usize) -> bool {
+        match *self {
+            Arg::Const(_) => true,
+            Arg::Row(_) => rows <= 1,
+            Arg::Vec { pitch, .. } => rows <= 1 || pitch == cols,
+        }
+    }
+}
+
+/// Splits a tile into the loops to run: one run over everything where all arguments allow, else one per row.
+fn shape<T: Copy + Default>(args: &[Arg<'_, T>], rows: usize, cols: usize) -> (usize, usize) {
+    if args.iter().all(|a| a.is_flat(rows, cols)) {
+        (1, rows * cols)
+    } else {
+        (rows, cols)
+    }
+}
+
+#[inline(always)]
+fn map1<T: Real>(a: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize, f: impl Fn(T) -> T) {
+    let (rows, cols) = shape(&[a], rows, cols);
+    if cols == 0 {
+        return;
+    }
+    for (r, d) in dst.chunks_exact_mut(cols).take(rows).enumerate() {
+        match a.row(r, cols) {
+            RowArg::Scalar(x) => d.fill(f(x)),
+            RowArg::Slice(x) => {
+                for (d, &x) in d.iter_mut().zip(x) {
+                    *d = f(x);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn map2<T: Real>(a: Arg<'_, T>, b: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize, f: impl Fn(T, T) -> T) {
+    let (rows, cols) = shape(&[a, b], rows, cols);
+    if cols == 0 {
+        return;
+    }
+    for (r, d) in dst.chunks_exact_mut(cols).take(rows).enumerate() {
+        match (a.row(r, cols), b.row(r, cols)) {
+            (RowArg::Slice(x), RowArg::Slice(y)) => {
+                for ((d, &x), &y) in d.iter_mut().zip(x).zip(y) {
+                    *d = f(x, y);
+                }
+            }
+            (RowArg::Slice(x), RowArg::Scalar(y)) => {
+                for (d, &x) in d.iter_mut().zip(x) {
+                    *d = f(x, y);
+                }
+            }
+            (RowArg::Scalar(x), RowArg::Slice(y)) => {
+                for (d, &y) in d.iter_mut().zip(y) {
+                    *d = f(x, y);
+                }
+            }
+            (RowArg::Scalar(x), RowArg::Scalar(y)) => d.fill(f(x, y)),
+        }
+    }
+}
+
+/// `c != 0 ? a : b` over a tile.
+pub(crate) fn select<T: Real>(c: Arg<'_, T>, a: Arg<'_, T>, b: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize) {
+    let (rows, cols) = shape(&[c, a, b], rows, cols);
+    if cols == 0 {
+        return;
+    }
+    for (r, d) in dst.chunks_exact_mut(cols).take(rows).enumerate() {
+        let (c, a, b) = (c.row(r, cols), a.row(r, cols), b.row(r, cols));
+        match (c, a, b) {
+            (RowArg::Slice(c), RowArg::Slice(a), RowArg::Slice(b)) => {
+                for (((d, &c), &a), &b) in d.iter_mut().zip(c).zip(a).zip(b) {
+                    *d = pick(c, a, b);
+                }
+            }
+            (RowArg::Slice(c), RowArg::Slice(a), RowArg::Scalar(b)) => {
+                for ((d, &c), &a) in d.iter_mut().zip(c).zip(a) {
+                    *d = pick(c, a, b);
+                }
+            }
+            (c, a, b) => {
+                for (j, d) in d.iter_mut().enumerate() {
+                    *d = pick(at(&c, j), at(&a, j), at(&b, j));
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn pick<T: Real>(c: T, a: T, b: T) -> T {
+    if c != T::ZERO {
+        a
+    } else {
+        b
+    }
+}
+
+#[inline(always)]
+fn at<T: Copy + Default>(a: &RowArg<'_, T>, j: usize) -> T {
+    match a {
+        RowArg::Scalar(v) => *v,
+        RowArg::Slice(s) => s.get(j).copied().unwrap_or_default(),
+    }
+}
+
+#[inline(always)]
+fn truth<T: Real>(b: bool) -> T {
+    if b {
+        T::ONE
+    } else {
+        T::ZERO
+    }
+}
+
+/// A function of one argument over a tile.
+pub(crate) fn unary<T: Real>(f: UnaryFn, a: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize) {
+    macro_rules! go {
+        ($e:expr) => {
+            map1(a, dst, rows, cols, $e)
+        };
+    }
+    match f {
+        UnaryFn::Neg => go!(|x: T| -x),
+        UnaryFn::Abs => go!(T::abs),
+        UnaryFn::Recip => go!(|x| T::ONE / x),
+        UnaryFn::Sqr => go!(|x| x * x),
+        UnaryFn::Sqrt => go!(T::sqrt),
+        UnaryFn::Rsqrt => go!(|x: T| T::ONE / x.sqrt()),
+        UnaryFn::Exp => go!(T::exp),
+        UnaryFn::Log => go!(T::log),
+        UnaryFn::Sin => go!(T::sin),
+        UnaryFn::Cos => go!(T::cos),
+        UnaryFn::Tanh => go!(T::tanh),
+        UnaryFn::Erf => go!(T::erf),
+        UnaryFn::Gelu => go!(T::gelu),
+        UnaryFn::GeluErf => go!(T::gelu_erf),
+        UnaryFn::Relu => go!(|x| if x > T::ZERO { x } else { T::ZERO }),
+        UnaryFn::Silu => go!(T::silu),
+        UnaryFn::Sigmoid => go!(T::sigmoid),
+        UnaryFn::Floor => go!(T::floor),
+        UnaryFn::Ceil => go!(T::ceil),
+        UnaryFn::Round => go!(T::round),
+        UnaryFn::Sign => go!(|x| truth::<T>(x > T::ZERO) - truth::<T>(x < T::ZERO)),
+    }
+}
+
+/// A function of two arguments over a tile.
+pub(crate) fn binary<T: Real>(f: BinaryFn, a: Arg<'_, T>, b: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize) {
+    macro_rules! go {
+        ($e:expr) => {
+            map2(a, b, dst, rows, cols, $e)
+        };
+    }
+    match f {
+        BinaryFn::Add => go!(|x, y| x + y),
+        BinaryFn::Sub => go!(|x, y| x - y),
+        BinaryFn::Mul => go!(|x, y| x * y),
+        BinaryFn::Div => go!(|x, y| x / y),
+        BinaryFn::Max => go!(|x, y| if x < y { y } else { x }),
+        BinaryFn::Min => go!(|x, y| if x > y { y } else { x }),
+        BinaryFn::Pow => go!(T::pow),
+        BinaryFn::Eq => go!(|x, y| truth(x == y)),
+        BinaryFn::Ne => go!(|x, y| truth(x != y)),
+        BinaryFn::Lt => go!(|x, y| truth(x < y)),
+        BinaryFn::Le => go!(|x, y| truth(x <= y)),
+        BinaryFn::Gt => go!(|x, y| truth(x > y)),
+        BinaryFn::Ge => go!(|x, y| truth(x >= y)),
+    }
+}
+
+/// Rounds a tile to a storage type's precision.
+pub(crate) fn round<T: Real>(to: FloatKind, a: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize) {
+    match to {
+        FloatKind::F16 => map1(a, dst, rows, cols, |x| T::get(x.put::<f16>())),
+        FloatKind::BF16 => map1(a, dst, rows, cols, |x| T::get(x.put::<bf16>())),
+        FloatKind::F32 => map1(a, dst, rows, cols, |x| T::get(Element::to_f32(x))),
+    }
+}
+
+/// Where a reduction starts.
+pub(crate) fn reduce_init<T: Real>(f: ReduceFn) -> T {
+    match f {
+        ReduceFn::Sum => T::ZERO,
+        ReduceFn::Max => T::NEG_INF,
+        ReduceFn::Min => T::INF,
+    }
+}
+
+/// Folds a tile's elements into one accumulator per row. `first` says whether column 0 is the row's first element.
+pub(crate) fn reduce<T: Real>(f: ReduceFn, a: Arg<'_, T>, acc: &mut [T], rows: usize, cols: usize, first: bool) {
+    for (r, acc) in acc.iter_mut().take(rows).enumerate() {
+        if let RowArg::Slice(x) = a.row(r, cols) {
+            match f {
+                ReduceFn::Sum => sum_into(x, acc),
+                ReduceFn::Max => extreme_into(x, acc, first, T::NEG_INF, |m, x| m < x),
+                ReduceFn::Min => extreme_into(x, acc, first, T::INF, |m, x| m > x),
+            }
+        }
+    }
+}
+
+/// Adds `x` to `acc` in the fixed order of this crate: per segment of 1,024 elements 16 accumulators
+/// (element `i` goes to accumulator `i mod 16`), folded in halves (8, 4, 2, 1), then segment by segment.
+/// `x` starts at a multiple of a segment, so the order depends on the row's length alone.
+#[inline(always)]
+fn sum_into<T: Real>(x: &[T], acc: &mut T) {
+    for segment in x.chunks(SEGMENT) {
+        // Three levels of four: a large element meets nine additions instead of sixty-four, so its rounding errors do not
+        // pile up.
+        let mut top = [T::ZERO; LANES];
+        for part in segment.chunks(16 * LANES) {
+            let mut middle = [T::ZERO; LANES];
+            for group in part.chunks(4 * LANES) {
+                let mut lanes = [T::ZERO; LANES];
+                let mut chunks = group.chunks_exact(LANES);
+                for chunk in &mut chunks {
+                    add_lanes(&mut lanes, chunk);
+                }
+                add_lanes(&mut lanes, chunks.remainder());
+                add_lanes(&mut middle, &lanes);
+            }
+            add_lanes(&mut top, &middle);
+        }
+        // The lanes meet in f64, and round once: a short row's sum is as good as its type allows.
+        let mut wide = [0f64; LANES];
+        for (w, &v) in wide.iter_mut().zip(&top) {
+            *w = v.to_f64();
+        }
+        *acc = *acc + T::from_f64(fold(wide, |a, b| a + b));
+    }
+}
+
+#[inline(always)]
+fn add_lanes<T: Real>(lanes: &mut [T; LANES], x: &[T]) {
+    for (l, &v) in lanes.iter_mut().zip(x) {
+        *l = *l + v;
+    }
+}
+
+/// Folds the lanes in halves.
+#[inline(always)]
+pub(crate) fn fold<T: Real>(mut lanes: [T; LANES], f: impl Fn(T, T) -> T) -> T {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = f(lanes[i], lanes[i + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+#[inline(always)]
+fn extreme_into<T: Real>(x: &[T], acc: &mut T, first: bool, start: T, better: impl Fn(T, T) -> bool) {
+    // Candle keeps its first element until a later one compares better: a NaN there stays, a NaN elsewhere never wins.
+    if first && x.first().is_some_and(|v| v.is_nan()) {
+        *acc = T::NAN;
+        return;
+    }
+    let mut lanes = [start; LANES];
+    let mut chunks = x.chunks_exact(LANES);
+    for chunk in &mut chunks {
+        for (l, &v) in lanes.iter_mut().zip(chunk) {
+            *l = if better(*l, v) { v } else { *l };
+        }
+    }
+    for (l, &v) in lanes.iter_mut().zip(chunks.remainder()) {
+        *l = if better(*l, v) { v } else { *l };
+    }
+    let m = fold(lanes, |a, b| if better(a, b) { b } else { a });
+    if better(*acc, m) {
+        *acc = m;
+    }
+}

@@ -1,0 +1,21 @@
+//! Row programs: one mechanism for softmax, every norm and any elementwise chain.
+//!
+//! A program is straight-line code over the elements of a row with reductions in between. A portable
+//! tiled kernel runs it: tiles of a few thousand elements stay in cache, one vectorisable loop per
+//! instruction, rows in parallel.
+//!
+//! **The order of a sum** depends on the row's length alone: 16 interleaved accumulators per segment of 1,024
+//! elements, folded in halves, segments added in order. So a row's bits are the same alone or among
+//! thousands, on one thread or many, contiguous or strided.
+
+pub mod emit;
+pub(crate) mod gather;
+pub(crate) mod loops;
+mod program;
+pub mod programs;
+mod run;
+mod schedule;
+pub(crate) mod space;
+mod tile;
+
+pub use program::{BinaryFn, Builder, Class, FloatKind, Instr, Kind, ReduceFn, Reg, RowProgram, UnaryFn};

@@ -1,0 +1,103 @@
+//! Ready-made programs. Inputs and output have the dtype given; arithmetic is f32 for f16, bf16 and f32, f64 for f64.
+
+use super::emit;
+use super::program::{BinaryFn as B, Class, RowProgram, UnaryFn};
+use crate::error::{Error, Result};
+use candle_core::DType;
+
+fn class(op: &'static str, dtype: DType) -> Result<Class> {
+    Class::of(dtype).ok_or_else(|| Error::unsupported(op, format!("dtype {}", dtype.as_str())))
+}
+
+/// Softmax. Input: x. Output: x's dtype.
+///
+/// # Errors
+/// `InvalidProgram` if the class cannot read or write the dtype.
+pub fn softmax(class: Class, dtype: DType) -> Result<RowProgram> {
+    let mut b = RowProgram::builder(class);
+    let x = b.load(0);
+    let y = emit::softmax(&mut b, x)?;
+    b.output(y, dtype);
+    b.finish()
+}
+
+/// Log-softmax. Input: x. Output: x's dtype.
+///
+/// # Errors
+/// `InvalidProgram` if the class cannot read or write the dtype.
+pub fn log_softmax(class: Class, dtype: DType) -> Result<RowProgram> {
+    let mut b = RowProgram::builder(class);
+    let x = b.load(0);
+    let y = emit::log_softmax(&mut b, x)?;
+    b.output(y, dtype);
+    b.finish()
+}
+
+/// RMS norm. Inputs: x, weight if `weighted`. Parameter: eps.
+///
+/// # Errors
+/// `Unsupported` for a dtype that is not a float.
+pub fn rms_norm(weighted: bool, dtype: DType) -> Result<RowProgram> {
+    let mut b = RowProgram::builder(class("rms-norm", dtype)?);
+    let x = b.load(0);
+    let w = weighted.then(|| b.load(1));
+    let eps = b.param(0);
+    let y = emit::rms_norm(&mut b, x, w, eps)?;
+    b.output(y, dtype);
+    b.finish()
+}
+
+/// Layer norm. Inputs: x, then weight and bias as present. Parameter: eps.
+///
+/// # Errors
+/// `Unsupported` for a dtype that is not a float.
+pub fn layer_norm(weight: bool, bias: bool, dtype: DType) -> Result<RowProgram> {
+    let mut b = RowProgram::builder(class("layer-norm", dtype)?);
+    let x = b.load(0);
+    let w = weight.then(|| b.load(1));
+    let bias = bias.then(|| b.load(1 + u16::from(weight)));
+    let eps = b.param(0);
+    let y = emit::layer_norm(&mut b, x, w, bias, eps)?;
+    b.output(y, dtype);
+    b.finish()
+}
+
+/// silu(gate)·up, elementwise. Inputs: gate, up.
+///
+/// # Errors
+/// `Unsupported` for a dtype that is not a float.
+pub fn silu_mul(dtype: DType) -> Result<RowProgram> {
+    let mut b = RowProgram::builder(class("silu-mul", dtype)?);
+    let (gate, up) = (b.load(0), b.load(1));
+    let y = emit::silu_mul(&mut b, gate, up)?;
+    b.output(y, dtype);
+    b.finish()
+}
+
+/// Residual and RMS norm in one. Inputs: x, residual, weight. Parameter: eps. Outputs: x + residual, and its norm.
+/// The norm is taken of the unrounded sum.
+///
+/// # Errors
+/// `Unsupported` for a dtype that is not a float.
+pub fn residual_rms_norm(dtype: DType) -> Result<RowProgram> {
+    let mut b = RowProgram::builder(class("residual-rms-norm", dtype)?);
+    let (x, residual, w) = (b.load(0), b.load(1), b.load(2));
+    let eps = b.param(0);
+    let sum = b.binary(B::Add, x, residual);
+    let y = emit::rms_norm(&mut b, sum, Some(w), eps)?;
+    b.output(sum, dtype);
+    b.output(y, dtype);
+    b.finish()
+}
+
+/// One function, elementwise. Input: x.
+///
+/// # Errors
+/// `Unsupported` for a dtype that is not a float.
+pub fn unary(f: UnaryFn, dtype: DType) -> Result<RowProgram> {
+    let mut b = RowProgram::builder(class("unary", dtype)?);
+    let x = b.load(0);
+    let y = b.unary(f, x);
+    b.output(y, dtype);
+    b.finish()
+}

@@ -1,0 +1,382 @@
+//! Checking a run's operands, choosing tiles and tasks, and running them.
+
+use super::loops::{self, Arg, SEGMENT};
+use super::program::{is_row_axis, kind_len, kinds, Class, Instr, Kind, RowProgram};
+use super::schedule::{resolve, Facts, Schedule};
+use super::space::Space;
+use super::tile::{Access, Run};
+use crate::error::{Error, Result};
+use crate::math::Real;
+use crate::view::{count, each_dtype, row_major, Dims, Slice, SliceMut, Strided, View};
+use rayon::prelude::*;
+use smallvec::SmallVec;
+
+const OP: &str = "row program";
+/// Elements of a tile: a handful of buffers of this size stays in the first two cache levels.
+const TILE: usize = 2048;
+/// Rows longer than this run in segments.
+const RESIDENT: usize = 8192;
+/// Rows per tile where neighbouring rows share cache lines.
+const STRIDED_ROWS: usize = 16;
+/// Below this many elements a run stays on the caller's thread.
+const PARALLEL: usize = 65_536;
+
+/// Shape of the tiles of a run.
+#[derive(Clone, Copy, Debug)]
+struct Tiling {
+    rows: usize,
+    cols: usize,
+}
+
+fn tiling(space: &Space, elementwise: bool, strided: bool) -> Tiling {
+    let n = space.cols;
+    let (rows, cols) = if n == 0 {
+        (SEGMENT, 0)
+    } else if strided {
+        let cols = n.min(if elementwise { 256 } else { SEGMENT });
+        ((2 * TILE / cols).max(STRIDED_ROWS), cols)
+    } else if elementwise {
+        let cols = n.min(TILE);
+        ((TILE / cols).max(1), cols)
+    } else if n <= RESIDENT {
+        ((TILE / n).max(1), n)
+    } else {
+        (1, 4 * SEGMENT)
+    };
+    Tiling { rows: rows.min(space.rows.max(1)), cols }
+}
+
+impl RowProgram {
+    /// Runs the program over a space of `dims`, whose row axes are the bits of `row_axes` (0: elementwise;
+    /// a row is then one element).
+    ///
+    /// Each input's layout has exactly `dims`, with stride 0 along broadcast axes; an input read by
+    /// `LoadRow` has size 1 or stride 0 along the row axes. Outputs are contiguous and fully written: `Kind::Vec` in row-major
+    /// order of `dims`, `Kind::Row` row-major without the row axes, `Kind::Const` one element. Lengths are
+    /// those of [`RowProgram::output_len`].
+    ///
+    /// An output's bits depend on the row's elements and length only: not on layouts, thread count, or the number of rows.
+    ///
+    /// # Errors
+    /// `InvalidProgram`, `ShapeMismatch`, `DTypeMismatch`, `OutOfBounds`; nothing is written then.
+    pub fn run(
+        &self,
+        dims: &[usize],
+        row_axes: u32,
+        inputs: &[View<'_>],
+        params: &[f64],
+        outputs: &mut [SliceMut<'_>],
+    ) -> Result<()> {
+        self.validate()?;
+        let kinds = kinds(&self.instrs)?;
+        self.check(dims, row_axes, inputs, params, outputs, &kinds)?;
+        match self.class {
+            Class::F32 => self.typed::<f32>(dims, row_axes, inputs, params, outputs, kinds),
+            Class::F64 => self.typed::<f64>(dims, row_axes, inputs, params, outputs, kinds),
+        }
+        Ok(())
+    }
+
+    fn check(
+        &self,
+        dims: &[usize],
+        row_axes: u32,
+        inputs: &[View<'_>],
+        params: &[f64],
+        outputs: &[SliceMut<'_>],
+        kinds: &[Kind],
+    ) -> Result<()> {
+        if dims.len() > 32 || (dims.len() < 32 && row_axes >> dims.len() != 0) {
+            return Err(Error::shape(OP, format!("row axes {row_axes:#b} on {} dims", dims.len())));
+        }
+        let counts = [
+            ("inputs", usize::from(self.inputs), inputs.len()),
+            ("parameters", usize::from(self.params), params.len()),
+            ("outputs", self.outputs.len(), outputs.len()),
+        ];
+        for (what, want, got) in counts {
+            if want != got {
+                return Err(Error::shape(OP, format!("{want} {what} wanted, {got} given")));
+            }
+        }
+        for (i, v) in inputs.iter().enumerate() {
+            v.check()?;
+            if v.dims() != dims {
+                return Err(Error::shape(OP, format!("input {i} has dims {:?}, the space {dims:?}", v.dims())));
+            }
+            if !self.class.reads(v.dtype()) {
+                return Err(Error::dtype(OP, format!("class {:?} cannot read {}", self.class, v.dtype().as_str())));
+            }
+        }
+        for instr in &self.instrs {
+            if let Instr::LoadRow { input } = *instr {
+                let varies = inputs.get(usize::from(input)).is_some_and(|v| {
+                    (0..dims.len()).any(|a| is_row_axis(row_axes, a) && dims[a] > 1 && v.layout.strides[a] != 0)
+                });
+                if varies {
+                    return Err(Error::shape(
+                        OP,
+                        format!("input {input} is read once per row but varies along the row axes"),
+                    ));
+                }
+            }
+        }
+        for (i, (out, &(reg, dtype))) in outputs.iter().zip(&self.outputs).enumerate() {
+            if out.dtype() != dtype {
+                return Err(Error::dtypes(OP, &format!("output {i}"), dtype, out.dtype()));
+            }
+            let kind = kinds.get(usize::from(reg.0)).copied();
+            let want = kind.map_or(0, |k| kind_len(k, dims, row_axes));
+            if out.len() != want {
+                return Err(Error::shape(OP, format!("output {i} needs {want} elements, has {}", out.len())));
+            }
+        }
+        Ok(())
+    }
+
+    fn typed<T: Real>(
+        &self,
+        dims: &[usize],
+        row_axes: u32,
+        inputs: &[View<'_>],
+        params: &[f64],
+        outputs: &mut [SliceMut<'_>],
+        static_kinds: Vec<Kind>,
+    ) {
+        let row_len: usize =
+            (0..dims.len()).filter(|&a| is_row_axis(row_axes, a)).fold(1usize, |n, a| n.saturating_mul(dims[a]));
+        let consts = self.constants::<T>(&static_kinds, params, row_len);
+        let elementwise = row_axes == 0;
+        let (_, kinds) = resolve(self, static_kinds.clone(), elementwise);
+
+        // Operands of the space: the inputs, then the outputs that have one value per element.
+        let mut layouts: Vec<Strided> = inputs.iter().map(|v| v.layout.clone()).collect();
+        let out_strides: Dims = row_major(dims);
+        let mut stores: SmallVec<[Option<usize>; 4]> = SmallVec::new();
+        let mut outs: SmallVec<[SliceMut<'_>; 4]> = SmallVec::new();
+        for (out, &(reg, _)) in outputs.iter_mut().zip(&self.outputs) {
+            let r = usize::from(reg.0);
+            let mut out = out.reborrow();
+            stores.push(None);
+            match kinds[r] {
+                Kind::Const => {
+                    let v = consts[r];
+                    each_dtype!(SliceMut, &mut out, dst => dst.fill(v.put()));
+                    // Written: the tasks get an empty piece.
+                    out = out.split_at(0).0;
+                }
+                Kind::Row => {}
+                Kind::Vec => {
+                    if let Some(s) = stores.last_mut() {
+                        *s = Some(layouts.len());
+                    }
+                    layouts.push(Strided { dims: dims.into(), strides: out_strides.clone(), offset: 0 });
+                }
+            }
+            outs.push(out);
+        }
+        let space = Space::new(dims, row_axes, &layouts);
+        // Without elements only reductions have something to say.
+        let per_row = self.outputs.iter().any(|&(r, _)| kinds[usize::from(r.0)] == Kind::Row);
+        if space.rows == 0 || (count(dims) == 0 && !per_row) {
+            return;
+        }
+        let data: SmallVec<[Slice<'_>; 4]> = inputs.iter().map(|v| v.data).collect();
+        let job =
+            Job { program: self, kinds: static_kinds, elementwise, data: &data, stores: &stores, consts: &consts };
+        match space.split_row(TILE).filter(|_| elementwise) {
+            Some((main, rest)) => {
+                let cut = main.rows * main.cols;
+                let (mut heads, mut tails) = (SmallVec::<[_; 4]>::new(), SmallVec::<[_; 4]>::new());
+                for (out, store) in outs.into_iter().zip(&stores) {
+                    let (a, b) = out.split_at(if store.is_some() { cut } else { 0 });
+                    heads.push(a);
+                    tails.push(b);
+                }
+                job.run(&main, heads, 0);
+                if let Some(rest) = rest {
+                    job.run(&rest, tails, cut);
+                }
+            }
+            None => job.run(&space, outs, 0),
+        }
+    }
+
+    /// Evaluates what exists once per program.
+    fn constants<T: Real>(&self, kinds: &[Kind], params: &[f64], row_len: usize) -> Vec<T> {
+        let mut out = vec![T::ZERO; self.instrs.len()];
+        for (i, instr) in self.instrs.iter().enumerate() {
+            if kinds[i] != Kind::Const {
+                continue;
+            }
+            let arg = |r: super::Reg| Arg::Const(out[usize::from(r.0)]);
+            let mut v = [T::ZERO];
+            match *instr {
+                Instr::Param { index } => {
+                    let p = params.get(usize::from(index)).copied();
+                    v = [p.unwrap_or(f64::NAN).put_as()];
+                }
+                Instr::RowLen => v = [(row_len as f64).put_as()],
+                Instr::Unary(f, a) => loops::unary(f, arg(a), &mut v, 1, 1),
+                Instr::Binary(f, a, b) => loops::binary(f, arg(a), arg(b), &mut v, 1, 1),
+                Instr::Select(c, a, b) => loops::select(arg(c), arg(a), arg(b), &mut v, 1, 1),
+                Instr::Round(to, a) => loops::round(to, arg(a), &mut v, 1, 1),
+                Instr::Load { .. } | Instr::LoadRow { .. } | Instr::Reduce(..) => {}
+            }
+            out[i] = v[0];
+        }
+        out
+    }
+
+    /// An upper bound, in bytes, on the scratch that a run over this space allocates, over all threads of the current pool.
+    pub fn scratch_bytes(&self, dims: &[usize], row_axes: u32) -> usize {
+        let n: usize =
+            (0..dims.len()).filter(|&a| is_row_axis(row_axes, a)).fold(1usize, |n, a| n.saturating_mul(dims[a]));
+        let total = count(dims);
+        if total == 0 {
+            return 0;
+        }
+        // The largest tile any layout can lead to, see `tiling`.
+        let tile = if row_axes == 0 {
+            2 * TILE
+        } else {
+            let dense = if n <= RESIDENT { n.max(TILE) } else { 4 * SEGMENT };
+            dense.max(STRIDED_ROWS * n.min(SEGMENT)).max(2 * TILE)
+        }
+        .min(total.max(1));
+        let threads = if total >= PARALLEL { rayon::current_num_threads() } else { 1 };
+        let per_reg = tile.saturating_mul(self.class.size());
+        per_reg.saturating_mul(self.instrs.len()).saturating_mul(threads)
+    }
+}
+
+/// Conversion of a run-time scalar to a register type.
+trait PutAs {
+    fn put_as<T: Real>(self) -> T;
+}
+
+impl PutAs for f64 {
+    fn put_as<T: Real>(self) -> T {
+        T::from_f64(self)
+    }
+}
+
+/// A program bound to its operands.
+struct Job<'a, T> {
+    program: &'a RowProgram,
+    kinds: Vec<Kind>,
+    elementwise: bool,
+    data: &'a [Slice<'a>],
+    stores: &'a [Option<usize>],
+    consts: &'a [T],
+}
+
+impl<T: Real> Job<'_, T> {
+    /// Runs all rows of a space; `outs` begin `skipped` elements into the outputs they were cut from.
+    fn run(&self, space: &Space, outs: SmallVec<[SliceMut<'_>; 4]>, skipped: usize) {
+        // The output operands are addressed from the start of `outs`.
+        let mut space = space.clone();
+        for o in self.stores.iter().flatten() {
+            if let Some(operand) = space.operands.get_mut(*o) {
+                operand.offset -= skipped;
+            }
+        }
+        let space = &space;
+        let strided = space.operands.iter().any(|o| o.row.single().is_none_or(|s| s > 1));
+        let tiles = tiling(space, self.elementwise, strided);
+        let segmented = tiles.cols < space.cols;
+
+        let mut access: SmallVec<[Access; 4]> = self
+            .data
+            .iter()
+            .zip(&space.operands)
+            .map(|(data, operand)| {
+                let pitch = if tiles.rows == 1 { Some(0) } else { space.pitch(operand) };
+                match (pitch, operand.row.single()) {
+                    (Some(pitch), Some(1)) if T::of(data).is_some() => Access::Borrowed { pitch },
+                    (Some(0), _) if tiles.rows > 1 => Access::Shared,
+                    _ => Access::Copied,
+                }
+            })
+            .collect();
+        // A shared row is gathered once, but an output is stored row by row: an input that is an output must fill its tile.
+        let (alias, _) = resolve(self.program, self.kinds.clone(), self.elementwise);
+        for &(reg, _) in &self.program.outputs {
+            let root = alias.get(usize::from(reg.0)).copied();
+            if let Some(Instr::Load { input } | Instr::LoadRow { input }) =
+                root.and_then(|r| self.program.instrs.get(r))
+            {
+                if let Some(a) = access.get_mut(usize::from(*input)) {
+                    if *a == Access::Shared {
+                        *a = Access::Copied;
+                    }
+                }
+            }
+        }
+        let borrowed: SmallVec<[bool; 4]> = access.iter().map(|a| matches!(a, Access::Borrowed { .. })).collect();
+        let block = space.block_rows(self.stores.iter().flatten().copied());
+        let direct: SmallVec<[bool; 4]> = outs
+            .iter()
+            .zip(self.stores)
+            .map(|(out, store)| {
+                let dense = store.is_some_and(|o| space.operands[o].row.single() == Some(1));
+                dense && block == 1 && out.dtype() == T::DTYPE && (tiles.rows == 1 || !segmented)
+            })
+            .collect();
+        let schedule = Schedule::new(
+            self.program,
+            self.kinds.clone(),
+            &Facts { elementwise: self.elementwise, segmented, borrowed: &borrowed, direct: &direct },
+        );
+        let run = Run {
+            program: self.program,
+            schedule: &schedule,
+            space,
+            inputs: self.data,
+            access: &access,
+            stores: self.stores,
+            direct: &direct,
+            consts: self.consts,
+            tile_rows: tiles.rows,
+            tile_cols: tiles.cols,
+        };
+        let blocks = space.rows / block.max(1);
+        let threads = rayon::current_num_threads();
+        let work = space.rows.saturating_mul(space.cols);
+        if threads <= 1 || work < PARALLEL || blocks < 2 {
+            let mut outs = outs;
+            run.rows(0, space.rows, &mut outs);
+            return;
+        }
+        // Whole blocks per task, and about four tasks per thread so that they even out.
+        let per_task = blocks.div_ceil(threads * 4) * block;
+        let per_task = per_task.next_multiple_of(lcm_rows(block, tiles.rows));
+        let mut tasks = Vec::new();
+        let mut rest = outs;
+        let mut first = 0;
+        while first < space.rows {
+            let rows = per_task.min(space.rows - first);
+            let mut mine: SmallVec<[SliceMut<'_>; 4]> = SmallVec::new();
+            let mut later: SmallVec<[SliceMut<'_>; 4]> = SmallVec::new();
+            for (out, store) in rest.into_iter().zip(self.stores) {
+                let len = if store.is_some() { rows * space.cols } else { rows };
+                let (a, b) = out.split_at(len);
+                mine.push(a);
+                later.push(b);
+            }
+            tasks.push((first, rows, mine));
+            rest = later;
+            first += rows;
+        }
+        tasks.into_par_iter().for_each(|(first, rows, mut outs)| run.rows(first, rows, &mut outs));
+    }
+}
+
+/// Rows per task are a multiple of a block, and of whole tiles where a block is a single row.
+fn lcm_rows(block: usize, tile: usize) -> usize {
+    if block == 1 {
+        tile.max(1)
+    } else {
+        block
+    }
+}

@@ -1,0 +1,212 @@
+//! Which instructions run when, and which tile buffer each value lives in.
+
+use super::program::{Instr, Kind, Reg, RowProgram};
+
+/// Stands for "no buffer".
+pub(crate) const NO_SLOT: usize = usize::MAX;
+
+/// One sweep over the columns of a tile of rows.
+#[derive(Debug, Default)]
+pub(crate) struct Pass {
+    /// Row values that are complete before the sweep.
+    pub(crate) before: Vec<usize>,
+    /// Instructions to run per segment of columns, in program order.
+    pub(crate) body: Vec<usize>,
+    /// Outputs of `Kind::Vec` to store per segment.
+    pub(crate) stores: Vec<usize>,
+    /// Buffer of each register during this pass.
+    pub(crate) slots: Vec<usize>,
+}
+
+/// The sweeps of a run, and how many buffers they need.
+#[derive(Debug)]
+pub(crate) struct Schedule {
+    pub(crate) passes: Vec<Pass>,
+    /// Scratch buffers of one tile each.
+    pub(crate) buffers: usize,
+    /// Register that holds a register's value: itself, except for a reduction over single elements.
+    pub(crate) alias: Vec<usize>,
+    /// Kind of each register as it is run.
+    pub(crate) kinds: Vec<Kind>,
+}
+
+/// Facts about one run that a schedule depends on.
+pub(crate) struct Facts<'a> {
+    /// No row axes: every row value is an element value, and a reduction is its argument.
+    pub(crate) elementwise: bool,
+    /// The columns do not fit one tile: recompute element values in each pass.
+    pub(crate) segmented: bool,
+    /// Inputs that are read in place.
+    pub(crate) borrowed: &'a [bool],
+    /// Outputs that are computed in place; such an output `i` lives in slot `buffers + i`.
+    pub(crate) direct: &'a [bool],
+}
+
+/// Resolves the elementwise case: the register each register stands for, and its kind.
+pub(crate) fn resolve(program: &RowProgram, kinds: Vec<Kind>, elementwise: bool) -> (Vec<usize>, Vec<Kind>) {
+    let mut alias: Vec<usize> = (0..program.instrs.len()).collect();
+    let mut kinds = kinds;
+    if elementwise {
+        for (i, instr) in program.instrs.iter().enumerate() {
+            if let Instr::Reduce(_, Reg(a)) = *instr {
+                alias[i] = alias.get(usize::from(a)).copied().unwrap_or(i);
+            }
+            if kinds[i] == Kind::Row {
+                kinds[i] = Kind::Vec;
+            }
+        }
+    }
+    (alias, kinds)
+}
+
+impl Schedule {
+    pub(crate) fn new(program: &RowProgram, kinds: Vec<Kind>, facts: &Facts<'_>) -> Self {
+        let (alias, kinds) = resolve(program, kinds, facts.elementwise);
+        let n = program.instrs.len();
+        let arg = |r: Reg| alias.get(usize::from(r.0)).copied().unwrap_or(0);
+        let roots: Vec<usize> = program.outputs.iter().map(|&(r, _)| arg(r)).collect();
+
+        // What no output depends on is not run.
+        let mut needed = vec![false; n];
+        for &r in &roots {
+            needed[r] = true;
+        }
+        for i in (0..n).rev() {
+            if needed[i] && alias[i] == i {
+                program.instrs[i].each_arg(|r| needed[arg(r)] = true);
+            }
+        }
+        let live = |i: usize| needed[i] && alias[i] == i && kinds[i] != Kind::Const;
+        let is_reduce = |i: usize| matches!(program.instrs[i], Instr::Reduce(..)) && !facts.elementwise;
+
+        let mut passes = Vec::new();
+        if facts.segmented {
+            // Reductions that must be complete before a value can be computed.
+            let mut level = vec![0usize; n];
+            for i in 0..n {
+                let mut l = 0;
+                program.instrs[i].each_arg(|r| l = l.max(level[arg(r)]));
+                level[i] = l + usize::from(is_reduce(i));
+            }
+            let last = (0..n).filter(|&i| live(i)).map(|i| level[i]).max();
+            for p in 0..=last.unwrap_or(0) {
+                let mut pass = Pass {
+                    before: (0..n)
+                        .filter(|&i| live(i) && kinds[i] == Kind::Row && !is_reduce(i) && level[i] == p)
+                        .collect(),
+                    stores: (0..roots.len())
+                        .filter(|&o| kinds[roots[o]] == Kind::Vec && level[roots[o]] == p)
+                        .collect(),
+                    ..Pass::default()
+                };
+                let mut wanted = vec![false; n];
+                for &o in &pass.stores {
+                    wanted[roots[o]] = true;
+                }
+                for i in (0..n).rev() {
+                    let reduces_here = live(i) && is_reduce(i) && level[i] == p + 1;
+                    if reduces_here {
+                        wanted[i] = true;
+                    }
+                    if wanted[i] {
+                        program.instrs[i].each_arg(|r| {
+                            if kinds[arg(r)] == Kind::Vec {
+                                wanted[arg(r)] = true;
+                            }
+                        });
+                    }
+                }
+                pass.body = (0..n).filter(|&i| wanted[i]).collect();
+                passes.push(pass);
+            }
+        } else {
+            passes.push(Pass {
+                before: Vec::new(),
+                body: (0..n).filter(|&i| live(i)).collect(),
+                stores: (0..roots.len()).filter(|&o| kinds[roots[o]] == Kind::Vec).collect(),
+                slots: Vec::new(),
+            });
+        }
+
+        let mut buffers = 0;
+        for pass in &mut passes {
+            buffers = buffers.max(assign(pass, program, &kinds, &alias, &roots, facts));
+        }
+        for pass in &mut passes {
+            for slot in &mut pass.slots {
+                // Direct outputs were numbered from the top; now the number of buffers is known.
+                if *slot != NO_SLOT && *slot >= DIRECT {
+                    *slot = *slot - DIRECT + buffers;
+                }
+            }
+        }
+        Schedule { passes, buffers, alias, kinds }
+    }
+}
+
+/// Provisional numbering of direct outputs.
+const DIRECT: usize = usize::MAX / 2;
+
+/// Gives each element value of a pass a buffer, reusing buffers after their last use. Returns how many there are.
+fn assign(
+    pass: &mut Pass,
+    program: &RowProgram,
+    kinds: &[Kind],
+    alias: &[usize],
+    roots: &[usize],
+    facts: &Facts<'_>,
+) -> usize {
+    let n = program.instrs.len();
+    let mut last_use = vec![0usize; n];
+    for (at, &i) in pass.body.iter().enumerate() {
+        program.instrs[i].each_arg(|r| {
+            if let Some(&a) = alias.get(usize::from(r.0)) {
+                last_use[a] = at;
+            }
+        });
+    }
+    for &o in &pass.stores {
+        last_use[roots[o]] = usize::MAX;
+    }
+    pass.slots = vec![NO_SLOT; n];
+    let mut free: Vec<usize> = Vec::new();
+    let mut count = 0;
+    for (at, &i) in pass.body.iter().enumerate() {
+        if kinds[i] == Kind::Vec {
+            let in_place = match program.instrs[i] {
+                Instr::Load { input } | Instr::LoadRow { input } => {
+                    facts.borrowed.get(usize::from(input)) == Some(&true)
+                }
+                _ => false,
+            };
+            // Only in the pass that stores it: an earlier or later one recomputes it into a buffer.
+            let direct = pass
+                .stores
+                .iter()
+                .copied()
+                .find(|&o| roots[o] == i)
+                .filter(|&o| facts.direct.get(o) == Some(&true) && !in_place);
+            pass.slots[i] = match direct {
+                _ if in_place => NO_SLOT,
+                Some(o) => DIRECT + o,
+                None => free.pop().unwrap_or_else(|| {
+                    count += 1;
+                    count - 1
+                }),
+            };
+        }
+        // Arguments whose last use this was give their buffer back (after the destination was chosen: no loop
+        // reads the buffer it writes).
+        let mut freed: smallvec::SmallVec<[usize; 3]> = smallvec::SmallVec::new();
+        program.instrs[i].each_arg(|r| {
+            if let Some(&a) = alias.get(usize::from(r.0)) {
+                let slot = pass.slots[a];
+                if last_use[a] == at && slot < DIRECT && !freed.contains(&slot) {
+                    freed.push(slot);
+                }
+            }
+        });
+        free.extend(freed);
+    }
+    count
+}

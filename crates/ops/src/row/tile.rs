@@ -1,0 +1,301 @@
+//! The tile interpreter: runs a schedule over a range of rows.
+
+use super::gather::{gather, scatter};
+use super::loops::{self, Arg};
+use super::program::{Instr, Kind, Reg, RowProgram};
+use super::schedule::{Pass, Schedule, NO_SLOT};
+use super::space::Space;
+use crate::math::Real;
+use crate::view::{each_dtype, Slice, SliceMut};
+use smallvec::SmallVec;
+
+/// How an input is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// In place: dense rows of the register type, this far apart (0: the same row for all).
+    Borrowed { pitch: usize },
+    /// One row that all rows share, converted once per tile.
+    Shared,
+    /// Row by row into a tile buffer.
+    Copied,
+}
+
+/// Everything about a run that does not change from tile to tile.
+pub(crate) struct Run<'a, T> {
+    pub(crate) program: &'a RowProgram,
+    pub(crate) schedule: &'a Schedule,
+    pub(crate) space: &'a Space,
+    pub(crate) inputs: &'a [Slice<'a>],
+    pub(crate) access: &'a [Access],
+    /// Index into the space's operands of each output; `None` for constants and row outputs.
+    pub(crate) stores: &'a [Option<usize>],
+    pub(crate) direct: &'a [bool],
+    pub(crate) consts: &'a [T],
+    pub(crate) tile_rows: usize,
+    pub(crate) tile_cols: usize,
+}
+
+/// A thread's scratch.
+struct Scratch<T> {
+    buffers: Vec<T>,
+    rows: Vec<Vec<T>>,
+    offsets: Vec<Vec<usize>>,
+}
+
+/// The tile that is being run.
+#[derive(Clone, Copy)]
+struct Tile {
+    rows: usize,
+    /// First column.
+    col: usize,
+    cols: usize,
+}
+
+impl<T: Real> Run<'_, T> {
+    /// Runs rows `first..first + rows`; `outs` are the pieces of the outputs that hold exactly these rows.
+    pub(crate) fn rows(&self, first: usize, rows: usize, outs: &mut [SliceMut<'_>]) {
+        let cap = self.tile_rows * self.tile_cols;
+        let mut scratch = Scratch {
+            buffers: vec![T::ZERO; cap * self.schedule.buffers],
+            rows: vec![Vec::new(); self.program.instrs.len()],
+            offsets: vec![Vec::new(); self.space.operands.len()],
+        };
+        for (i, k) in self.schedule.kinds.iter().enumerate() {
+            if *k == Kind::Row {
+                scratch.rows[i] = vec![T::ZERO; self.tile_rows];
+            }
+        }
+        // Where this piece begins in each output.
+        let mut bases: SmallVec<[usize; 4]> = SmallVec::new();
+        let mut one = Vec::new();
+        for store in self.stores {
+            let base = store.map_or(0, |o| {
+                self.space.offsets(&self.space.operands[o], first, 1, &mut one);
+                one.first().copied().unwrap_or(0)
+            });
+            bases.push(base);
+        }
+        let mut row = first;
+        while row < first + rows {
+            let n = self.tile_rows.min(first + rows - row);
+            for (operand, offsets) in self.space.operands.iter().zip(&mut scratch.offsets) {
+                self.space.offsets(operand, row, n, offsets);
+            }
+            for (store, &base) in self.stores.iter().zip(&bases) {
+                if let Some(o) = *store {
+                    for at in &mut scratch.offsets[o] {
+                        *at -= base;
+                    }
+                }
+            }
+            self.tile_of_rows(n, row - first, &mut scratch, outs);
+            row += n;
+        }
+    }
+
+    fn tile_of_rows(&self, rows: usize, local: usize, scratch: &mut Scratch<T>, outs: &mut [SliceMut<'_>]) {
+        for pass in &self.schedule.passes {
+            for &i in &pass.before {
+                self.row_value(i, rows, &mut scratch.rows, &scratch.offsets);
+            }
+            for &i in &pass.body {
+                if let (Instr::Reduce(f, _), Kind::Row) = (self.program.instrs[i], self.schedule.kinds[i]) {
+                    scratch.rows[i].fill(loops::reduce_init(f));
+                }
+            }
+            let mut col = 0;
+            loop {
+                let cols = self.tile_cols.min(self.space.cols - col);
+                let tile = Tile { rows, col, cols };
+                if !pass.body.is_empty() {
+                    self.segment(pass, tile, local, scratch, outs);
+                }
+                col += cols;
+                if col >= self.space.cols {
+                    break;
+                }
+            }
+        }
+        for (k, &(reg, _)) in self.program.outputs.iter().enumerate() {
+            let r = self.root(reg);
+            if self.schedule.kinds[r] == Kind::Row {
+                let values = &scratch.rows[r][..rows];
+                each_dtype!(SliceMut, &mut outs[k], dst => {
+                    T::write(values, &mut dst[local..local + rows]);
+                });
+            }
+        }
+    }
+
+    fn root(&self, reg: Reg) -> usize {
+        self.schedule.alias[usize::from(reg.0)]
+    }
+
+    /// Runs one pass over one segment of columns.
+    fn segment(&self, pass: &Pass, tile: Tile, local: usize, scratch: &mut Scratch<T>, outs: &mut [SliceMut<'_>]) {
+        let len = tile.rows * tile.cols;
+        let cap = (self.tile_rows * self.tile_cols).max(1);
+        let Scratch { buffers, rows: row_values, offsets } = scratch;
+        let mut slots: SmallVec<[&mut [T]; 12]> =
+            buffers.chunks_mut(cap).take(self.schedule.buffers).map(|b| &mut b[..len]).collect();
+        slots.resize_with(self.schedule.buffers, Default::default);
+        // Outputs that are computed in place are slots like any other.
+        let mut stored: SmallVec<[Option<SliceMut<'_>>; 4]> = SmallVec::new();
+        for (k, out) in outs.iter_mut().enumerate() {
+            let in_place = self.direct[k]
+                && pass.stores.contains(&k)
+                && pass.slots[self.root(self.program.outputs[k].0)] == self.schedule.buffers + k;
+            if in_place {
+                let at = local * self.space.cols + tile.col;
+                let piece = T::of_mut(out).and_then(|o| o.get_mut(at..at + len));
+                slots.push(piece.unwrap_or_default());
+                stored.push(None);
+            } else {
+                slots.push(Default::default());
+                stored.push(Some(out.reborrow()));
+            }
+        }
+        for &i in &pass.body {
+            if self.schedule.kinds[i] == Kind::Row {
+                match self.program.instrs[i] {
+                    Instr::Reduce(f, a) => {
+                        let mut acc = std::mem::take(&mut row_values[i]);
+                        let a = self.arg(a, pass, tile, &slots, row_values, offsets);
+                        loops::reduce(f, a, &mut acc, tile.rows, tile.cols, tile.col == 0);
+                        row_values[i] = acc;
+                    }
+                    _ => self.row_value(i, tile.rows, row_values, offsets),
+                }
+                continue;
+            }
+            let slot = pass.slots[i];
+            if slot == NO_SLOT {
+                continue;
+            }
+            let mut dst = slots.get_mut(slot).map(std::mem::take).unwrap_or_default();
+            match self.program.instrs[i] {
+                Instr::Load { input } | Instr::LoadRow { input } => {
+                    self.load(usize::from(input), tile, offsets, dst);
+                }
+                Instr::Unary(f, a) => {
+                    let a = self.arg(a, pass, tile, &slots, row_values, offsets);
+                    loops::unary(f, a, dst, tile.rows, tile.cols);
+                }
+                Instr::Binary(f, a, b) => {
+                    let a = self.arg(a, pass, tile, &slots, row_values, offsets);
+                    let b = self.arg(b, pass, tile, &slots, row_values, offsets);
+                    loops::binary(f, a, b, dst, tile.rows, tile.cols);
+                }
+                Instr::Select(c, a, b) => {
+                    let c = self.arg(c, pass, tile, &slots, row_values, offsets);
+                    let a = self.arg(a, pass, tile, &slots, row_values, offsets);
+                    let b = self.arg(b, pass, tile, &slots, row_values, offsets);
+                    loops::select(c, a, b, dst, tile.rows, tile.cols);
+                }
+                Instr::Round(to, a) => {
+                    let a = self.arg(a, pass, tile, &slots, row_values, offsets);
+                    loops::round(to, a, dst, tile.rows, tile.cols);
+                }
+                // Constants are not in a body, and a reduction is a row value or an alias.
+                Instr::Param { .. } | Instr::RowLen | Instr::Reduce(..) => {}
+            }
+            if let Some(s) = slots.get_mut(slot) {
+                *s = std::mem::take(&mut dst);
+            }
+        }
+        for &k in &pass.stores {
+            let (Some(out), Some(o)) = (&mut stored[k], self.stores[k]) else {
+                continue;
+            };
+            let reg = self.program.outputs[k].0;
+            let arg = self.arg(reg, pass, tile, &slots, row_values, offsets);
+            let Arg::Vec { data, pitch } = arg else {
+                continue;
+            };
+            let shape = &self.space.operands[o].row;
+            each_dtype!(SliceMut, out, dst => {
+                scatter(data, pitch, &offsets[o], shape, tile.col, tile.cols, dst);
+            });
+        }
+    }
+
+    /// An argument as the loops take it.
+    fn arg<'b>(
+        &'b self,
+        reg: Reg,
+        pass: &Pass,
+        tile: Tile,
+        slots: &'b [&mut [T]],
+        rows: &'b [Vec<T>],
+        offsets: &[Vec<usize>],
+    ) -> Arg<'b, T> {
+        let r = self.root(reg);
+        match self.schedule.kinds[r] {
+            Kind::Const => Arg::Const(self.consts[r]),
+            Kind::Row => Arg::Row(&rows[r][..tile.rows]),
+            Kind::Vec => {
+                let (input, access) = match self.program.instrs[r] {
+                    Instr::Load { input } | Instr::LoadRow { input } => {
+                        let input = usize::from(input);
+                        (input, self.access[input])
+                    }
+                    _ => (0, Access::Copied),
+                };
+                match access {
+                    Access::Borrowed { pitch } => {
+                        let at = offsets[input].first().copied().unwrap_or(0) + tile.col;
+                        let data = T::of(&self.inputs[input]).and_then(|d| d.get(at..));
+                        Arg::Vec { data: data.unwrap_or_default(), pitch }
+                    }
+                    shared_or_copied => Arg::Vec {
+                        data: slots.get(pass.slots[r]).map(|s| &**s).unwrap_or_default(),
+                        pitch: if shared_or_copied == Access::Shared { 0 } else { tile.cols },
+                    },
+                }
+            }
+        }
+    }
+
+    /// Reads the columns of an input into a tile buffer.
+    fn load(&self, input: usize, tile: Tile, offsets: &[Vec<usize>], dst: &mut [T]) {
+        let rows = match self.access[input] {
+            Access::Shared => tile.rows.min(1),
+            _ => tile.rows,
+        };
+        let shape = &self.space.operands[input].row;
+        each_dtype!(Slice, &self.inputs[input], src => {
+            gather(src, &offsets[input][..rows], shape, tile.col, tile.cols, dst);
+        });
+    }
+
+    /// Computes a value that exists once per row, from others of its kind.
+    fn row_value(&self, i: usize, n: usize, rows: &mut [Vec<T>], offsets: &[Vec<usize>]) {
+        let mut out = std::mem::take(&mut rows[i]);
+        {
+            let dst = &mut out[..n];
+            let arg = |reg: Reg| {
+                let r = self.root(reg);
+                match self.schedule.kinds[r] {
+                    Kind::Const => Arg::Const(self.consts[r]),
+                    _ => Arg::Vec { data: &rows[r], pitch: n },
+                }
+            };
+            match self.program.instrs[i] {
+                Instr::LoadRow { input } => {
+                    let input = usize::from(input);
+                    each_dtype!(Slice, &self.inputs[input], src => {
+                        for (d, &at) in dst.iter_mut().zip(&offsets[input]) {
+                            *d = T::get(src[at]);
+                        }
+                    });
+                }
+                Instr::Unary(f, a) => loops::unary(f, arg(a), dst, 1, n),
+                Instr::Binary(f, a, b) => loops::binary(f, arg(a), arg(b), dst, 1, n),
+                Instr::Select(c, a, b) => loops::select(arg(c), arg(a), arg(b), dst, 1, n),
+                Instr::Round(to, a) => loops::round(to, arg(a), dst, 1, n),
+                Instr::Load { .. } | Instr::Param { .. } | Instr::RowLen | Instr::Reduce(..) => {}
+            }
+        }
+        rows[i] = out;
+    }
+}

@@ -1,0 +1,176 @@
+//! The promise that a row's bits depend on the row alone, and that sums keep their documented order.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)] // what tests share fails by unwrapping, as tests do
+
+mod common;
+
+use candle_core::DType;
+use candle_lazy_ops::row::{programs, Class, Instr, ReduceFn, RowProgram, UnaryFn};
+use candle_lazy_ops::view::Strided;
+use common::*;
+
+/// The programs that the bit-equality tests run.
+fn sample_programs(dtype: DType) -> Vec<(&'static str, RowProgram, usize)> {
+    let class = Class::of(dtype).unwrap();
+    vec![
+        ("softmax", programs::softmax(class, dtype).unwrap(), 1),
+        ("log_softmax", programs::log_softmax(class, dtype).unwrap(), 1),
+        ("rms_norm", programs::rms_norm(true, dtype).unwrap(), 2),
+        ("layer_norm", programs::layer_norm(true, true, dtype).unwrap(), 3),
+        ("residual_rms_norm", programs::residual_rms_norm(dtype).unwrap(), 3),
+        ("silu_mul", programs::silu_mul(dtype).unwrap(), 2),
+        ("gelu", programs::unary(UnaryFn::Gelu, dtype).unwrap(), 1),
+    ]
+}
+
+fn bits(out: &[Data]) -> Vec<Vec<u64>> {
+    out.iter().map(|d| d.bits()).collect()
+}
+
+#[test]
+fn bits_do_not_depend_on_layout() {
+    let mut rng = Rng(11);
+    for dtype in [DType::F32, DType::BF16, DType::F16, DType::F64] {
+        for dims in [vec![5usize, 33], vec![3, 1025], vec![40, 3, 17], vec![2, 9000]] {
+            let axis = dims.len() - 1;
+            for (name, p, n) in sample_programs(dtype) {
+                let axes = if p.instrs.iter().any(|i| matches!(i, Instr::Reduce(..))) { 1 << axis } else { 0 };
+                for layout in LAYOUTS {
+                    let ops: Vec<Operand> = (0..n).map(|_| operand(&mut rng, layout, dtype, &dims, 3.0)).collect();
+                    let dense: Vec<Operand> = ops.iter().map(|o| o.dense()).collect();
+                    let params = vec![1e-5; p.params as usize];
+                    let a = run(&p, &dims, axes, &ops, &params);
+                    let b = run(&p, &dims, axes, &dense, &params);
+                    assert!(bits(&a) == bits(&b), "{name} {layout} {dims:?} {}", dtype.as_str());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn bits_do_not_depend_on_where_the_row_axis_stands() {
+    let mut rng = Rng(5);
+    for n in [7usize, 1024, 1500, 9001] {
+        let x = operand(&mut rng, "contiguous", DType::F32, &[6, n], 4.0);
+        let p = programs::softmax(Class::F32, DType::F32).unwrap();
+        let last = run(&p, &[6, n], 0b10, std::slice::from_ref(&x), &[])[0].to_f64();
+        // The transposed view has the row first; its output is row-major over (n, 6).
+        let t = Operand { layout: x.layout.permute(&[1, 0]).unwrap(), ..x };
+        let first = run(&p, &[n, 6], 0b01, &[t], &[])[0].to_f64();
+        for r in 0..6 {
+            for j in 0..n {
+                assert_eq!(last[r * n + j].to_bits(), first[j * 6 + r].to_bits(), "n {n}");
+            }
+        }
+    }
+}
+
+#[test]
+fn bits_do_not_depend_on_threads() {
+    let mut rng = Rng(6);
+    for dims in [vec![96usize, 1000], vec![4, 20_000], vec![300_000]] {
+        for (name, p, n) in sample_programs(DType::F32) {
+            let axes = 1 << (dims.len() - 1);
+            let axes = if p.instrs.iter().any(|i| matches!(i, Instr::Reduce(..))) { axes } else { 0 };
+            let ops: Vec<Operand> = (0..n).map(|_| operand(&mut rng, "contiguous", DType::F32, &dims, 3.0)).collect();
+            let params = vec![1e-5; p.params as usize];
+            let one = on_threads(1, || bits(&run(&p, &dims, axes, &ops, &params)));
+            let four = on_threads(4, || bits(&run(&p, &dims, axes, &ops, &params)));
+            assert!(one == four, "{name} {dims:?}");
+        }
+    }
+}
+
+#[test]
+fn bits_of_a_row_do_not_depend_on_its_company() {
+    let mut rng = Rng(7);
+    for n in [3usize, 100, 2049, 8192, 10_000] {
+        let rows = 37;
+        let x = operand(&mut rng, "contiguous", DType::F32, &[rows, n], 3.0);
+        for (name, p, inputs) in sample_programs(DType::F32) {
+            if inputs > 1 {
+                continue;
+            }
+            let all = run(&p, &[rows, n], 0b10, std::slice::from_ref(&x), &[])[0].bits();
+            for r in [0, 1, 17, rows - 1] {
+                let one = Operand { data: x.data.clone(), layout: x.layout.narrow(0, r, 1).unwrap() };
+                let alone = run(&p, &[1, n], 0b10, &[one], &[])[0].bits();
+                assert!(alone == all[r * n..(r + 1) * n], "{name} n {n} row {r}");
+            }
+        }
+    }
+}
+
+#[test]
+fn sums_of_half_precision_rows_do_not_stall() {
+    for dtype in [DType::F16, DType::BF16] {
+        for n in [4096usize, 32_768, 65_520] {
+            let x = Operand::contiguous(dtype, &[1, n], &vec![0.25; n]);
+            let p = programs::softmax(Class::F32, dtype).unwrap();
+            let total: f64 = run(&p, &[1, n], 0b10, &[x], &[])[0].to_f64().iter().sum();
+            // Each of the n equal outputs is rounded once to the storage type.
+            let each = Data::new(dtype, &[1.0 / n as f64]).to_f64()[0] * n as f64;
+            assert!((total - each).abs() < 1e-9 && (total - 1.0).abs() < 4e-3, "{n}: {total}");
+        }
+    }
+}
+
+#[test]
+fn random_half_rows_sum_to_one() {
+    let mut rng = Rng(8);
+    for dtype in [DType::F16, DType::BF16] {
+        for n in [4096usize, 32_768, 65_520] {
+            let x = operand(&mut rng, "contiguous", dtype, &[2, n], 2.0);
+            let p = programs::softmax(Class::F32, dtype).unwrap();
+            let y = run(&p, &[2, n], 0b10, &[x], &[])[0].to_f64();
+            for row in y.chunks(n) {
+                let total: f64 = row.iter().sum();
+                // Rounding errors of n terms, each half an ulp at most and of either sign.
+                assert!((total - 1.0).abs() < 4e-3, "{n}: {total}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_sum_has_the_documented_order() {
+    // An independent statement of the order: 16 lanes; four rows of lanes are added, four of those sums, four of those
+    // again (1,024 elements), then the lanes in halves and in f64, rounded once, then the segments.
+    let mut rng = Rng(9);
+    for n in [1usize, 15, 16, 17, 1023, 1024, 1025, 5000, 8193, 20_000] {
+        let v: Vec<f32> = rng.floats(n, 1.0).iter().map(|&v| v as f32).collect();
+        let mut total = 0f32;
+        for seg in v.chunks(1024) {
+            let mut lanes = [0f32; 16];
+            for (lane, sum) in lanes.iter_mut().enumerate() {
+                for part in 0..4 {
+                    let mut middle = 0f32;
+                    for group in 0..4 {
+                        let mut low = 0f32;
+                        for step in 0..4 {
+                            let at = ((part * 4 + group) * 4 + step) * 16 + lane;
+                            low += seg.get(at).copied().unwrap_or(0.0);
+                        }
+                        middle += low;
+                    }
+                    *sum += middle;
+                }
+            }
+            let mut wide = lanes.map(f64::from);
+            for w in [8, 4, 2, 1] {
+                for i in 0..w {
+                    wide[i] += wide[i + w];
+                }
+            }
+            total += wide[0] as f32;
+        }
+        let mut b = RowProgram::builder(Class::F32);
+        let x = b.load(0);
+        let s = b.reduce(ReduceFn::Sum, x);
+        b.output(s, DType::F32);
+        let p = b.finish().unwrap();
+        let x = Operand { data: Data::F32(v), layout: Strided::contiguous(&[n]) };
+        assert_eq!(run(&p, &[n], 1, &[x], &[])[0], Data::F32(vec![total]), "n {n}");
+    }
+}

@@ -1,0 +1,57 @@
+//! Cases of row composites: softmax, norms, gated units, rotary embedding.
+
+use super::{Table, FLOATS};
+use crate::case::Domain;
+use candle_core::DType;
+use candle_lazy_graph::{Op, UnaryOp};
+
+const ROWS: [&[usize]; 9] =
+    [&[3, 17], &[2, 3, 5], &[4, 1025], &[2, 0, 4], &[7], &[1, 1], &[2, 3, 0], &[2, 3, 4, 33], &[2, 8200]];
+
+const ACTIVATIONS: [UnaryOp; 5] = [UnaryOp::Silu, UnaryOp::Gelu, UnaryOp::GeluErf, UnaryOp::Relu, UnaryOp::Sigmoid];
+
+pub(super) fn add(t: &mut Table) {
+    for dtype in FLOATS {
+        for dims in t.some(&ROWS, 2, 7) {
+            for dim in 0..dims.len() as u8 {
+                t.laid_out(&Op::Softmax { dim }, &[], &[(dims, dtype, Domain::Any)]);
+                t.laid_out(&Op::LogSoftmax { dim }, &[], &[(dims, dtype, Domain::Any)]);
+            }
+            norms(t, dims, dtype);
+            for act in t.some(&ACTIVATIONS, 2, 5) {
+                let input = (*dims, dtype, Domain::Any);
+                t.laid_out(&Op::Glu { act: *act }, &[], &[input, input]);
+            }
+        }
+        t.laid_out(&Op::Glu { act: UnaryOp::Silu }, &[], &[(&[], dtype, Domain::Any), (&[], dtype, Domain::Any)]);
+        ropes(t, dtype);
+    }
+}
+
+fn norms(t: &mut Table, dims: &[usize], dtype: DType) {
+    let width = [dims.last().copied().unwrap_or(1)];
+    let x = (dims, dtype, Domain::Any);
+    let vector = (&width[..], dtype, Domain::Any);
+    let eps = 1e-5;
+    t.laid_out(&Op::RmsNorm { weight: true }, &[eps], &[x, vector]);
+    t.laid_out(&Op::RmsNorm { weight: false }, &[eps], &[x]);
+    t.laid_out(&Op::LayerNorm { weight: true, bias: true }, &[eps], &[x, vector, vector]);
+    t.laid_out(&Op::LayerNorm { weight: true, bias: false }, &[eps], &[x, vector]);
+    t.laid_out(&Op::LayerNorm { weight: false, bias: true }, &[eps], &[x, vector]);
+    t.laid_out(&Op::LayerNorm { weight: false, bias: false }, &[eps], &[x]);
+}
+
+fn ropes(t: &mut Table, dtype: DType) {
+    let shapes: [[usize; 4]; 6] =
+        [[2, 3, 5, 8], [1, 4, 1, 16], [2, 1, 3, 2], [0, 2, 3, 4], [1, 2, 7, 64], [3, 2, 0, 8]];
+    for dims in t.some(&shapes, 1, 5) {
+        let [b, _, s, d] = *dims;
+        let (flat, batched) = ([s, d / 2], [b, s, d / 2]);
+        for interleaved in [false, true] {
+            for table in [&flat[..], &batched[..]] {
+                let angle = (table, dtype, Domain::Angle);
+                t.laid_out(&Op::Rope { interleaved }, &[], &[(&dims[..], dtype, Domain::Any), angle, angle]);
+            }
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! Cases of products: matmul, linear, LoRA, attention.
+
+use super::{Table, FLOATS};
+use crate::case::{Case, Domain, InputSpec, Layout};
+use candle_core::DType;
+use candle_lazy_graph::Op;
+
+pub(super) fn add(t: &mut Table) {
+    let products: [(&[usize], &[usize]); 12] = [
+        (&[3, 8], &[8, 5]),
+        (&[2, 3, 4, 6], &[2, 3, 6, 5]),
+        (&[2, 1, 4, 6], &[3, 6, 5]),
+        (&[1, 64], &[64, 33]),
+        (&[3, 0], &[0, 5]),
+        (&[5, 3, 7], &[7, 4]),
+        (&[0, 4], &[4, 3]),
+        (&[1, 1], &[1, 1]),
+        (&[33, 130], &[130, 17]),
+        (&[2, 5, 16], &[2, 16, 1]),
+        (&[4, 1, 9], &[4, 9, 6]),
+        (&[7, 513], &[513, 3]),
+    ];
+    let linears: [(&[usize], usize); 7] = [
+        (&[2, 5, 16], 7),
+        (&[3, 8], 4),
+        (&[16], 5),
+        (&[1, 1, 64], 33),
+        (&[0, 8], 4),
+        (&[2, 3, 4, 6], 5),
+        (&[9, 130], 40),
+    ];
+    let loras: [(&[usize], usize, usize); 6] = [
+        (&[2, 5, 16], 4, 12),
+        (&[3, 32], 2, 9),
+        (&[16], 3, 5),
+        (&[1, 64], 8, 64),
+        (&[0, 8], 2, 4),
+        (&[2, 2, 3, 8], 1, 6),
+    ];
+    for dtype in FLOATS {
+        for (a, b) in t.some(&products, 2, 9) {
+            t.laid_out(&Op::Matmul, &[], &[(a, dtype, Domain::Any), (b, dtype, Domain::Small)]);
+        }
+        for (x, out) in t.some(&linears, 2, 6) {
+            let weight = [*out, x.last().copied().unwrap_or(1)];
+            let mut inputs = vec![(*x, dtype, Domain::Any), (&weight[..], dtype, Domain::Small)];
+            t.laid_out(&Op::Linear { bias: false }, &[], &inputs);
+            let bias = [*out];
+            inputs.push((&bias, dtype, Domain::Any));
+            t.laid_out(&Op::Linear { bias: true }, &[], &inputs);
+        }
+        for (x, rank, out) in t.some(&loras, 2, 5) {
+            let (a, b) = ([x.last().copied().unwrap_or(1), *rank], [*rank, *out]);
+            let mut base = x.to_vec();
+            if let Some(last) = base.last_mut() {
+                *last = *out;
+            }
+            let mut inputs =
+                vec![(*x, dtype, Domain::Any), (&a[..], dtype, Domain::Small), (&b[..], dtype, Domain::Small)];
+            t.laid_out(&Op::Lora { base: false }, &[0.5], &inputs);
+            inputs.push((&base, dtype, Domain::Any));
+            t.laid_out(&Op::Lora { base: true }, &[1.75], &inputs);
+        }
+    }
+    attentions(t);
+}
+
+/// Sizes of an attention: batch, heads, key heads, queries, keys, head dim, value dim.
+type Sizes = (usize, usize, usize, usize, usize, usize, usize);
+
+/// What it does besides: causal, window, softcap.
+type Kind = (bool, Option<usize>, Option<f64>);
+
+fn attentions(t: &mut Table) {
+    let sizes: [Sizes; 9] = [
+        (2, 4, 2, 5, 5, 8, 8),
+        (1, 3, 1, 1, 9, 16, 16),
+        (1, 2, 2, 4, 70, 8, 6),
+        (2, 2, 2, 3, 3, 4, 4),
+        (1, 9, 3, 7, 130, 16, 16),
+        (1, 1, 1, 1, 1, 2, 2),
+        (0, 2, 1, 3, 3, 4, 4),
+        (1, 4, 4, 66, 66, 8, 8),
+        (2, 6, 3, 2, 65, 32, 32),
+    ];
+    let kinds: [Kind; 6] = [
+        (false, None, None),
+        (true, None, None),
+        (true, Some(3), None),
+        (false, None, Some(4.0)),
+        (true, None, Some(2.0)),
+        (true, Some(2), Some(8.0)),
+    ];
+    for dtype in FLOATS {
+        for &(b, h, hk, s, keys, d, dv) in t.some(&sizes, 2, 6) {
+            let (q, k, v) = ([b, h, s, d], [b, hk, keys, d], [b, hk, keys, dv]);
+            let masks: [&[usize]; 4] = [&[b, h, s, keys], &[s, keys], &[b, 1, 1, keys], &[1, 1, s, keys]];
+            for &(causal, window, cap) in t.some(&kinds, 2, 6) {
+                let scalars: Vec<f64> = [0.375].into_iter().chain(cap).collect();
+                let plain: [(&[usize], DType, Domain); 3] =
+                    [(&q, dtype, Domain::Any), (&k, dtype, Domain::Any), (&v, dtype, Domain::Any)];
+                let op = |mask| Op::Attention { mask, causal, softcap: cap.is_some(), window };
+                t.laid_out(&op(false), &scalars, &plain);
+                for mask in t.some(&masks, 1, 2) {
+                    let mut inputs: Vec<InputSpec> = plain
+                        .iter()
+                        .map(|(dims, dtype, _)| InputSpec::new(dims, *dtype, Layout::Contiguous, Domain::Any))
+                        .collect();
+                    inputs.push(InputSpec::new(mask, dtype, Layout::Contiguous, Domain::Mask));
+                    t.push(Case::new(op(true), &scalars, inputs));
+                }
+            }
+        }
+    }
+}

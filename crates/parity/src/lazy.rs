@@ -1,0 +1,142 @@
+//! A case recorded on lazy tensors, through the methods that users call.
+
+use crate::{Error, Result};
+use candle_core::Device;
+use candle_lazy_exec::{AttentionOptions, LazyTensor};
+use candle_lazy_graph::{BinaryOp, BuildSite, CmpOp, Node, Op, ReduceOp, Scalars, UnaryOp};
+
+/// The result of `op` on `x`.
+///
+/// # Errors
+/// When recording refuses the inputs.
+pub fn record(op: &Op, s: &[f64], x: &[LazyTensor]) -> Result<LazyTensor> {
+    let meant = op.arity().unwrap_or(x.len().max(1));
+    if meant != x.len() || op.scalar_count() != s.len() {
+        return Err(Error::NoTwin(format!("{op} takes {meant} inputs and {} scalars", op.scalar_count())));
+    }
+    let dev = Device::Cpu;
+    Ok(match op {
+        Op::Full { shape, dtype } => LazyTensor::full(s[0], shape.to_vec(), *dtype, &dev)?,
+        Op::CausalMask { queries, keys, window, dtype } => {
+            LazyTensor::causal_mask(*queries, *keys, *window, *dtype, &dev)?
+        }
+        Op::Unary(f) => unary(*f, &x[0])?,
+        Op::Binary(f) => binary(*f, &x[0], &x[1])?,
+        Op::Compare(f) => match f {
+            CmpOp::Eq => x[0].broadcast_eq(&x[1])?,
+            CmpOp::Ne => x[0].broadcast_ne(&x[1])?,
+            CmpOp::Lt => x[0].broadcast_lt(&x[1])?,
+            CmpOp::Le => x[0].broadcast_le(&x[1])?,
+            CmpOp::Gt => x[0].broadcast_gt(&x[1])?,
+            CmpOp::Ge => x[0].broadcast_ge(&x[1])?,
+        },
+        Op::CompareScalar(f) => match f {
+            CmpOp::Eq => x[0].eq(s[0])?,
+            CmpOp::Ne => x[0].ne(s[0])?,
+            CmpOp::Lt => x[0].lt(s[0])?,
+            CmpOp::Le => x[0].le(s[0])?,
+            CmpOp::Gt => x[0].gt(s[0])?,
+            CmpOp::Ge => x[0].ge(s[0])?,
+        },
+        Op::Affine => x[0].affine(s[0], s[1])?,
+        Op::Powf => x[0].powf(s[0])?,
+        Op::Where => x[0].where_cond(&x[1], &x[2])?,
+        Op::Cast(dtype) => x[0].to_dtype(*dtype)?,
+        Op::Reduce { op: f, axes, keepdim } => {
+            let dims: Vec<usize> = (0..x[0].rank()).filter(|d| axes & (1 << d) != 0).collect();
+            match (f, keepdim, &dims[..]) {
+                (ReduceOp::Sum, true, _) => x[0].sum_keepdim(dims)?,
+                (ReduceOp::Sum, false, _) => x[0].sum(dims)?,
+                (ReduceOp::Mean, true, _) => x[0].mean_keepdim(dims)?,
+                (ReduceOp::Mean, false, _) => x[0].mean(dims)?,
+                (ReduceOp::Max, true, [d]) => x[0].max_keepdim(*d)?,
+                (ReduceOp::Max, false, [d]) => x[0].max(*d)?,
+                (ReduceOp::Min, true, [d]) => x[0].min_keepdim(*d)?,
+                (ReduceOp::Min, false, [d]) => x[0].min(*d)?,
+                _ => as_node(op, s, x)?,
+            }
+        }
+        Op::Matmul => x[0].broadcast_matmul(&x[1])?,
+        Op::Reshape { shape } => x[0].reshape(shape.to_vec())?,
+        Op::Permute { perm } => x[0].permute(perm.iter().map(|&d| usize::from(d)).collect::<Vec<_>>())?,
+        Op::Narrow { dim, start, len } => x[0].narrow(usize::from(*dim), *start, *len)?,
+        Op::Broadcast { shape } => x[0].broadcast_as(shape.to_vec())?,
+        Op::Contiguous => x[0].contiguous()?,
+        Op::Detach => x[0].detach()?,
+        Op::Concat { dim } => LazyTensor::cat(x, usize::from(*dim))?,
+        Op::IndexSelect { dim } => x[0].index_select(&x[1], usize::from(*dim))?,
+        Op::SliceAssign { dim, start } => x[0].slice_scatter(&x[1], usize::from(*dim), *start)?,
+        Op::Softmax { dim } => x[0].softmax(usize::from(*dim))?,
+        Op::LogSoftmax { dim } => x[0].log_softmax(usize::from(*dim))?,
+        Op::RmsNorm { weight } => x[0].rms_norm(weight.then(|| &x[1]), s[0])?,
+        Op::LayerNorm { weight, bias } => {
+            let b = if *weight { 2 } else { 1 };
+            x[0].layer_norm(weight.then(|| &x[1]), bias.then(|| &x[b]), s[0])?
+        }
+        Op::Linear { bias } => x[0].linear(&x[1], bias.then(|| &x[2]))?,
+        Op::Lora { base: false } => x[0].lora(&x[1], &x[2], s[0])?,
+        Op::Lora { base: true } => x[0].lora_add(&x[3], &x[1], &x[2], s[0])?,
+        Op::Glu { act: UnaryOp::Silu } => x[0].silu_mul(&x[1])?,
+        Op::Glu { act: UnaryOp::Gelu } => x[0].gelu_mul(&x[1])?,
+        Op::Rope { interleaved: false } => x[0].rope(&x[1], &x[2])?,
+        Op::Rope { interleaved: true } => x[0].rope_i(&x[1], &x[2])?,
+        Op::Attention { mask, causal, softcap, window } => {
+            let options =
+                AttentionOptions { scale: s[0], causal: *causal, softcap: softcap.then(|| s[1]), window: *window };
+            LazyTensor::attention(&x[0], &x[1], &x[2], mask.then(|| &x[3]), &options)?
+        }
+        Op::Embedding => x[0].embedding(&x[1])?,
+        _ => as_node(op, s, x)?,
+    })
+}
+
+/// An op for which there is no method: a node of the graph itself.
+fn as_node(op: &Op, s: &[f64], x: &[LazyTensor]) -> Result<LazyTensor> {
+    let inputs = x.iter().map(|t| t.node().clone()).collect();
+    let node = Node::record(op.clone(), Scalars::from_slice(s), inputs, Some(&Device::Cpu), BuildSite::here())?;
+    Ok(LazyTensor::from_node(node))
+}
+
+fn unary(f: UnaryOp, x: &LazyTensor) -> Result<LazyTensor> {
+    Ok(match f {
+        UnaryOp::Neg => x.neg()?,
+        UnaryOp::Abs => x.abs()?,
+        UnaryOp::Recip => x.recip()?,
+        UnaryOp::Sqr => x.sqr()?,
+        UnaryOp::Sqrt => x.sqrt()?,
+        UnaryOp::Rsqrt => x.rsqrt()?,
+        UnaryOp::Exp => x.exp()?,
+        UnaryOp::Log => x.log()?,
+        UnaryOp::Sin => x.sin()?,
+        UnaryOp::Cos => x.cos()?,
+        UnaryOp::Tanh => x.tanh()?,
+        UnaryOp::Erf => x.erf()?,
+        UnaryOp::Gelu => x.gelu()?,
+        UnaryOp::GeluErf => x.gelu_erf()?,
+        UnaryOp::Relu => x.relu()?,
+        UnaryOp::Silu => x.silu()?,
+        UnaryOp::Sigmoid => x.sigmoid()?,
+        UnaryOp::Floor => x.floor()?,
+        UnaryOp::Ceil => x.ceil()?,
+        UnaryOp::Round => x.round()?,
+        UnaryOp::Sign => x.sign()?,
+    })
+}
+
+fn binary(f: BinaryOp, a: &LazyTensor, b: &LazyTensor) -> Result<LazyTensor> {
+    let same = a.dims() == b.dims();
+    Ok(match f {
+        BinaryOp::Add if same => (a + b)?,
+        BinaryOp::Sub if same => (a - b)?,
+        BinaryOp::Mul if same => (a * b)?,
+        BinaryOp::Div if same => (a / b)?,
+        BinaryOp::Add => a.broadcast_add(b)?,
+        BinaryOp::Sub => a.broadcast_sub(b)?,
+        BinaryOp::Mul => a.broadcast_mul(b)?,
+        BinaryOp::Div => a.broadcast_div(b)?,
+        BinaryOp::Maximum if same => a.maximum(b)?,
+        BinaryOp::Minimum if same => a.minimum(b)?,
+        BinaryOp::Maximum => a.broadcast_maximum(b)?,
+        BinaryOp::Minimum => a.broadcast_minimum(b)?,
+    })
+}

@@ -1,0 +1,214 @@
+//! Lazy evaluation with one set of options or another.
+
+use super::{Cell, Mode, Outcome, Subject};
+use crate::case::Case;
+use crate::compare::{rounding, same_bits};
+use crate::referee::{judge, Judged};
+use crate::reference::{self, Arr, Reduction};
+use crate::value::to_arr;
+use crate::{eager, lazy, unsupported, Error, Result};
+use candle_core::{DType, Tensor};
+use candle_lazy_exec::{run::eval_all_with, EvalOptions, EvalReport, LazyTensor};
+use candle_lazy_graph::{Exactness, Op, OpClass};
+
+/// Evaluates one tensor.
+///
+/// # Errors
+/// When evaluation fails.
+pub fn evaluate(tensor: &LazyTensor, options: &EvalOptions) -> Result<(Tensor, EvalReport)> {
+    let (mut tensors, report) = eval_all_with(&[tensor], options)?;
+    match tensors.pop() {
+        Some(tensor) => Ok((tensor, report)),
+        None => Err(Error::NoTwin("no result for a root".into())),
+    }
+}
+
+fn record(case: &Case, inputs: &[Tensor]) -> Result<LazyTensor> {
+    let leaves: Vec<LazyTensor> = inputs.iter().map(LazyTensor::from).collect();
+    lazy::record(&case.op, &case.scalars, &leaves)
+}
+
+/// What is wrong with the kernels that ran, if anything: Candle's op where a kernel of ours is declared.
+#[must_use]
+pub fn expected_kernels(case: &Case, report: &EvalReport) -> Option<String> {
+    if unsupported::candle_runs(case).is_some() {
+        return None;
+    }
+    if !report.fallbacks.is_empty() {
+        return Some(format!("fell back to Candle's {:?}", report.fallbacks));
+    }
+    (!report.replayed.is_empty()).then(|| format!("replayed Candle's {:?}", report.replayed))
+}
+
+fn options(mode: Mode) -> EvalOptions {
+    match mode {
+        Mode::NoPasses => EvalOptions::no_passes(),
+        Mode::OnlyPass(name) => EvalOptions::only_pass(name),
+        Mode::Decomposed => EvalOptions { decompose: true, ..EvalOptions::default() },
+        Mode::Replay => EvalOptions { replay: true, ..EvalOptions::default() },
+        Mode::Cold => EvalOptions { cache: false, ..EvalOptions::default() },
+        _ => EvalOptions::default(),
+    }
+}
+
+/// The options with the graph validated after every pass.
+fn checked(options: EvalOptions) -> EvalOptions {
+    EvalOptions { validate: true, ..options }
+}
+
+/// The result without passes: what every other plan of ours equals bit for bit.
+fn baseline(subject: &mut Subject) -> Result<Tensor> {
+    if let Some(tensor) = &subject.baseline {
+        return Ok(tensor.clone());
+    }
+    let (tensor, _) = evaluate(&record(&subject.case, &subject.inputs)?, &checked(options(Mode::NoPasses)))?;
+    subject.baseline = Some(tensor.clone());
+    Ok(tensor)
+}
+
+pub(super) fn check(subject: &mut Subject, mode: Mode) -> Result<Option<Cell>> {
+    match mode {
+        Mode::Chain => return chain(subject),
+        Mode::OtherSizes => return other_sizes(subject),
+        Mode::Decomposed if subject.case.op.class() != OpClass::Composite => return Ok(None),
+        _ => {}
+    }
+    let tensor = record(&subject.case, &subject.inputs)?;
+    if mode == Mode::Warm {
+        if tensor.is_ready() {
+            return Ok(None);
+        }
+        evaluate(&record(&subject.case, &subject.inputs)?, &options(mode))?;
+    }
+    let computed = !tensor.is_ready();
+    let (got, report) = evaluate(&tensor, &checked(options(mode)))?;
+    let mut cell = subject.verdict(&mode.name(), &got)?;
+    cell.kernels.clone_from(&report.kernels);
+    if cell.outcome != Outcome::Passed {
+        return Ok(Some(cell));
+    }
+    if mode == Mode::Replay {
+        if !report.kernels.is_empty() {
+            cell.outcome = Outcome::Failed(format!("a replay ran our kernels {:?}", report.kernels));
+        }
+        return Ok(Some(cell));
+    }
+    if let Some(text) = expected_kernels(&subject.case, &report) {
+        cell.outcome = Outcome::Failed(text);
+    }
+    if mode != Mode::Decomposed {
+        let want = baseline(subject)?;
+        if let Err(text) = same_bits(&format!("{} against no passes", mode.name()), &got, &want)? {
+            cell.outcome = Outcome::Failed(text);
+        }
+    }
+    let hit_expected = match mode {
+        Mode::Warm => Some(true),
+        Mode::Cold => Some(false),
+        _ => None,
+    };
+    if computed && hit_expected.is_some_and(|want| want != report.cache_hit) {
+        cell.outcome = Outcome::Failed(format!("cache hit {}, which is wrong when {}", report.cache_hit, mode.name()));
+    }
+    Ok(Some(cell))
+}
+
+/// A plan made at one set of sizes, bound at another, equals a plan made there.
+fn other_sizes(subject: &Subject) -> Result<Option<Cell>> {
+    let Some(other) = subject.case.at_other_sizes() else {
+        return Ok(None);
+    };
+    let here = record(&subject.case, &subject.inputs)?;
+    let inputs = other.inputs(subject.seed)?;
+    let there = record(&other, &inputs)?;
+    if here.is_ready() || there.is_ready() {
+        return Ok(None);
+    }
+    let (want, _) = evaluate(&record(&other, &inputs)?, &checked(options(Mode::Cold)))?;
+    evaluate(&here, &options(Mode::AllPasses))?;
+    let (got, report) = evaluate(&there, &checked(options(Mode::AllPasses)))?;
+    let mut cell = Cell::of(Outcome::Passed);
+    cell.kernels.clone_from(&report.kernels);
+    if let Err(text) = same_bits(&format!("bound at {}", other.name()), &got, &want)? {
+        cell.outcome = Outcome::Failed(text);
+    } else if !report.cache_hit {
+        cell.outcome = Outcome::Failed(format!("the plan was not found again at other sizes: {}", other.name()));
+    } else if let Some(text) = expected_kernels(&other, &report) {
+        cell.outcome = Outcome::Failed(text);
+    }
+    Ok(Some(cell))
+}
+
+/// x/2, the op, times two, the sum over the last dim. Halving and doubling are exact, so that only the op and the sum round.
+fn chain(subject: &Subject) -> Result<Option<Cell>> {
+    let case = &subject.case;
+    let dtype = case.infer()?.dtype;
+    if !case.inputs.first().is_some_and(|i| i.dtype.is_float()) || case.is_special() {
+        return Ok(None);
+    }
+    // the op's row, reduced; u8 results (comparisons) are summed as f32
+    let float = if dtype.is_float() { dtype } else { DType::F32 };
+    let last = subject.judged.value.dims.len().checked_sub(1);
+    let build = || -> Result<LazyTensor> {
+        let mut leaves: Vec<LazyTensor> = subject.inputs.iter().map(LazyTensor::from).collect();
+        leaves[0] = leaves[0].affine(0.5, 0.0)?;
+        let y = lazy::record(&case.op, &case.scalars, &leaves)?.to_dtype(float)?.affine(2.0, 0.0)?;
+        Ok(match last {
+            Some(d) => y.sum_keepdim(d)?,
+            None => y,
+        })
+    };
+    let eager = super::quietly(|| {
+        let mut inputs = subject.inputs.clone();
+        inputs[0] = (&inputs[0] * 0.5)?;
+        let y = (eager::run(&case.op, &case.scalars, &inputs)?.to_dtype(float)? * 2.0)?;
+        Ok(match last {
+            Some(d) => y.sum_keepdim(d)?,
+            None => y,
+        })
+    });
+    let (got, report) = evaluate(&build()?, &checked(options(Mode::AllPasses)))?;
+    let (want, _) = evaluate(&build()?, &checked(options(Mode::NoPasses)))?;
+    let mut cell = Cell::of(Outcome::Passed);
+    cell.kernels.clone_from(&report.kernels);
+    if let Err(text) = same_bits("a chain against no passes", &got, &want)? {
+        cell.outcome = Outcome::Failed(text);
+        return Ok(Some(cell));
+    }
+    if let Some(text) = expected_kernels(case, &report) {
+        cell.outcome = Outcome::Failed(text);
+        return Ok(Some(cell));
+    }
+    let judged = chain_reference(subject, float, last)?;
+    let eager = eager.filter(|_| unsupported::eager_is_wrong(case).is_none());
+    // the op, and the sum of n numbers; equal numbers all round the same way, which a tree of depth log₂ n keeps below that
+    let n = last.and_then(|d| subject.judged.value.dims.get(d)).map_or(1.0, |&n| (n.max(1)) as f64);
+    let verdict = rounding("a chain", &got, eager.as_ref(), &judged, 2.0 + n.log2())?;
+    cell.ulp = verdict.ours.ulp;
+    if let Some(text) = verdict.wrong {
+        cell.outcome = Outcome::Failed(text);
+    }
+    Ok(Some(cell))
+}
+
+/// The chain's reference. Every element of the op may be off by 2 units at its row's scale, so the sum of a row is measured by
+/// the sum of those scales.
+fn chain_reference(subject: &Subject, dtype: DType, last: Option<usize>) -> Result<Judged> {
+    let case = &subject.case;
+    let mut arrays = subject.inputs.iter().map(to_arr).collect::<Result<Vec<Arr>>>()?;
+    arrays[0] = arrays[0].map(|x| x * 0.5);
+    let mut op = judge(&case.op, &case.scalars, &arrays.iter().collect::<Vec<_>>(), case.infer()?.dtype)?;
+    // a cast rounds (f16 of an f32 value): where it is exact by declaration, take what was really rounded
+    if let (Op::Cast(_), Exactness::Exact) = (&case.op, case.op.exactness()) {
+        let rounded = eager::run(&case.op, &case.scalars, &[(&subject.inputs[0] * 0.5)?])?.to_dtype(dtype)?;
+        op.value = to_arr(&rounded)?;
+    }
+    let scales = Arr { dims: op.value.dims.clone(), data: op.scales() }.map(|s| 2.0 * s);
+    let value = op.value.map(|x| 2.0 * x);
+    let Some(d) = last else {
+        return Ok(Judged { row: 0, value, magnitude: scales });
+    };
+    let sum = reference::reduce(Reduction::Sum, &value, 1 << d, true)?;
+    let magnitude = reference::reduce(Reduction::Sum, &scales, 1 << d, true)?;
+    Ok(Judged { row: d, value: sum.value, magnitude: magnitude.value })
+}

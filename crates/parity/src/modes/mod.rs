@@ -1,0 +1,206 @@
+//! The ways in which a case is computed, and what each must equal.
+
+mod functions;
+mod gradient;
+mod lazy_modes;
+
+use crate::case::Case;
+use crate::compare::{rounding, same_bits};
+use crate::referee::{judge, Judged};
+use crate::reference::Arr;
+use crate::unsupported;
+use crate::value::to_arr;
+use crate::{eager, Result};
+use candle_core::{DType, Tensor};
+use candle_lazy_graph::passes::PASSES;
+use candle_lazy_graph::Exactness;
+use std::collections::BTreeMap;
+
+pub use gradient::{gradients, judge_gradients, Gradients, GRADIENT_ULP, GRADIENT_ULP_F32, GRADIENT_ULP_F64};
+pub use lazy_modes::{evaluate, expected_kernels};
+
+/// A way of computing a case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Mode {
+    /// The function of `ops` on plain tensors.
+    Ops,
+    /// The same on tracked tensors: result and gradients.
+    OpsTracked,
+    /// Lazy, one step per recorded op.
+    NoPasses,
+    /// Lazy, one pass alone (or `fuse`).
+    OnlyPass(&'static str),
+    /// Lazy, as users get it.
+    AllPasses,
+    /// Lazy, every composite decomposed.
+    Decomposed,
+    /// Lazy, the plan cache neither asked nor filled.
+    Cold,
+    /// Lazy, the plan from the cache.
+    Warm,
+    /// Lazy, the plan of other sizes from the cache.
+    OtherSizes,
+    /// Lazy, every op Candle's own.
+    Replay,
+    /// Lazy on tracked leaves: result and gradients.
+    Tracked,
+    /// Lazy, between an elementwise op and an elementwise op with a reduction.
+    Chain,
+}
+
+impl Mode {
+    /// Every mode, in the order of the report.
+    #[must_use]
+    pub fn all() -> Vec<Self> {
+        let mut modes = vec![Self::Ops, Self::OpsTracked, Self::NoPasses];
+        modes.extend(PASSES.iter().map(|p| Self::OnlyPass(p.name)));
+        modes.push(Self::OnlyPass("fuse"));
+        modes.extend([Self::AllPasses, Self::Decomposed, Self::Cold, Self::Warm, Self::OtherSizes, Self::Replay]);
+        modes.extend([Self::Tracked, Self::Chain]);
+        modes
+    }
+
+    /// The name on the command line and in reports.
+    #[must_use]
+    pub fn name(self) -> String {
+        match self {
+            Self::Ops => "ops".into(),
+            Self::OpsTracked => "ops-tracked".into(),
+            Self::NoPasses => "no-passes".into(),
+            Self::OnlyPass(name) => format!("only-{}", name.replace('_', "-")),
+            Self::AllPasses => "all-passes".into(),
+            Self::Decomposed => "decomposed".into(),
+            Self::Cold => "cold".into(),
+            Self::Warm => "warm".into(),
+            Self::OtherSizes => "other-sizes".into(),
+            Self::Replay => "replay".into(),
+            Self::Tracked => "tracked".into(),
+            Self::Chain => "chain".into(),
+        }
+    }
+}
+
+/// What came of a cell of the matrix.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// As it should be.
+    Passed,
+    /// Wrong, and how.
+    Failed(String),
+    /// Not checked, and why.
+    Skipped(String),
+}
+
+/// A cell of the matrix.
+#[derive(Debug, Clone)]
+pub struct Cell {
+    /// What came of it.
+    pub outcome: Outcome,
+    /// The largest error in units in the last place at the row's scale, where it was measured.
+    pub ulp: f64,
+    /// The kernels that ran, and how often.
+    pub kernels: BTreeMap<&'static str, usize>,
+}
+
+impl Cell {
+    /// A cell without kernels.
+    #[must_use]
+    pub fn of(outcome: Outcome) -> Self {
+        Self { outcome, ulp: 0.0, kernels: BTreeMap::new() }
+    }
+}
+
+/// A case with its inputs, its eager result and its reference.
+#[derive(Debug)]
+pub struct Subject {
+    /// The case.
+    pub case: Case,
+    /// The seed of its inputs.
+    pub seed: u64,
+    /// Its inputs.
+    pub inputs: Vec<Tensor>,
+    /// What eager Candle gives, where it gives anything.
+    pub eager: Option<Tensor>,
+    /// What the reference gives.
+    pub judged: Judged,
+    /// What lazy evaluation without passes gives, once computed.
+    baseline: Option<Tensor>,
+}
+
+impl Subject {
+    /// Makes inputs, eager result and reference.
+    ///
+    /// # Errors
+    /// When an input cannot be made or the reference refuses.
+    pub fn new(case: Case, seed: u64) -> Result<Self> {
+        let inputs = case.inputs(seed)?;
+        let dtype = case.infer()?.dtype;
+        let arrays = inputs.iter().map(to_arr).collect::<Result<Vec<Arr>>>()?;
+        let judged = judge(&case.op, &case.scalars, &arrays.iter().collect::<Vec<_>>(), dtype)?;
+        let eager = match unsupported::eager_is_wrong(&case) {
+            Some(_) => None,
+            None => quietly(|| eager::run(&case.op, &case.scalars, &inputs)),
+        };
+        Ok(Self { case, seed, inputs, eager, judged, baseline: None })
+    }
+
+    /// Whether a result must have eager's bits. An op without an eager twin is judged by the reference.
+    fn exact(&self, dtype: DType) -> bool {
+        match self.case.op.exactness() {
+            Exactness::Exact => true,
+            Exactness::ExactWide => !matches!(dtype, DType::F16 | DType::BF16),
+            // `Rounds`, and whatever a later version adds
+            _ => false,
+        }
+    }
+
+    /// Judges a result against eager and the reference, by the op's declared exactness.
+    ///
+    /// # Errors
+    /// When a tensor cannot be read.
+    pub fn verdict(&self, what: &str, got: &Tensor) -> Result<Cell> {
+        let mut cell = Cell::of(Outcome::Passed);
+        if let (true, Some(eager)) = (self.exact(got.dtype()), &self.eager) {
+            if let Err(text) = same_bits(&format!("{what} against eager"), got, eager)? {
+                cell.outcome = Outcome::Failed(text);
+                return Ok(cell);
+            }
+            // what an exact op does with NaN and infinities is Candle's to say, not the reference's
+            if self.case.is_special() {
+                return Ok(cell);
+            }
+        }
+        let verdict = rounding(what, got, self.eager.as_ref(), &self.judged, 1.0)?;
+        cell.ulp = verdict.ours.ulp;
+        if let Some(text) = verdict.wrong {
+            cell.outcome = Outcome::Failed(text);
+        }
+        Ok(cell)
+    }
+
+    /// Whether an error in this mode is Candle's: its own op runs, and eager Candle refuses the same inputs (the largest
+    /// element of a tensor without elements, along a dim that has some).
+    #[must_use]
+    pub fn candle_refuses(&self, mode: Mode) -> bool {
+        let candles = matches!(mode, Mode::Replay | Mode::Tracked) || unsupported::candle_runs(&self.case).is_some();
+        candles && self.eager.is_none()
+    }
+
+    /// Computes the case in a mode and judges it. `None` where the mode says nothing about the case.
+    ///
+    /// # Errors
+    /// When something fails that should not.
+    pub fn check(&mut self, mode: Mode) -> Result<Option<Cell>> {
+        match mode {
+            Mode::Ops => functions::check(self),
+            Mode::OpsTracked => functions::check_tracked(self),
+            Mode::Tracked => gradient::check(self),
+            _ => lazy_modes::check(self, mode),
+        }
+    }
+}
+
+/// The result, or nothing if it failed or panicked: what eager Candle may do, but nothing of ours.
+fn quietly<T>(f: impl FnOnce() -> Result<T>) -> Option<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).ok().and_then(std::result::Result::ok)
+}

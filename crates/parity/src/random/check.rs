@@ -1,0 +1,94 @@
+//! Judging a random graph.
+
+use super::{Program, Step};
+use crate::compare::same_bits;
+use crate::reference::Arr;
+use crate::value::to_arr;
+use crate::{eager, Result};
+use candle_core::{DType, Tensor};
+use candle_lazy_exec::{run::eval_all_with, EvalOptions, LazyTensor};
+use candle_lazy_graph::Op;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+
+/// The factor of the replay's error that a graph may have.
+const REPLAY_FACTOR: f64 = 8.0;
+
+fn evaluate(program: &Program, leaves: &[Option<Tensor>], options: &EvalOptions) -> Result<Vec<Tensor>> {
+    let roots = program.record(leaves)?;
+    let roots: Vec<&LazyTensor> = roots.iter().collect();
+    Ok(eval_all_with(&roots, &EvalOptions { validate: true, ..options.clone() })?.0)
+}
+
+/// The roots step by step with eager Candle, floats in `dtype`.
+fn eagerly(program: &Program, leaves: &[Option<Tensor>], dtype: DType) -> Result<Vec<Arr>> {
+    let wide = |t: Tensor| {
+        if t.dtype().is_float() {
+            t.to_dtype(dtype)
+        } else {
+            Ok(t)
+        }
+    };
+    let mut values: Vec<Tensor> = Vec::new();
+    for (step, leaf) in program.steps.iter().zip(leaves) {
+        let value = match (step, leaf) {
+            (Step::Op { op, scalars, inputs }, _) => {
+                let inputs: Vec<Tensor> = inputs.iter().map(|&i| values[i].clone()).collect();
+                // a cast rounds the number that the program's dtype holds, which an exact node does exactly
+                let inputs = match op {
+                    Op::Cast(_) => {
+                        inputs.iter().map(|t| t.to_dtype(program.dtype)).collect::<candle_core::Result<_>>()?
+                    }
+                    _ => inputs,
+                };
+                wide(eager::run(op, scalars, &inputs)?)?
+            }
+            (Step::Leaf(_), Some(leaf)) => wide(leaf.clone())?,
+            (Step::Leaf(_), None) => return Err(crate::Error::NoTwin("a leaf without a tensor".into())),
+        };
+        values.push(value);
+    }
+    program.roots.iter().map(|&r| to_arr(&values[r])).collect()
+}
+
+fn largest_error(got: &Arr, want: &Arr) -> f64 {
+    let off = |(g, w): (&f64, &f64)| if g == w { 0.0 } else { (g - w).abs() };
+    got.data.iter().zip(&want.data).map(off).fold(0.0, |m, e| if e.is_nan() || e > m { e } else { m })
+}
+
+/// What is wrong with the graph's evaluation, if anything.
+///
+/// # Errors
+/// When an evaluation fails.
+pub fn check(program: &Program) -> Result<Option<String>> {
+    let leaves = program.leaves()?;
+    let plain = evaluate(program, &leaves, &EvalOptions::no_passes())?;
+    let all = evaluate(program, &leaves, &EvalOptions::default())?;
+    let warm = evaluate(program, &leaves, &EvalOptions::default())?;
+    for (i, &root) in program.roots.iter().enumerate() {
+        for (what, got) in [("all passes", &all), ("warm", &warm)] {
+            if let Err(text) = same_bits(&format!("root %{root}, {what} against no passes"), &got[i], &plain[i])? {
+                return Ok(Some(text));
+            }
+        }
+    }
+    // Candle refuses some graphs that are legal here, and panics on some strided views: nothing to compare with then
+    let quietly = |dtype| catch_unwind(AssertUnwindSafe(|| eagerly(program, &leaves, dtype))).ok().and_then(Result::ok);
+    let replay = match evaluate(program, &leaves, &EvalOptions { replay: true, ..EvalOptions::default() }) {
+        Ok(replay) => replay,
+        Err(_) if quietly(program.dtype).is_none() => return Ok(None),
+        Err(e) => return Ok(Some(format!("replay: {e}"))),
+    };
+    let Some(wide) = quietly(DType::F64) else {
+        return Ok(None);
+    };
+    for (i, &root) in program.roots.iter().enumerate() {
+        let (ours, theirs) = (to_arr(&all[i])?, to_arr(&replay[i])?);
+        let floor = if program.dtype == DType::F64 { 1e-10 } else { 1e-4 } * (1.0 + wide[i].max_abs());
+        let (off, replay_off) = (largest_error(&ours, &wide[i]), largest_error(&theirs, &wide[i]));
+        let limit = floor.max(REPLAY_FACTOR * replay_off);
+        if off.is_nan() || off > limit {
+            return Ok(Some(format!("root %{root} is off by {off:e}, Candle's replay by {replay_off:e}")));
+        }
+    }
+    Ok(None)
+}

@@ -1,0 +1,56 @@
+//! The reviewed table: cells that Candle computes instead of a kernel of ours, and cells that nobody computes. Every entry
+//! has its reason.
+
+use crate::case::Case;
+use candle_core::DType;
+use candle_lazy_graph::{Op, OpClass, ReduceOp};
+
+/// Why Candle's own op may run for this case, or `None` where a kernel of ours must.
+#[must_use]
+pub fn candle_runs(case: &Case) -> Option<&'static str> {
+    let whole = |i: usize| case.inputs.get(i).is_some_and(|x| !x.dtype.is_float());
+    match &case.op {
+        Op::Binary(_) | Op::Affine | Op::Compare(_) | Op::CompareScalar(_) if whole(0) => {
+            Some("integer arithmetic is Candle's: no kernel of ours computes in integers yet")
+        }
+        Op::Reduce { op: ReduceOp::Sum | ReduceOp::Max | ReduceOp::Min, .. } if whole(0) => {
+            Some("integer reductions are Candle's: no kernel of ours computes in integers yet")
+        }
+        Op::Where if whole(1) => Some("a choice between integers is Candle's: row programs hold floats"),
+        Op::Where if matches!(case.inputs.first().map(|i| i.dtype), Some(DType::U32 | DType::I64)) => {
+            Some("a wide integer condition is Candle's: row programs read u8 conditions")
+        }
+        _ => None,
+    }
+}
+
+/// Why the `ops` functions on plain tensors do not have this op.
+#[must_use]
+pub fn no_function(op: &Op) -> Option<&'static str> {
+    if op.class() == OpClass::Composite && !matches!(op, Op::Embedding) {
+        return None;
+    }
+    Some("`ops` offers composites only; a primitive on plain tensors is Candle's")
+}
+
+/// Why eager Candle's result is no measure for this case.
+#[must_use]
+pub fn eager_is_wrong(case: &Case) -> Option<&'static str> {
+    let empty = case.inputs.iter().any(|i| i.dims.contains(&0));
+    match &case.op {
+        Op::Reduce { op: ReduceOp::Mean, .. } if empty => Some("Candle's mean of nothing is not defined"),
+        _ => None,
+    }
+}
+
+/// Why the gradient of this case cannot be measured.
+#[must_use]
+pub fn no_gradient(case: &Case) -> Option<&'static str> {
+    let width = case.inputs.first().and_then(|i| i.dims.last()).copied().unwrap_or(1);
+    match &case.op {
+        Op::RmsNorm { .. } | Op::LayerNorm { .. } if width == 1 => {
+            Some("the terms of a norm's gradient cancel for a row of one number: what is left is rounding")
+        }
+        _ => None,
+    }
+}

@@ -1,0 +1,344 @@
+//! The matrix, run and counted.
+
+use crate::case::Case;
+use crate::cases::{cases, Extent};
+use crate::modes::{Cell, Mode, Outcome, Subject};
+use crate::random;
+use crate::{Error, Result};
+use candle_core::DType;
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, Once};
+
+/// What to check.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// How much of the table.
+    pub extent: Extent,
+    /// Only ops with this name.
+    pub op: Option<String>,
+    /// Only this mode.
+    pub mode: Option<String>,
+    /// Only cases of this dtype.
+    pub dtype: Option<DType>,
+    /// The seed of inputs and random graphs.
+    pub seed: u64,
+    /// The number of random graphs per dtype.
+    pub graphs: usize,
+    /// The number of threads.
+    pub threads: usize,
+}
+
+impl Options {
+    /// Everything of an extent with the usual seed, on all cores.
+    #[must_use]
+    pub fn new(extent: Extent) -> Self {
+        let graphs = match extent {
+            Extent::Smoke => 20,
+            Extent::Quick => 200,
+            Extent::Full => 1000,
+        };
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Self { extent, op: None, mode: None, dtype: None, seed: 1, graphs, threads }
+    }
+}
+
+/// A cell that failed.
+#[derive(Debug, Clone)]
+pub struct Failure {
+    /// The case in words.
+    pub case: String,
+    /// The op's name.
+    pub op: String,
+    /// The mode's name.
+    pub mode: String,
+    /// What is wrong.
+    pub what: String,
+}
+
+/// The cells of one op.
+#[derive(Debug, Clone, Default)]
+pub struct OpRow {
+    /// Cells checked or skipped.
+    pub cases: usize,
+    /// Cells that failed.
+    pub failed: usize,
+    /// Cells skipped.
+    pub skipped: usize,
+    /// The largest measured error in units in the last place at the row's scale.
+    pub worst_ulp: f64,
+    /// The case and mode of that error.
+    pub worst_case: String,
+    /// The kernels that ran.
+    pub kernels: BTreeMap<&'static str, usize>,
+}
+
+/// What came of a run.
+#[derive(Debug, Clone, Default)]
+pub struct Summary {
+    /// Per op name.
+    pub rows: BTreeMap<String, OpRow>,
+    /// Every failed cell.
+    pub failures: Vec<Failure>,
+    /// Why cells were skipped, and how many.
+    pub skips: BTreeMap<String, usize>,
+}
+
+impl Summary {
+    /// The number of cells.
+    #[must_use]
+    pub fn cases(&self) -> usize {
+        self.rows.values().map(|r| r.cases).sum()
+    }
+
+    /// The number of failed cells.
+    #[must_use]
+    pub fn failed(&self) -> usize {
+        self.rows.values().map(|r| r.failed).sum()
+    }
+
+    /// The number of skipped cells.
+    #[must_use]
+    pub fn skipped(&self) -> usize {
+        self.rows.values().map(|r| r.skipped).sum()
+    }
+
+    /// Counts a cell.
+    pub fn count(&mut self, op: &str, case: &str, mode: &str, cell: &Cell) {
+        let row = self.rows.entry(op.to_string()).or_default();
+        row.cases += 1;
+        for (name, count) in &cell.kernels {
+            *row.kernels.entry(name).or_default() += count;
+        }
+        if cell.ulp > row.worst_ulp {
+            row.worst_ulp = cell.ulp;
+            row.worst_case = format!("{case}, {mode}");
+        }
+        match &cell.outcome {
+            Outcome::Passed => {}
+            Outcome::Failed(what) => {
+                row.failed += 1;
+                self.failures.push(Failure {
+                    case: case.to_string(),
+                    op: op.to_string(),
+                    mode: mode.to_string(),
+                    what: what.clone(),
+                });
+            }
+            Outcome::Skipped(why) => {
+                row.skipped += 1;
+                *self.skips.entry(why.clone()).or_default() += 1;
+            }
+        }
+    }
+
+    /// Counts all cells of another run.
+    pub fn merge(&mut self, other: Self) {
+        for (op, theirs) in other.rows {
+            let row = self.rows.entry(op).or_default();
+            row.cases += theirs.cases;
+            row.failed += theirs.failed;
+            row.skipped += theirs.skipped;
+            for (name, count) in theirs.kernels {
+                *row.kernels.entry(name).or_default() += count;
+            }
+            if theirs.worst_ulp > row.worst_ulp {
+                row.worst_ulp = theirs.worst_ulp;
+                row.worst_case = theirs.worst_case;
+            }
+        }
+        self.failures.extend(other.failures);
+        for (why, count) in other.skips {
+            *self.skips.entry(why).or_default() += count;
+        }
+    }
+
+    /// The table, the failures (at most `limit`), why cells were skipped, and the last line.
+    #[must_use]
+    pub fn text(&self, limit: usize) -> String {
+        let mut out = String::new();
+        // writing to a string cannot fail
+        let _ = writeln!(
+            out,
+            "{:<14}{:>7}{:>8}{:>9}{:>11}  kernels and worst case",
+            "op", "cases", "failed", "skipped", "worst ulp"
+        );
+        for (op, row) in &self.rows {
+            let kernels: Vec<String> = row.kernels.iter().map(|(name, n)| format!("{name} {n}")).collect();
+            let kernels = if kernels.is_empty() { "no kernel".to_string() } else { kernels.join(", ") };
+            let _ = write!(
+                out,
+                "{op:<14}{:>7}{:>8}{:>9}{:>11.2}  {kernels}",
+                row.cases, row.failed, row.skipped, row.worst_ulp
+            );
+            let _ = writeln!(
+                out,
+                "{}",
+                if row.worst_case.is_empty() { String::new() } else { format!("; {}", row.worst_case) }
+            );
+        }
+        for failure in self.failures.iter().take(limit) {
+            let _ = writeln!(out, "FAILED {} [{}]: {}", failure.case, failure.mode, failure.what);
+        }
+        if self.failures.len() > limit {
+            let _ = writeln!(out, "and {} more", self.failures.len() - limit);
+        }
+        for (why, count) in &self.skips {
+            let _ = writeln!(out, "skipped {count}: {why}");
+        }
+        let _ = write!(out, "{}", self.last_line());
+        out
+    }
+
+    /// `verify: N cases, M failed, K skipped`.
+    #[must_use]
+    pub fn last_line(&self) -> String {
+        format!("verify: {} cases, {} failed, {} skipped", self.cases(), self.failed(), self.skipped())
+    }
+}
+
+/// The first line of an error: Candle's go on with a backtrace where one is asked for.
+fn first_line(e: &Error) -> String {
+    e.to_string().lines().next().unwrap_or_default().to_string()
+}
+
+fn message(panic: &(dyn std::any::Any + Send)) -> String {
+    panic
+        .downcast_ref::<String>()
+        .cloned()
+        .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_string()))
+        .unwrap_or_else(|| "no message".into())
+}
+
+/// Runs all modes of a case.
+fn run_case(case: &Case, modes: &[Mode], seed: u64, summary: &mut Summary) {
+    let (op, name) = (case.op.name(), case.name());
+    let made = catch_unwind(AssertUnwindSafe(|| Subject::new(case.clone(), seed)));
+    let mut subject = match made {
+        Ok(Ok(subject)) => subject,
+        Ok(Err(e)) => return summary.count(op, &name, "inputs", &Cell::of(Outcome::Failed(first_line(&e)))),
+        Err(p) => {
+            let text = format!("panicked: {}", message(p.as_ref()));
+            return summary.count(op, &name, "inputs", &Cell::of(Outcome::Failed(text)));
+        }
+    };
+    for &mode in modes {
+        let cell = match catch_unwind(AssertUnwindSafe(|| subject.check(mode))) {
+            Ok(Ok(Some(cell))) => cell,
+            Ok(Ok(None)) => continue,
+            Ok(Err(_)) if subject.candle_refuses(mode) => {
+                Cell::of(Outcome::Skipped("Candle's own op, which runs here, refuses these inputs eagerly too".into()))
+            }
+            Ok(Err(e)) => Cell::of(Outcome::Failed(format!("error: {}", first_line(&e)))),
+            Err(p) => Cell::of(Outcome::Failed(format!("panicked: {}", message(p.as_ref())))),
+        };
+        summary.count(op, &name, &mode.name(), &cell);
+    }
+}
+
+/// One family of random graphs: a single cell per dtype, whatever the number of seeds.
+fn run_graphs(options: &Options, dtype: DType, size: usize) -> Cell {
+    let judge = |program: &random::Program| -> Option<String> {
+        match catch_unwind(AssertUnwindSafe(|| random::check(program))) {
+            Ok(Ok(wrong)) => wrong,
+            Ok(Err(e)) => Some(format!("error: {}", first_line(&e))),
+            Err(p) => Some(format!("panicked: {}", message(p.as_ref()))),
+        }
+    };
+    for i in 0..options.graphs as u64 {
+        let program = random::generate(options.seed.wrapping_mul(1_000_003) + i, size, dtype);
+        if let Some(what) = judge(&program) {
+            let small = random::minimise(&program, |p| judge(p).is_some());
+            let what = judge(&small).unwrap_or(what);
+            return Cell::of(Outcome::Failed(format!("{what}\n{small}")));
+        }
+    }
+    Cell::of(Outcome::Passed)
+}
+
+/// The modes that `name` means; all for `None`.
+fn modes_named(name: Option<&str>) -> Result<Vec<Mode>> {
+    let all = Mode::all();
+    let Some(name) = name else { return Ok(all) };
+    let some: Vec<Mode> = all.iter().copied().filter(|m| m.name() == name).collect();
+    if some.is_empty() {
+        let names: Vec<String> = all.iter().map(|m| m.name()).collect();
+        return Err(Error::Option(format!("no mode {name}; there are {}", names.join(", "))));
+    }
+    Ok(some)
+}
+
+thread_local! {
+    /// Whether a panic on this thread is a failed cell, whose message goes into the report and not to the terminal.
+    static SILENT: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+/// Lets panics of silent threads say nothing; those of other threads are as loud as before.
+fn silence() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let loud = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if !SILENT.get() {
+                loud(info);
+            }
+        }));
+    });
+}
+
+/// Runs the matrix.
+///
+/// # Errors
+/// When a filter names nothing.
+pub fn run(options: &Options) -> Result<Summary> {
+    let modes = modes_named(options.mode.as_deref())?;
+    let table: Vec<Case> = cases(options.extent)
+        .into_iter()
+        .filter(|c| options.op.as_deref().is_none_or(|op| c.op.name() == op))
+        .filter(|c| options.dtype.is_none_or(|d| c.dtype() == d))
+        .collect();
+    let graphs = options.op.as_deref().is_none_or(|op| op == "random") && options.mode.is_none();
+    if table.is_empty() && !graphs {
+        let op = options.op.as_deref().unwrap_or("any");
+        let dtype = options.dtype.map_or("any", |d| d.as_str());
+        return Err(Error::Option(format!("no case has op {op} and dtype {dtype}")));
+    }
+    let next = AtomicUsize::new(0);
+    let parts = Mutex::new(Vec::new());
+    silence();
+    std::thread::scope(|scope| {
+        for _ in 0..options.threads.max(1) {
+            scope.spawn(|| loop {
+                SILENT.set(true);
+                let at = next.fetch_add(1, Ordering::Relaxed);
+                let Some(case) = table.get(at) else { return };
+                let mut summary = Summary::default();
+                run_case(case, &modes, options.seed, &mut summary);
+                parts.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push((at, summary));
+            });
+        }
+    });
+    let mut parts = parts.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    parts.sort_by_key(|(at, _)| *at);
+    let mut summary = Summary::default();
+    for (_, part) in parts {
+        summary.merge(part);
+    }
+    SILENT.set(true);
+    if graphs && options.graphs > 0 {
+        for dtype in [DType::F32, DType::F64] {
+            if options.dtype.is_some_and(|d| d != dtype) {
+                continue;
+            }
+            for size in [12, 60] {
+                let case =
+                    format!("{} graphs of {size} nodes, {}, seed {}", options.graphs, dtype.as_str(), options.seed);
+                summary.count("random", &case, "all", &run_graphs(options, dtype, size));
+            }
+        }
+    }
+    SILENT.set(false);
+    Ok(summary)
+}

@@ -1,0 +1,154 @@
+//! Where the demo's two models come from.
+
+use super::Error;
+use crate::progress::Bars;
+use candle_lazy::nn::hub::{cache_dir, ModelSource, WheelModel, ALL_MINILM_L6_V2, SMOLLM2_135M_INSTRUCT};
+use candle_lazy::nn::{ModelDir, WeightFiles};
+use std::path::{Path, PathBuf};
+
+/// A model and whether it is the published one, whose answers are known.
+#[derive(Debug)]
+pub(super) struct Source {
+    pub(super) dir: ModelDir,
+    pub(super) published: bool,
+}
+
+/// The two models of the demo.
+#[derive(Debug)]
+pub(super) struct Models {
+    pub(super) encoder: Source,
+    pub(super) decoder: Source,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Encoder,
+    Decoder,
+}
+
+/// Opens the user's models, and fetches what they do not have.
+pub(super) fn open(dirs: &[PathBuf]) -> Result<Models, Error> {
+    let encoder = source(dirs, Role::Encoder, &ALL_MINILM_L6_V2)?;
+    let decoder = source(dirs, Role::Decoder, &SMOLLM2_135M_INSTRUCT)?;
+    Ok(Models { encoder, decoder })
+}
+
+fn source(dirs: &[PathBuf], role: Role, published: &WheelModel) -> Result<Source, Error> {
+    if let Some(dir) = find(dirs, role)? {
+        let published = is_published(&dir, published);
+        return Ok(Source { dir, published });
+    }
+    let dir = published.fetch(&cache_dir()?, &Bars::default())?;
+    Ok(Source { dir, published: true })
+}
+
+/// The first model of this role in the user's directories, or in directories inside of them.
+fn find(dirs: &[PathBuf], role: Role) -> Result<Option<ModelDir>, Error> {
+    for dir in dirs {
+        let mut candidates = vec![dir.clone()];
+        let opened = ModelDir::open(dir);
+        if opened.is_err() {
+            let inside = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+            candidates = inside.filter(|path| path.is_dir()).collect();
+            candidates.sort();
+        }
+        let mut any = false;
+        for candidate in candidates {
+            let Ok(model) = ModelDir::open(&candidate) else {
+                continue;
+            };
+            any = true;
+            if role_of(&model) == role {
+                return Ok(Some(model));
+            }
+        }
+        // a directory that the user names and that holds no model is a mistake, said at once
+        if !any {
+            opened?;
+        }
+    }
+    Ok(None)
+}
+
+/// An encoder calls itself a BERT in its config; everything else is taken for a language model.
+fn role_of(model: &ModelDir) -> Role {
+    let is_bert = |config: &Path| {
+        let text = std::fs::read_to_string(config).ok()?;
+        let json: serde_json::Value = serde_json::from_str(&text).ok()?;
+        Some(json.get("model_type")?.as_str()? == "bert")
+    };
+    let bert = matches!(model.weights(), WeightFiles::Safetensors(_))
+        && is_bert(&model.path().join("config.json")).unwrap_or(false);
+    if bert {
+        Role::Encoder
+    } else {
+        Role::Decoder
+    }
+}
+
+/// Whether a directory holds the published files, judged by names and sizes.
+fn is_published(dir: &ModelDir, published: &WheelModel) -> bool {
+    published
+        .files
+        .iter()
+        .all(|file| std::fs::metadata(dir.path().join(file.name)).is_ok_and(|metadata| metadata.len() == file.size))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A directory of its own below the build's folder, removed at the end.
+    struct Scratch(PathBuf);
+
+    impl Scratch {
+        fn new(name: &str) -> Self {
+            let dir = std::env::temp_dir().join(format!("candle-lazy-{name}-{}", std::process::id()));
+            std::fs::create_dir_all(&dir).unwrap();
+            Self(dir)
+        }
+
+        fn file(&self, path: &str, text: &str) {
+            let path = self.0.join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            drop(std::fs::remove_dir_all(&self.0));
+        }
+    }
+
+    #[test]
+    fn one_directory_may_hold_both() {
+        let scratch = Scratch::new("both");
+        scratch.file("e/model.safetensors", "");
+        scratch.file("e/config.json", r#"{"model_type": "bert"}"#);
+        scratch.file("d/x.gguf", "");
+        let dirs = [scratch.0.clone()];
+        let encoder = find(&dirs, Role::Encoder).unwrap().unwrap();
+        assert!(encoder.path().ends_with("e"));
+        let decoder = find(&dirs, Role::Decoder).unwrap().unwrap();
+        assert!(decoder.path().ends_with("d"));
+        assert!(!is_published(&decoder, &SMOLLM2_135M_INSTRUCT));
+    }
+
+    #[test]
+    fn a_directory_with_one_model_leaves_the_other_to_be_fetched() {
+        let scratch = Scratch::new("one");
+        scratch.file("x.gguf", "");
+        let dirs = [scratch.0.clone()];
+        assert!(find(&dirs, Role::Decoder).unwrap().is_some());
+        assert!(find(&dirs, Role::Encoder).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_directory_without_a_model_is_an_error() {
+        let scratch = Scratch::new("none");
+        scratch.file("notes.txt", "");
+        assert!(find(std::slice::from_ref(&scratch.0), Role::Encoder).is_err());
+        assert!(find(&[scratch.0.join("gone")], Role::Encoder).is_err());
+    }
+}

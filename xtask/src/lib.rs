@@ -1,0 +1,9 @@
+//! Maintainers' commands of candle-lazy, each a module with a `run` that returns the exit code.
+//!
+//! A library, so that what can be tested about the repository is a test (`tests/repository.rs`) and not only a command.
+
+pub mod demo;
+pub mod fetch;
+pub mod progress;
+pub mod tidy;
+pub mod verify;

@@ -1,0 +1,39 @@
+//! `cargo xtask COMMAND`: see `cargo xtask --help`.
+
+use candle_lazy_parity::alloc::CountingAlloc;
+use clap::{Parser, Subcommand};
+use std::process::exit;
+
+/// Counts what the demo and `verify --models` say about memory.
+#[global_allocator]
+static ALLOC: CountingAlloc = CountingAlloc;
+
+/// Maintainers' commands of candle-lazy.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run two real models lazily, and eagerly beside it.
+    Demo(xtask::demo::DemoArgs),
+    /// Compare eager and lazy for every op, over shapes, layouts, dtypes and modes.
+    Verify(xtask::verify::VerifyArgs),
+    /// Check the repository itself: crate edges, docs, names, places of `unsafe`.
+    Tidy,
+    /// Bring the two real models into the cache.
+    Fetch,
+}
+
+fn main() {
+    let code = match Args::parse().command {
+        Command::Demo(args) => xtask::demo::run(&args),
+        Command::Verify(args) => xtask::verify::run(args),
+        Command::Tidy => xtask::tidy::run(),
+        Command::Fetch => xtask::fetch::run(),
+    };
+    exit(code);
+}

@@ -1,0 +1,173 @@
+//! `cargo xtask verify`: eager against lazy for every op, over shapes, layouts, dtypes and modes.
+
+use crate::progress::Bars;
+use candle_core::DType;
+use candle_lazy::nn::hub::{cache_dir, ModelSource, ALL_MINILM_L6_V2, SMOLLM2_135M_INSTRUCT};
+use candle_lazy_parity::cases::Extent;
+use candle_lazy_parity::models::{compare_models, published_facts, CompareOptions};
+use candle_lazy_parity::modes::{Cell, Outcome};
+use candle_lazy_parity::verify::{run as run_matrix, Options, Summary};
+use std::path::PathBuf;
+
+/// What `cargo xtask verify` takes.
+#[derive(Debug, clap::Args)]
+pub struct VerifyArgs {
+    /// A part of the table that ends within two minutes.
+    #[arg(long)]
+    pub quick: bool,
+    /// The two real models too (fetched if they are not in the cache).
+    #[arg(long)]
+    pub models: bool,
+    /// Only this op, by its name in docs/ops.md; `random` for the random graphs.
+    #[arg(long, value_name = "NAME")]
+    pub op: Option<String>,
+    /// Only this mode.
+    #[arg(long, value_name = "NAME")]
+    pub mode: Option<String>,
+    /// Only cases of this dtype.
+    #[arg(long, value_name = "D")]
+    pub dtype: Option<String>,
+    /// The seed of inputs and random graphs.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// How many failures are shown.
+    #[arg(long, value_name = "N", default_value_t = 40)]
+    pub show: usize,
+    /// Writes the result to a file, as JSON.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+/// Why nothing was verified.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error(transparent)]
+    Parity(#[from] candle_lazy_parity::Error),
+    #[error(transparent)]
+    Library(#[from] candle_lazy::nn::Error),
+    #[error("no dtype {0}; there are u8, u32, i64, bf16, f16, f32, f64")]
+    DType(String),
+    #[error("{path}: {source}")]
+    Json { path: String, source: std::io::Error },
+}
+
+/// Runs the matrix; the exit code is 1 if anything failed or nothing could be checked.
+#[must_use]
+pub fn run(args: VerifyArgs) -> i32 {
+    match verify(&args) {
+        Ok(summary) => {
+            println!("{}", summary.text(args.show));
+            i32::from(summary.failed() > 0)
+        }
+        Err(error) => {
+            eprintln!("verify: {error}");
+            1
+        }
+    }
+}
+
+fn verify(args: &VerifyArgs) -> Result<Summary, Error> {
+    let mut options = Options::new(if args.quick { Extent::Quick } else { Extent::Full });
+    options.op.clone_from(&args.op);
+    options.mode.clone_from(&args.mode);
+    options.seed = args.seed;
+    options.dtype = match &args.dtype {
+        None => None,
+        Some(name) => Some(name.parse::<DType>().map_err(|_| Error::DType(name.clone()))?),
+    };
+    let mut summary = run_matrix(&options)?;
+    if args.models {
+        models(&mut summary)?;
+    }
+    if let Some(path) = &args.json {
+        std::fs::write(path, json(&summary))
+            .map_err(|source| Error::Json { path: path.display().to_string(), source })?;
+    }
+    Ok(summary)
+}
+
+/// The two published models: what is known of them, and lazy against eager. Their speed is the demo's concern.
+fn models(summary: &mut Summary) -> Result<(), Error> {
+    let encoder = ALL_MINILM_L6_V2.fetch(&cache_dir()?, &Bars::default())?;
+    let decoder = SMOLLM2_135M_INSTRUCT.fetch(&cache_dir()?, &Bars::default())?;
+    let outcome = |wrong: Option<String>| wrong.map_or(Outcome::Passed, Outcome::Failed);
+    for (fact, wrong) in published_facts(&encoder, &decoder)? {
+        summary.count("models", &fact, "lazy", &Cell::of(outcome(wrong)));
+    }
+    let report = compare_models(&CompareOptions { encoder, decoder, repetitions: 1 })?;
+    for row in report.rows {
+        let wrong = if !row.agrees {
+            Some(format!("lazy and eager differ by {:.1e} or in their ids", row.largest_difference))
+        } else if row.fallbacks > 0 {
+            Some(format!("{} ops ran as Candle's own", row.fallbacks))
+        } else {
+            None
+        };
+        summary.count("models", &row.name, "lazy against eager", &Cell::of(outcome(wrong)));
+    }
+    Ok(())
+}
+
+fn json(summary: &Summary) -> String {
+    let ops: serde_json::Map<String, serde_json::Value> = summary
+        .rows
+        .iter()
+        .map(|(op, row)| {
+            let row = serde_json::json!({
+                "cases": row.cases,
+                "failed": row.failed,
+                "skipped": row.skipped,
+                // JSON has no infinity
+                "worst_ulp": row.worst_ulp.is_finite().then_some(row.worst_ulp),
+                "worst_case": row.worst_case,
+                "kernels": row.kernels,
+            });
+            (op.clone(), row)
+        })
+        .collect();
+    let failures: Vec<serde_json::Value> = summary
+        .failures
+        .iter()
+        .map(|f| serde_json::json!({ "op": f.op, "case": f.case, "mode": f.mode, "what": f.what }))
+        .collect();
+    serde_json::json!({
+        "cases": summary.cases(),
+        "failed": summary.failed(),
+        "skipped": summary.skipped(),
+        "ops": ops,
+        "failures": failures,
+        "skips": summary.skips,
+    })
+    .to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_json_holds_counts_and_failures() {
+        let mut summary = Summary::default();
+        summary.count("softmax", "softmax(1)(f32 [2, 3])", "warm", &Cell::of(Outcome::Passed));
+        summary.count("softmax", "softmax(0)(f32 [2, 3])", "cold", &Cell::of(Outcome::Failed("off".into())));
+        let value: serde_json::Value = serde_json::from_str(&json(&summary)).unwrap();
+        assert_eq!((value["cases"].as_u64(), value["failed"].as_u64()), (Some(2), Some(1)));
+        assert_eq!(value["failures"][0]["what"], "off");
+        assert_eq!(value["ops"]["softmax"]["cases"], 2);
+    }
+
+    #[test]
+    fn a_dtype_that_does_not_exist_is_refused() {
+        let args = VerifyArgs {
+            quick: true,
+            models: false,
+            op: None,
+            mode: None,
+            dtype: Some("f7".into()),
+            seed: 1,
+            show: 1,
+            json: None,
+        };
+        assert!(matches!(verify(&args), Err(Error::DType(_))));
+    }
+}
