@@ -6,6 +6,7 @@ use candle_lazy::nn::hub::{cache_dir, ModelSource, ALL_MINILM_L6_V2, SMOLLM2_135
 use candle_lazy_parity::cases::Extent;
 use candle_lazy_parity::models::{compare_models, published_facts, CompareOptions};
 use candle_lazy_parity::modes::{Cell, Outcome};
+use candle_lazy_parity::mutants;
 use candle_lazy_parity::verify::{run as run_matrix, Options, Summary};
 use std::path::PathBuf;
 
@@ -15,6 +16,12 @@ pub struct VerifyArgs {
     /// A part of the table that ends within two minutes.
     #[arg(long)]
     pub quick: bool,
+    /// Check the checker instead: inject every fault, and expect the matrix to catch it.
+    #[arg(long)]
+    pub mutants: bool,
+    /// With --mutants: only those whose name begins so.
+    #[arg(long, value_name = "NAME", requires = "mutants")]
+    pub only: Option<String>,
     /// The two real models too (fetched if they are not in the cache).
     #[arg(long)]
     pub models: bool,
@@ -54,10 +61,27 @@ enum Error {
 /// Runs the matrix; the exit code is 1 if anything failed or nothing could be checked.
 #[must_use]
 pub fn run(args: VerifyArgs) -> i32 {
+    if args.mutants {
+        return run_mutants(&args);
+    }
     match verify(&args) {
         Ok(summary) => {
             println!("{}", summary.text(args.show));
             i32::from(summary.failed() > 0)
+        }
+        Err(error) => {
+            eprintln!("verify: {error}");
+            1
+        }
+    }
+}
+
+/// Injects the faults; the exit code is 1 if one survived or nothing could be checked.
+fn run_mutants(args: &VerifyArgs) -> i32 {
+    match mutants::run(args.only.as_deref(), args.seed, |verdict| println!("{}", verdict.line())) {
+        Ok(verdicts) => {
+            println!("{}", mutants::last_line(&verdicts));
+            i32::from(verdicts.iter().any(|v| v.caught.is_none()))
         }
         Err(error) => {
             eprintln!("verify: {error}");
@@ -160,6 +184,8 @@ mod tests {
     fn a_dtype_that_does_not_exist_is_refused() {
         let args = VerifyArgs {
             quick: true,
+            mutants: false,
+            only: None,
             models: false,
             op: None,
             mode: None,

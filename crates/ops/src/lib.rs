@@ -2,6 +2,8 @@
 
 mod element;
 pub mod error;
+#[doc(hidden)]
+pub mod fault;
 pub mod functional;
 pub mod kernels;
 mod math;

@@ -16,13 +16,16 @@ pub enum Layout {
     Transposed,
     /// A box inside a larger tensor: an offset, and gaps between rows.
     Narrowed,
+    /// Every other element of the last dim: a stride of two.
+    Stepped,
     /// The first dim that is larger than one repeats one slice (stride 0).
     Broadcast,
 }
 
 impl Layout {
     /// Every layout.
-    pub const ALL: [Self; 4] = [Self::Contiguous, Self::Transposed, Self::Narrowed, Self::Broadcast];
+    pub const ALL: [Self; 5] =
+        [Self::Contiguous, Self::Transposed, Self::Narrowed, Self::Broadcast, Self::Stepped];
 
     /// The name in reports.
     #[must_use]
@@ -31,6 +34,7 @@ impl Layout {
             Self::Contiguous => "contiguous",
             Self::Transposed => "transposed",
             Self::Narrowed => "narrowed",
+            Self::Stepped => "stepped",
             Self::Broadcast => "broadcast",
         }
     }
@@ -41,6 +45,10 @@ impl Layout {
 pub enum Domain {
     /// −3…3, with zeros, ties and whole numbers among them.
     Any,
+    /// −300…300: beyond what an exponential in f32 or f16 holds.
+    Large,
+    /// −0.002…0.002: below an eps.
+    Tiny,
     /// 0.05…4.
     Positive,
     /// −0.5…0.5: a weight.
@@ -82,6 +90,8 @@ impl InputSpec {
     fn number(&self, rng: &mut Rng, at: usize) -> f64 {
         let unsigned = matches!(self.dtype, DType::U8 | DType::U32);
         match self.domain {
+            Domain::Large => rng.range(-300.0, 300.0),
+            Domain::Tiny => rng.range(-0.002, 0.002),
             Domain::Positive => rng.range(0.05, 4.0),
             Domain::Small => rng.range(-0.5, 0.5),
             Domain::Ids(n) => rng.below(n) as f64,
@@ -140,6 +150,7 @@ impl InputSpec {
                 dims[rank - 1] += 3;
                 dims[0] += if rank > 1 { 2 } else { 0 };
             }
+            Layout::Stepped => dims.push(2),
             Layout::Broadcast => {
                 if let Some(d) = dims.iter().position(|&n| n > 1) {
                     dims[d] = 1;
@@ -167,6 +178,7 @@ impl InputSpec {
                     x
                 }
             }
+            Layout::Stepped => storage.narrow(rank, 1, 1)?.squeeze(rank)?,
             Layout::Broadcast => storage.broadcast_as(&self.dims[..])?,
             Layout::Transposed | Layout::Narrowed => storage.clone(),
         })
@@ -180,6 +192,7 @@ impl InputSpec {
             Layout::Contiguous => true,
             Layout::Transposed => rank >= 2 && self.dims[rank - 1] > 1 && self.dims[rank - 2] > 1,
             Layout::Narrowed => rank >= 1 && self.dims.iter().all(|&n| n > 0),
+            Layout::Stepped => self.dims.last().is_some_and(|&n| n > 1) && self.dims.iter().all(|&n| n > 0),
             Layout::Broadcast => self.dims.iter().any(|&n| n > 1),
         }
     }
@@ -273,6 +286,16 @@ impl Case {
             }
         }
         Ok((vars, inputs))
+    }
+
+    /// The same inputs with other scalars. `None` where there are none, or where they choose what is computed.
+    #[must_use]
+    pub fn with_other_scalars(&self) -> Option<Self> {
+        if self.scalars.is_empty() {
+            return None;
+        }
+        let scalars = self.scalars.iter().map(|s| s * 0.5 + 0.375).collect();
+        Some(Self { scalars, ..self.clone() })
     }
 
     /// The same pattern at other sizes: every size above one doubled, so that equal sizes stay equal and 0 and 1 stay

@@ -5,7 +5,8 @@
 //! - [`eager`]: the same op as candle-core and candle-nn compose it.
 //! - [`modes`]: the ways in which this workspace computes a case.
 //! - [`compare`]: when two results are the same.
-//! - [`random`]: random graphs, minimised on failure.
+//! - [`programs`]: small graphs with a name; [`random`]: random graphs, minimised on failure.
+//! - [`mutants`]: the checker checked, by faults that it must catch.
 //! - [`verify`]: the matrix, run and counted; what `cargo xtask verify` prints.
 //! - [`models`] and [`alloc`]: the two real models, measured; what the demo prints.
 
@@ -18,6 +19,8 @@ pub mod error;
 pub mod lazy;
 pub mod models;
 pub mod modes;
+pub mod mutants;
+pub mod programs;
 pub mod random;
 pub mod referee;
 pub mod reference;

@@ -212,6 +212,36 @@ fn message(panic: &(dyn std::any::Any + Send)) -> String {
         .unwrap_or_else(|| "no message".into())
 }
 
+/// The cell of a check: an error or a panic is a failure.
+pub(crate) fn caught(check: impl FnOnce() -> Result<Option<Cell>>) -> Option<Cell> {
+    match catch_unwind(AssertUnwindSafe(check)) {
+        Ok(Ok(cell)) => cell,
+        Ok(Err(e)) => Some(Cell::of(Outcome::Failed(format!("error: {}", first_line(&e))))),
+        Err(p) => Some(Cell::of(Outcome::Failed(format!("panicked: {}", message(p.as_ref()))))),
+    }
+}
+
+/// The cell of a case in a mode; `None` where the mode says nothing about the case.
+pub(crate) fn check_cell(subject: &mut Subject, mode: Mode) -> Option<Cell> {
+    let cell = caught(|| match subject.check(mode) {
+        Err(_) if subject.candle_refuses(mode) => {
+            let why = "Candle's own op, which runs here, refuses these inputs eagerly too";
+            Ok(Some(Cell::of(Outcome::Skipped(why.into()))))
+        }
+        other => other,
+    });
+    cell
+}
+
+/// Runs `f` with panics of this thread saying nothing.
+pub(crate) fn silenced<R>(f: impl FnOnce() -> R) -> R {
+    silence();
+    let before = SILENT.replace(true);
+    let result = f();
+    SILENT.set(before);
+    result
+}
+
 /// Runs all modes of a case.
 fn run_case(case: &Case, modes: &[Mode], seed: u64, summary: &mut Summary) {
     let (op, name) = (case.op.name(), case.name());
@@ -225,17 +255,26 @@ fn run_case(case: &Case, modes: &[Mode], seed: u64, summary: &mut Summary) {
         }
     };
     for &mode in modes {
-        let cell = match catch_unwind(AssertUnwindSafe(|| subject.check(mode))) {
-            Ok(Ok(Some(cell))) => cell,
-            Ok(Ok(None)) => continue,
-            Ok(Err(_)) if subject.candle_refuses(mode) => {
-                Cell::of(Outcome::Skipped("Candle's own op, which runs here, refuses these inputs eagerly too".into()))
-            }
-            Ok(Err(e)) => Cell::of(Outcome::Failed(format!("error: {}", first_line(&e)))),
-            Err(p) => Cell::of(Outcome::Failed(format!("panicked: {}", message(p.as_ref())))),
+        let Some(cell) = check_cell(&mut subject, mode) else {
+            continue;
         };
         summary.count(op, &name, &mode.name(), &cell);
     }
+}
+
+/// Runs the named graphs in every mode that they have.
+fn run_programs(options: &Options, modes: &[Mode], summary: &mut Summary) -> Result<()> {
+    for dtype in crate::cases::FLOATS.into_iter().filter(|d| options.dtype.is_none_or(|only| only == *d)) {
+        for named in crate::programs::programs(dtype)? {
+            let name = format!("{}, {}", named.name, dtype.as_str());
+            for &mode in modes {
+                if let Some(cell) = caught(|| crate::programs::check(&named, mode)) {
+                    summary.count("program", &name, &mode.name(), &cell);
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// One family of random graphs: a single cell per dtype, whatever the number of seeds.
@@ -300,7 +339,8 @@ pub fn run(options: &Options) -> Result<Summary> {
         .filter(|c| options.dtype.is_none_or(|d| c.dtype() == d))
         .collect();
     let graphs = options.op.as_deref().is_none_or(|op| op == "random") && options.mode.is_none();
-    if table.is_empty() && !graphs {
+    let programs = options.op.as_deref().is_none_or(|op| op == "program");
+    if table.is_empty() && !graphs && !programs {
         let op = options.op.as_deref().unwrap_or("any");
         let dtype = options.dtype.map_or("any", |d| d.as_str());
         return Err(Error::Option(format!("no case has op {op} and dtype {dtype}")));
@@ -325,6 +365,9 @@ pub fn run(options: &Options) -> Result<Summary> {
     let mut summary = Summary::default();
     for (_, part) in parts {
         summary.merge(part);
+    }
+    if programs {
+        silenced(|| run_programs(options, &modes, &mut summary))?;
     }
     SILENT.set(true);
     if graphs && options.graphs > 0 {

@@ -125,8 +125,9 @@ fn layouts_are_what_they_say() {
         assert_eq!(x.dims(), [3, 4]);
         assert_eq!(x.is_contiguous(), layout == Layout::Contiguous, "{layout:?}");
         let offset = x.layout().start_offset();
-        assert_eq!(offset > 0, layout == Layout::Narrowed);
+        assert_eq!(offset > 0, matches!(layout, Layout::Narrowed | Layout::Stepped), "{layout:?}");
         assert_eq!(x.stride().contains(&0), layout == Layout::Broadcast);
+        assert_eq!(x.stride().last() == Some(&2), layout == Layout::Stepped, "{layout:?}");
     }
 }
 

@@ -5,6 +5,7 @@ use crate::config::EvalOptions;
 use crate::plan::CandleReason;
 use candle_core::{DType, Device};
 use candle_lazy_graph::{GNode, Graph, Op, OpClass, ReduceOp, Sym};
+use candle_lazy_ops::fault;
 use candle_lazy_ops::row::Class;
 
 /// What serves an op.
@@ -32,10 +33,14 @@ pub(super) fn choose(graph: &Graph, node: &GNode, options: &EvalOptions) -> Choi
         return Choice::Leaf;
     };
     let device = graph.devices.get(usize::from(node.device)).copied();
-    if node.tracked || tracked_input(graph, node) || options.replay || !device.is_some_and(has_kernels) {
+    let tracked = (node.tracked || tracked_input(graph, node)) && !fault::active("choose.untracked");
+    if tracked || options.replay || !device.is_some_and(has_kernels) {
         return REPLAY;
     }
-    if is_row(graph, node, op) {
+    if matches!(op, Op::Matmul) && fault::active("choose.replays_matmul") {
+        return REPLAY;
+    }
+    if is_row(graph, node, op) && !fault::active("choose.falls_back") {
         return Choice::Row;
     }
     match op {

@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::plan::{Step, StepKind};
 use candle_core::DType;
 use candle_lazy_graph::{BinaryOp, CmpOp, FastMap, Graph, Op, ReduceOp, Sym, UnaryOp};
+use candle_lazy_ops::fault;
 use candle_lazy_ops::row::{emit, BinaryFn, Builder, Class, FloatKind, ReduceFn, Reg, RowProgram, UnaryFn};
 use smallvec::SmallVec;
 
@@ -72,6 +73,7 @@ impl Emitter<'_> {
             return self.regs.get(&id).copied().ok_or_else(|| missing(id));
         }
         let number = match self.inputs.iter().position(|&i| i == id) {
+            Some(_) if fault::active("emit.input_number") => self.inputs.len() - 1,
             Some(number) => number,
             None => {
                 self.inputs.push(id);
@@ -80,6 +82,7 @@ impl Emitter<'_> {
         };
         let number = u16::try_from(number).map_err(|_| Error::Internal("too many inputs".into()))?;
         let row = per_row || !self.varies_along_rows(id);
+        let row = row || self.group.axes.is_some() && fault::active("emit.load_row");
         Ok(if row { self.builder.load_row(number) } else { self.builder.load(number) })
     }
 
@@ -99,6 +102,7 @@ impl Emitter<'_> {
 
     fn param(&mut self, param: u32) -> Result<Reg> {
         let number = match self.params.iter().position(|&p| p == param) {
+            _ if fault::active("emit.first_param") && !self.params.is_empty() => 0,
             Some(number) => number,
             None => {
                 self.params.push(param);
@@ -116,6 +120,9 @@ impl Emitter<'_> {
     }
 
     fn rounded(&mut self, reg: Reg, dtype: DType) -> Reg {
+        if fault::active("emit.unrounded") {
+            return reg;
+        }
         match dtype {
             DType::F16 => self.builder.round(FloatKind::F16, reg),
             DType::BF16 => self.builder.round(FloatKind::BF16, reg),
@@ -145,18 +152,29 @@ impl Emitter<'_> {
             Op::Compare(f) => self.builder.binary(compare(*f), arg(0)?, arg(1)?),
             Op::CompareScalar(f) => {
                 let dtype = self.graph.nodes[node.inputs[0] as usize].dtype;
-                let scalar = self.rounded_param(node.params[0], dtype)?;
+                let scalar = if fault::active("emit.unrounded_scalar") {
+                    self.param(node.params[0])?
+                } else {
+                    self.rounded_param(node.params[0], dtype)?
+                };
                 self.builder.binary(compare(*f), arg(0)?, scalar)
             }
             Op::Affine => {
                 let (mul, add) = (self.param(node.params[0])?, self.param(node.params[1])?);
-                let product = self.builder.binary(BinaryFn::Mul, arg(0)?, mul);
-                self.builder.binary(BinaryFn::Add, product, add)
+                if fault::active("emit.affine_order") {
+                    let sum = self.builder.binary(BinaryFn::Add, arg(0)?, add);
+                    self.builder.binary(BinaryFn::Mul, sum, mul)
+                } else {
+                    let product = self.builder.binary(BinaryFn::Mul, arg(0)?, mul);
+                    self.builder.binary(BinaryFn::Add, product, add)
+                }
             }
             Op::Powf => {
                 let e = self.param(node.params[0])?;
-                self.builder.binary(BinaryFn::Pow, arg(0)?, e)
+                let f = if fault::active("emit.powf") { BinaryFn::Mul } else { BinaryFn::Pow };
+                self.builder.binary(f, arg(0)?, e)
             }
+            Op::Where if fault::active("emit.where_arms") => self.builder.select(arg(0)?, arg(2)?, arg(1)?),
             Op::Where => self.builder.select(arg(0)?, arg(1)?, arg(2)?),
             Op::Cast(_) => arg(0)?,
             Op::Reduce { axes: 0, .. } => arg(0)?,
@@ -172,9 +190,11 @@ impl Emitter<'_> {
                 let eps = self.param(node.params[0])?;
                 let w = if *weight { Some(arg(1)?) } else { None };
                 let b = if *bias { Some(arg(1 + usize::from(*weight))?) } else { None };
+                let (w, b) = if fault::active("emit.layer_norm_operands") { (b, w) } else { (w, b) };
                 emit::layer_norm(&mut self.builder, arg(0)?, w, b, eps).map_err(fail)?
             }
             Op::Glu { act } => {
+                let act = if fault::active("emit.glu_act") { &UnaryOp::Tanh } else { act };
                 let gate = self.builder.unary(unary(*act), arg(0)?);
                 self.builder.binary(BinaryFn::Mul, gate, arg(1)?)
             }
@@ -188,6 +208,7 @@ impl Emitter<'_> {
             ReduceOp::Sum => self.builder.reduce(ReduceFn::Sum, x),
             ReduceOp::Max => self.builder.reduce(ReduceFn::Max, x),
             ReduceOp::Min => self.builder.reduce(ReduceFn::Min, x),
+            ReduceOp::Mean if fault::active("emit.mean_is_sum") => self.builder.reduce(ReduceFn::Sum, x),
             ReduceOp::Mean => emit::mean(&mut self.builder, x),
         }
     }

@@ -5,6 +5,8 @@
 //! 3. `emit`: a group becomes one row program.
 //! 4. Slots follow from liveness.
 
+#[cfg(feature = "testing")]
+mod broken;
 mod choose;
 mod emit;
 mod units;
@@ -16,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::plan::{CandleReason, Output, Plan, Slot, Step, StepKind};
 use candle_core::DeviceLocation;
 use candle_lazy_graph::{passes, Bindings, GNode, Graph, Op, Sym};
+use candle_lazy_ops::fault;
 use smallvec::{smallvec, SmallVec};
 use units::{Unit, Units};
 
@@ -25,7 +28,10 @@ use units::{Unit, Units};
 /// When a pass broke the graph, or an op has neither a kernel nor a Candle op: defects of this library.
 pub(crate) fn make_plan(graph: &Graph, bindings: &Bindings, options: &EvalOptions) -> Result<Plan> {
     let check = options.validate.then_some(bindings);
-    let (graph, hits) = passes::run_passes(graph, |p| !options.skip_passes.contains(&p.name), check)?;
+    let wanted = passes::PASSES.iter().filter(|p| !options.skip_passes.contains(&p.name)).copied();
+    #[cfg(feature = "testing")]
+    let wanted = wanted.map(broken::broken);
+    let (graph, hits) = passes::run_these(graph, wanted, check)?;
     let mut plan = lower(&graph, options)?;
     plan.passes = hits;
     Ok(plan)
@@ -36,7 +42,11 @@ fn lower(graph: &Graph, options: &EvalOptions) -> Result<Plan> {
     let choices: Vec<Choice> = graph.nodes.iter().map(|n| choose::choose(graph, n, options)).collect();
     let units = units::form(graph, &choices, options.fuse);
     let mut steps = Vec::new();
-    for unit in units.in_order(graph) {
+    let mut order = units.in_order(graph);
+    if fault::active("lower.order") {
+        order.reverse();
+    }
+    for unit in order {
         steps.push(step_of(graph, &choices, &units, unit)?);
     }
     Ok(assign_slots(graph, steps))
@@ -81,10 +91,12 @@ fn kernel_step(op: &Op<Sym>, node: &GNode) -> Result<StepKind> {
         Op::Lora { .. } => StepKind::Lora,
         Op::Rope { interleaved } => StepKind::Rope { interleaved: *interleaved },
         Op::Attention { mask, causal, softcap, window } => {
+            let causal = &(*causal && !fault::active("lower.attention_causal"));
             StepKind::Attention { mask: *mask, causal: *causal, softcap: *softcap, window: *window }
         }
         Op::IndexSelect { dim } => StepKind::IndexSelect { dim: *dim },
         Op::Embedding => StepKind::IndexSelect { dim: 0 },
+        Op::Concat { .. } if fault::active("lower.concat_dim") => StepKind::Concat { dim: 0 },
         Op::Concat { dim } => StepKind::Concat { dim: *dim },
         Op::SliceAssign { dim, start } => StepKind::SliceAssign { dim: *dim, start: *start },
         Op::Full { .. } => StepKind::Full,
@@ -110,7 +122,7 @@ fn assign_slots(graph: &Graph, mut steps: Vec<Step>) -> Plan {
     let mut last_use: Vec<Option<usize>> = vec![None; n];
     let mut is_output = vec![false; n];
     for &o in &graph.outputs {
-        is_output[o as usize] = true;
+        is_output[o as usize] = !fault::active("slots.output_freed");
     }
     for (i, step) in steps.iter().enumerate() {
         for &input in &step.inputs {
@@ -119,6 +131,11 @@ fn assign_slots(graph: &Graph, mut steps: Vec<Step>) -> Plan {
         for output in &step.outputs {
             // a value that nobody reads dies where it is made
             last_use[output.slot as usize].get_or_insert(i);
+        }
+    }
+    if fault::active("slots.freed_early") {
+        for at in last_use.iter_mut().flatten() {
+            *at = at.saturating_sub(1);
         }
     }
     let mut slot_of: Vec<Option<Slot>> = vec![None; n];
@@ -168,7 +185,7 @@ fn assign_slots(graph: &Graph, mut steps: Vec<Step>) -> Plan {
         let makes: SmallVec<[u32; 2]> = step.outputs.iter().map(|o| o.slot).collect();
         for output in &mut step.outputs {
             let id = output.slot as usize;
-            output.slot = take(&mut free);
+            output.slot = if fault::active("slots.one_for_all") { 0 } else { take(&mut free) };
             slot_of[id] = Some(output.slot);
         }
         for &id in reads.iter().chain(&makes) {
@@ -182,6 +199,12 @@ fn assign_slots(graph: &Graph, mut steps: Vec<Step>) -> Plan {
         }
     }
     plan.outputs = graph.outputs.iter().map(|&o| slot_of[o as usize].unwrap_or(0)).collect();
+    if fault::active("slots.outputs_swapped") {
+        plan.outputs.reverse();
+    }
+    if fault::active("slots.leaves_swapped") {
+        plan.leaves.reverse();
+    }
     plan.slots = slots;
     plan.steps = steps;
     plan

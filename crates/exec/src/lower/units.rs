@@ -6,6 +6,7 @@
 
 use super::choose::{row_class, Choice};
 use candle_lazy_graph::{Dims, GNode, Graph, Op, Sym};
+use candle_lazy_ops::fault;
 use candle_lazy_ops::row::Class;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -113,7 +114,7 @@ pub(super) fn form(graph: &Graph, choices: &[Choice], fuse: bool) -> Units {
         }
     }
     for &output in &graph.outputs {
-        units.needed[output as usize] = true;
+        units.needed[output as usize] |= !fault::active("units.needed");
     }
     units
 }
@@ -202,18 +203,21 @@ impl Units {
         }
         let need = need(graph, node);
         let inside: Vec<u32> = node.inputs.iter().copied().filter(|&i| self.of[i as usize] == Some(unit)).collect();
-        if inside.iter().any(|&i| self.per_row[i as usize] == PerRow::Gone) {
+        if inside.iter().any(|&i| self.per_row[i as usize] == PerRow::Gone) && !fault::active("units.gone") {
             return None;
         }
         let axes_agree = match (group.axes, need.axes) {
-            (Some(a), Some(b)) => a == b,
+            (Some(a), Some(b)) => a == b || fault::active("units.axes"),
             _ => true,
         };
         // a reduction needs one value per element: over dims of size one, what looks like one may be a value per row
         let all_one = |axes: u32| (0..group.domain.len()).all(|d| axes & (1 << d) == 0 || group.domain[d] == Sym::ONE);
         let reduces_rows = need.axes.is_some()
             && (group.axes.is_some_and(all_one) || inside.iter().any(|&i| self.per_row[i as usize] != PerRow::No));
-        let result = if need.domain == group.domain && axes_agree && !reduces_rows {
+        let reduces_rows = reduces_rows && !fault::active("units.reduces_rows");
+        let same = need.domain == group.domain
+            || need.domain.len() == group.domain.len() && fault::active("units.domain");
+        let result = if same && axes_agree && !reduces_rows {
             need.result
         } else if need.axes.is_none()
             && group.row_dims().is_some_and(|rows| rows == need.domain)
@@ -235,7 +239,7 @@ impl Units {
             return;
         };
         let axes_agree = match (a.axes, b.axes) {
-            (Some(x), Some(y)) => x == y,
+            (Some(x), Some(y)) => x == y || fault::active("units.merged_axes"),
             _ => true,
         };
         let fits = a.class == b.class
@@ -258,6 +262,7 @@ impl Units {
         let mut members: Vec<u32> = a.members.iter().chain(&b.members).copied().collect();
         members.sort_unstable();
         let axes = a.axes.or(b.axes);
+        let gone = gone && !fault::active("units.merged_gone");
         if gone || !self.closed(graph, &members, &[from, into], id) {
             return;
         }
@@ -293,6 +298,9 @@ impl Units {
         let mut stack: Vec<usize> = outside.iter().filter_map(|&n| self.of[n as usize]).collect();
         while let Some(unit) = stack.pop() {
             if own.contains(&unit) {
+                if fault::active("units.cycle") {
+                    continue;
+                }
                 return false;
             }
             if std::mem::replace(&mut self.marks[unit], self.walk) == self.walk {

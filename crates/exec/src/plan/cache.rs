@@ -4,6 +4,7 @@ use super::Plan;
 use crate::config::EvalOptions;
 use crate::error::Result;
 use candle_lazy_graph::{FastMap, Graph};
+use candle_lazy_ops::fault;
 use parking_lot::Mutex;
 use std::sync::Arc;
 
@@ -58,6 +59,11 @@ impl Cache {
     fn find(&mut self, hash: u64, key: &PlanKey) -> Option<Arc<Plan>> {
         self.clock += 1;
         let clock = self.clock;
+        if fault::active("cache.any_graph") {
+            let shape = |k: &PlanKey| (k.graph.nodes.len(), k.graph.outputs.len(), k.options.clone());
+            let mut all = self.entries.values().flatten();
+            return all.find(|e| shape(&e.key) == shape(key)).map(|e| e.plan.clone());
+        }
         let entry = self.entries.get_mut(&hash)?.iter_mut().find(|e| e.key == *key)?;
         entry.last_used = clock;
         Some(entry.plan.clone())

@@ -6,6 +6,7 @@
 use crate::error::{Error, Result};
 use candle_core::{Device, Tensor};
 use candle_lazy_graph::{BinaryOp, CmpOp, Op, ReduceOp, UnaryOp};
+use candle_lazy_ops::fault;
 
 /// The values of an additive causal mask (queries, keys), row-major.
 pub(super) fn causal_mask_values(dims: &[usize], window: Option<usize>) -> Vec<f32> {
@@ -17,7 +18,7 @@ pub(super) fn causal_mask_values(dims: &[usize], window: Option<usize>) -> Vec<f
     for i in 0..queries {
         // inference checked that there are at least as many keys as queries
         let last = keys - queries + i;
-        let first = window.map_or(0, |w| (last + 1).saturating_sub(w));
+        let first = window.filter(|_| !fault::active("replay.window")).map_or(0, |w| (last + 1).saturating_sub(w));
         values.extend((0..keys).map(|j| if (first..=last).contains(&j) { 0.0 } else { f32::NEG_INFINITY }));
     }
     values
@@ -39,6 +40,7 @@ pub(super) fn apply(op: &Op, scalars: &[f64], x: &[Tensor], dims: &[usize], devi
             let rhs = Tensor::full(scalar(0)?, (), device)?.to_dtype(at(0)?.dtype())?;
             compare(*f, at(0)?, &rhs.broadcast_as(at(0)?.shape())?)?
         }
+        Op::Affine if fault::active("replay.affine") => at(0)?.affine(scalar(0)?, 0.0)?,
         Op::Affine => at(0)?.affine(scalar(0)?, scalar(1)?)?,
         Op::Powf => at(0)?.powf(scalar(0)?)?,
         Op::Where => {
@@ -102,6 +104,7 @@ fn unary(f: UnaryOp, x: &Tensor) -> candle_core::Result<Tensor> {
         UnaryOp::GeluErf => x.gelu_erf(),
         UnaryOp::Relu => x.relu(),
         UnaryOp::Silu => x.silu(),
+        UnaryOp::Sigmoid if fault::active("replay.detached") => (x.detach().neg()?.exp()? + 1.0)?.recip(),
         UnaryOp::Sigmoid => (x.neg()?.exp()? + 1.0)?.recip(),
         UnaryOp::Floor => x.floor(),
         UnaryOp::Ceil => x.ceil(),
@@ -113,6 +116,7 @@ fn unary(f: UnaryOp, x: &Tensor) -> candle_core::Result<Tensor> {
 fn binary(f: BinaryOp, a: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {
     match f {
         BinaryOp::Add => a.broadcast_add(b),
+        BinaryOp::Sub if fault::active("replay.sub") => b.broadcast_sub(a),
         BinaryOp::Sub => a.broadcast_sub(b),
         BinaryOp::Mul => a.broadcast_mul(b),
         BinaryOp::Div => a.broadcast_div(b),
@@ -159,6 +163,7 @@ fn reduce(f: ReduceOp, x: &Tensor, axes: u32, keepdim: bool) -> candle_core::Res
         (ReduceOp::Max | ReduceOp::Min, _) => {
             // Candle reduces one dim at a time; from the last one, so that earlier indices stay
             let mut y = x.clone();
+            let dims = &dims[fault::one_if("replay.extreme").min(dims.len())..];
             for &d in dims.iter().rev() {
                 y = match (f, keepdim) {
                     (ReduceOp::Max, true) => y.max_keepdim(d)?,

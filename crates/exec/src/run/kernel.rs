@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::plan::{CandleReason, Output, Step, StepKind};
 use crate::report::EvalReport;
 use candle_lazy_graph::{Bindings, Dims, Op, Sym};
+use candle_lazy_ops::fault;
 use candle_lazy_ops::kernels::{self, AttentionParams};
 use candle_lazy_ops::row::{BinaryFn, Class, RowProgram};
 use candle_lazy_ops::view::{SliceMut, Strided, View};
@@ -21,6 +22,7 @@ struct Ctx<'a> {
 
 impl Ctx<'_> {
     fn param(&self, i: usize) -> Result<f64> {
+        let i = if fault::active("bind.last_scalar") { self.step.params.len() - 1 } else { i };
         let index = self.step.params.get(i).copied();
         index
             .and_then(|p| self.bindings.params.get(p as usize).copied())
@@ -67,7 +69,10 @@ pub(super) fn run_step(
             with_views(slots, &step.inputs, |views| {
                 let mut broadcast: SmallVec<[View<'_>; 6]> = SmallVec::new();
                 for view in views {
-                    let layout = view.layout.broadcast_to(&dims).map_err(kernel_error)?;
+                    let mut layout = view.layout.broadcast_to(&dims).map_err(kernel_error)?;
+                    if fault::active("bind.broadcast_stride") {
+                        spoil_broadcast(&mut layout, view.layout.elem_count());
+                    }
                     broadcast.push(View { data: view.data, layout });
                 }
                 let mut outputs: SmallVec<[_; 2]> = buffers.iter_mut().map(Buffer::slice_mut).collect();
@@ -81,6 +86,16 @@ pub(super) fn run_step(
     }
     *report.kernels.entry(step.kind.name()).or_default() += 1;
     Ok(())
+}
+
+/// The fault of one wrong broadcast stride: the elements of a repeated dim are walked through instead, as far as there are any.
+fn spoil_broadcast(layout: &mut Strided, elements: usize) {
+    for (stride, &n) in layout.strides.iter_mut().zip(&layout.dims) {
+        if *stride == 0 && n > 1 && n <= elements {
+            *stride = 1;
+            return;
+        }
+    }
 }
 
 fn put(slots: &mut [SlotValue], output: &Output, buffer: Buffer, bindings: &Bindings) {
@@ -128,13 +143,22 @@ fn single_output(ctx: &Ctx<'_>, slots: &mut [SlotValue]) -> Result<()> {
                     let len = part.dims().get(dim).copied().unwrap_or(0);
                     let place = whole.narrow(dim, start, len).map_err(kernel_error)?;
                     kernels::copy_into(part, &mut out, &place).map_err(kernel_error)?;
-                    start += len;
+                    start += len - fault::one_if("concat.start").min(len);
                 }
                 Ok(())
             }
             StepKind::Full => kernels::fill(&mut out, ctx.param(0)?).map_err(kernel_error),
             StepKind::CausalMask { window } => {
-                let values = candle::causal_mask_values(&dims, window.map(|w| ctx.bindings.size(w)));
+                let window = window.filter(|_| !fault::active("causal_mask.window"));
+                let mut values = candle::causal_mask_values(&dims, window.map(|w| ctx.bindings.size(w)));
+                if let (true, Some(last)) = (fault::active("causal_mask.last"), values.last_mut()) {
+                    *last = f32::NEG_INFINITY;
+                }
+                if let (true, Some(hidden)) =
+                    (fault::active("causal_mask.diagonal"), values.iter_mut().find(|v| v.is_infinite()))
+                {
+                    *hidden = 0.0;
+                }
                 let view = View::new(candle_lazy_ops::view::Slice::F32(&values), Strided::contiguous(&dims));
                 kernels::cast(&view.map_err(kernel_error)?, &mut out).map_err(kernel_error)
             }
@@ -163,7 +187,7 @@ fn linear(x: &View<'_>, w: &View<'_>, bias: Option<&View<'_>>, out: &mut SliceMu
         }
         _ => x,
     };
-    let Some(bias) = bias else {
+    let Some(bias) = bias.filter(|_| !fault::active("linear.bias")) else {
         return kernels::matmul(x, &transposed, out).map_err(kernel_error);
     };
     let mut product = Buffer::take(out.dtype(), out.len())?;
@@ -196,13 +220,18 @@ fn view(ctx: &Ctx<'_>, op: &Op<Sym>, slots: &mut [SlotValue], report: &mut EvalR
     let result = match slots.get(input as usize) {
         Some(SlotValue::Buffer(value)) => {
             let layout = match op {
+                Op::Reshape { .. } if fault::active("view.reshape") => Some(Strided::contiguous(&dims)),
                 Op::Reshape { .. } => value.layout.reshape(&dims),
                 Op::Permute { perm } => {
-                    let perm: SmallVec<[usize; 8]> = perm.iter().map(|&d| usize::from(d)).collect();
+                    let mut perm: SmallVec<[usize; 8]> = perm.iter().map(|&d| usize::from(d)).collect();
+                    if fault::active("view.permute") {
+                        perm.reverse();
+                    }
                     Some(value.layout.permute(&perm).map_err(kernel_error)?)
                 }
                 Op::Narrow { dim, start, len } => {
                     let (start, len) = (ctx.bindings.size(*start), ctx.bindings.size(*len));
+                    let start = start - fault::one_if("view.narrow").min(start);
                     Some(value.layout.narrow(usize::from(*dim), start, len).map_err(kernel_error)?)
                 }
                 Op::Broadcast { .. } => Some(value.layout.broadcast_to(&dims).map_err(kernel_error)?),
@@ -250,11 +279,16 @@ fn foreign_view(
         Op::Reshape { .. } if !tensor.is_contiguous() => return Ok(None),
         Op::Reshape { .. } => tensor.reshape(dims.as_slice())?,
         Op::Permute { perm } => {
-            let perm: Vec<usize> = perm.iter().map(|&d| usize::from(d)).collect();
+            let mut perm: Vec<usize> = perm.iter().map(|&d| usize::from(d)).collect();
+            if fault::active("view.permute_of_leaf") {
+                perm.reverse();
+            }
             tensor.permute(perm)?
         }
         Op::Narrow { dim, start, len } => {
-            tensor.narrow(usize::from(*dim), ctx.bindings.size(*start), ctx.bindings.size(*len))?
+            let start = ctx.bindings.size(*start);
+            let start = start - fault::one_if("view.narrow_of_leaf").min(start);
+            tensor.narrow(usize::from(*dim), start, ctx.bindings.size(*len))?
         }
         Op::Broadcast { .. } => tensor.broadcast_as(dims.as_slice())?,
         Op::Detach => tensor.detach(),
@@ -303,7 +337,8 @@ fn slice_assign(
     let (target, src) = (ctx.input(0)?, ctx.input(1)?);
     let dims = ctx.bindings.dims(&output.dims);
     let start = ctx.bindings.size(start);
-    let ends_here = ctx.step.free_after.contains(&target);
+    let start = start - fault::one_if("slice_assign.start").min(start);
+    let ends_here = ctx.step.free_after.contains(&target) || fault::active("slice_assign.not_last_use");
     let owned = match slots.get_mut(target as usize) {
         Some(SlotValue::Buffer(value)) if ends_here && target != src && value.is_whole() => {
             Arc::get_mut(&mut value.buffer).is_some()
@@ -333,6 +368,9 @@ fn slice_assign(
         let Some(x) = v.first() else {
             return Err(Error::Internal("slice_assign lacks its input".into()));
         };
+        if fault::active("slice_assign.no_copy") {
+            return kernels::fill(&mut buffer.slice_mut(), 0.0).map_err(kernel_error);
+        }
         kernels::copy_into(x, &mut buffer.slice_mut(), &Strided::contiguous(&dims)).map_err(kernel_error)
     })?;
     write_slice(slots, src, &mut buffer, &dims, dim, start)?;

@@ -20,6 +20,7 @@ use bind::Lent;
 use candle_core::Tensor;
 use candle_lazy_graph::capture::CaptureFailure;
 use candle_lazy_graph::{capture, validate, Bindings, CaptureOptions, Captured, FastMap, Graph, Node, NodeId, Value};
+use candle_lazy_ops::fault;
 use parking_lot::{Condvar, Mutex};
 use slots::SlotValue;
 use std::cell::Cell;
@@ -83,12 +84,15 @@ fn evaluate(tensors: &[&LazyTensor], options: &EvalOptions, as_tensors: bool) ->
     }
     let roots: Vec<Arc<Node>> = tensors.iter().map(|t| t.node().clone()).collect();
     loop {
-        let Captured { graph, bindings } = capture_waiting(&roots, options)?;
+        #[allow(unused_mut)] // faults write it
+        let Captured { graph, mut bindings } = capture_waiting(&roots, options)?;
         report.nodes = bindings.pending;
         let key = PlanKey::new(graph, options);
         let make = |graph: &Graph| lower::make_plan(graph, &bindings, options);
         let (plan, hit) = plan::lookup_or_make(key, options.cache, make)?;
         report.cache_hit = hit;
+        #[cfg(feature = "testing")]
+        stale::bind(&plan, hit, &mut bindings);
         report.passes.clone_from(&plan.passes);
         report.steps = plan.work_steps();
         match run_and_publish(&plan, bindings, &roots, as_tensors, &mut report)? {
@@ -99,6 +103,35 @@ fn evaluate(tensors: &[&LazyTensor], options: &EvalOptions, as_tensors: bool) ->
     }
     report.elapsed = start.elapsed();
     Ok(report)
+}
+
+/// The fault of a cached plan that keeps what it was first bound to.
+#[cfg(feature = "testing")]
+mod stale {
+    use super::{Bindings, Plan};
+    use candle_lazy_ops::fault;
+    use parking_lot::Mutex;
+    use std::sync::Arc;
+
+    type First = (usize, Vec<usize>, Vec<f64>);
+    static FIRST: Mutex<Vec<First>> = Mutex::new(Vec::new());
+
+    pub(super) fn bind(plan: &Arc<Plan>, hit: bool, bindings: &mut Bindings) {
+        let (sizes, params) = (fault::active("cache.stale_sizes"), fault::active("cache.stale_scalars"));
+        if !(sizes || params) {
+            return;
+        }
+        let address = Arc::as_ptr(plan) as usize;
+        let mut first = FIRST.lock();
+        match first.iter().find(|(at, _, _)| *at == address && hit) {
+            Some((_, old, _)) if sizes => bindings.sizes.clone_from(old),
+            Some((_, _, old)) => bindings.params.clone_from(old),
+            None => {
+                first.retain(|(at, _, _)| *at != address);
+                first.push((address, bindings.sizes.clone(), bindings.params.clone()));
+            }
+        }
+    }
 }
 
 /// How a run ended that did not fail.
@@ -205,6 +238,11 @@ fn run_and_publish(
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         for (i, step) in plan.steps.iter().enumerate() {
             current.set(i);
+            if fault::active("run.freed_before") {
+                for &slot in &step.free_after {
+                    lent.freed(slot, &mut slots);
+                }
+            }
             kernel::run_step(step, &bindings, &mut slots, &mut lent, report)
                 .map_err(|e| located(plan, i, &bindings, e))?;
             for &slot in &step.free_after {
@@ -219,6 +257,10 @@ fn run_and_publish(
     };
     match outcome {
         Ok(values) => {
+            let mut values = values;
+            if fault::active("run.published_swapped") {
+                values.reverse();
+            }
             for (nodes, value) in bindings.publish.iter().zip(values) {
                 for node in nodes {
                     node.publish(value.clone());

@@ -62,9 +62,21 @@ pub type Hits = Vec<(&'static str, usize)>;
 /// # Errors
 /// When a pass broke the graph; the error names the pass.
 pub fn run_passes(graph: &Graph, enabled: impl Fn(&Pass) -> bool, check: Option<&Bindings>) -> Result<(Graph, Hits)> {
+    run_these(graph, PASSES.iter().filter(|p| enabled(p)).copied(), check)
+}
+
+/// Runs the passes given, in the order given, as [`run_passes`] does.
+///
+/// # Errors
+/// When a pass broke the graph; the error names the pass.
+pub fn run_these(
+    graph: &Graph,
+    passes: impl IntoIterator<Item = Pass>,
+    check: Option<&Bindings>,
+) -> Result<(Graph, Hits)> {
     let mut current = graph.clone();
     let mut hits = Hits::new();
-    for pass in PASSES.iter().filter(|p| enabled(p)) {
+    for pass in passes {
         let rewritten = (pass.run)(&current);
         if let Some(bindings) = check {
             validate(&rewritten.graph, bindings)

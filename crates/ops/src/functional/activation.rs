@@ -3,6 +3,7 @@
 use super::apply::{RowCall, Tracked1, Tracked2};
 use super::{alike, float, wide};
 use crate::error::Error;
+use crate::fault;
 use crate::row::{emit, programs, BinaryFn as B, Builder, Class, Reg, RowProgram, UnaryFn as U};
 use candle_core::{DType, Result, Tensor};
 
@@ -42,7 +43,7 @@ fn silu_slope(c: &mut Consts<'_>, x: Reg) -> Reg {
     let s = c.b.unary(U::Sigmoid, x);
     let rest = c.sub(one, s);
     let t = c.mul(x, rest);
-    let t = c.add(one, t);
+    let t = if fault::active("grad.silu.term") { one } else { c.add(one, t) };
     c.mul(s, t)
 }
 
@@ -59,10 +60,10 @@ fn gelu_slope(c: &mut Consts<'_>, x: Reg) -> Reg {
     let u = c.mul(u, inner);
     let t = c.b.unary(U::Tanh, u);
     let du = c.mul(slope3, sqr);
-    let du = c.add(one, du);
+    let du = if fault::active("grad.gelu.cubic") { one } else { c.add(one, du) };
     let du = c.mul(k1, du);
     let t2 = c.b.unary(U::Sqr, t);
-    let sech2 = c.sub(one, t2);
+    let sech2 = if fault::active("grad.gelu.sech") { one } else { c.sub(one, t2) };
     let left = c.add(one, t);
     let left = c.mul(half, left);
     let right = c.mul(half, x);
@@ -86,6 +87,9 @@ fn gelu_erf_slope(c: &mut Consts<'_>, x: Reg) -> Reg {
     let pdf = c.b.unary(U::Exp, arg);
     let pdf = c.mul(density, pdf);
     let right = c.mul(x, pdf);
+    if fault::active("grad.gelu_erf.density") {
+        return cdf;
+    }
     c.add(cdf, right)
 }
 
@@ -102,7 +106,7 @@ fn unary(op: &'static str, x: &Tensor, f: U, slope: Slope, composed: fn(&Tensor)
         let (x_, g_) = (b.load(0), b.load(1));
         let mut c = Consts { b: &mut b, values: Vec::new() };
         let d = slope(&mut c, x_);
-        let dx = c.mul(g_, d);
+        let dx = if fault::active("grad.unary.chain") { d } else { c.mul(g_, d) };
         let values = c.values;
         b.output(dx, dtype);
         RowCall::new(op, b.finish()?, 0).with_params(&values).detached(&[x, g])
@@ -159,7 +163,7 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
             let (gate_, up_, g_) = (b.load(0), b.load(1), b.load(2));
             let mut c = Consts { b: &mut b, values: Vec::new() };
             let d = silu_slope(&mut c, gate_);
-            let t = c.mul(g_, up_);
+            let t = if fault::active("grad.silu_mul.up_factor") { g_ } else { c.mul(g_, up_) };
             let dx = c.mul(t, d);
             let values = c.values;
             b.output(dx, dtype);
@@ -168,10 +172,10 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         } else {
             None
         };
-        let d_up = if tu {
+        let d_up = if tu && !fault::active("grad.silu_mul.no_up") {
             let mut b = RowProgram::builder(class);
             let (gate_, g_) = (b.load(0), b.load(1));
-            let y = emit::silu_mul(&mut b, gate_, g_)?;
+            let y = if fault::active("grad.silu_mul.up") { g_ } else { emit::silu_mul(&mut b, gate_, g_)? };
             b.output(y, dtype);
             Some(RowCall::new(OP, b.finish()?, 0).detached(&[&gate, g])?)
         } else {

@@ -3,6 +3,7 @@
 use super::softmax::softmax_grad;
 use super::{alike, float, matmul, softmax, wide};
 use crate::error::Error;
+use crate::fault;
 use crate::kernels::{self, AttentionParams};
 use crate::storage::{cpu_view, filled, with_view};
 use crate::view::{SliceMut, Strided, View};
@@ -129,11 +130,12 @@ impl CustomOp3 for Attention {
         let rows = h / hk.max(1) * sq;
         let dense = |t: &Tensor| t.detach().to_dtype(w)?.contiguous();
         let (qf, kf, vf) = (dense(q)?, dense(k)?, dense(v)?);
-        let mask = self.mask.as_ref().map(|(m, _)| m);
+        let mask = self.mask.as_ref().map(|(m, _)| m).filter(|_| !fault::active("grad.attention.mask"));
         let s = scores(&qf, &kf, mask, &self.params)?;
         let p = softmax(&s.masked, D::Minus1)?.detach();
         let g = dense(grad)?.reshape((b, hk, rows, dv))?;
         let dv_ = match v.track_op() {
+            true if fault::active("grad.attention.value") => Some(vf.zeros_like()?.to_dtype(v.dtype())?),
             true => Some(matmul(&p.t()?, &g)?.to_dtype(v.dtype())?),
             false => None,
         };
@@ -141,13 +143,15 @@ impl CustomOp3 for Attention {
             return Ok((None, None, dv_));
         }
         let dp = matmul(&g, &vf.t()?)?;
-        let mut ds = softmax_grad(&p, &dp, 1 << 3)?;
+        let mut ds = if fault::active("grad.attention.softmax") { p.mul(&dp)? } else { softmax_grad(&p, &dp, 1 << 3)? };
         if let (Some(cap), Some(capped)) = (self.params.softcap, &s.capped) {
             // The slope of cap·tanh(s/cap) is 1 - tanh².
             let slope = ((capped / cap)?.sqr()?.neg()? + 1.0)?;
-            ds = ds.mul(&slope)?;
+            if !fault::active("grad.attention.softcap") {
+                ds = ds.mul(&slope)?;
+            }
         }
-        let ds = (ds * self.params.scale)?;
+        let ds = if fault::active("grad.attention.scale") { ds } else { (ds * self.params.scale)? };
         let dq = match q.track_op() {
             true => {
                 let t = matmul(&ds, &kf)?.reshape((b, h, sq, d))?;
@@ -155,7 +159,7 @@ impl CustomOp3 for Attention {
             }
             false => None,
         };
-        let dk = match k.track_op() {
+        let dk = match k.track_op() && !fault::active("grad.attention.no_key") {
             true => {
                 let q2 = qf.reshape((b, hk, rows, d))?;
                 Some(matmul(&ds.t()?, &q2)?.to_dtype(k.dtype())?)

@@ -3,6 +3,7 @@
 use super::apply::{leading_axes, sum_axes, RowCall, Tracked2};
 use super::{alike, float, wide};
 use crate::error::Error;
+use crate::fault;
 use crate::kernels;
 use crate::row::{BinaryFn as B, Class, RowProgram};
 use crate::storage::{cpu_view, filled};
@@ -38,6 +39,13 @@ fn unbroadcast(grad: &Tensor, dims: &[usize]) -> Result<Tensor> {
             axes |= 1 << i.min(31);
         }
     }
+    if fault::active("grad.matmul.unbroadcast") {
+        let mut g = grad.clone();
+        for d in (0..grad.rank()).filter(|d| axes >> d & 1 == 1) {
+            g = g.narrow(d, 0, 1)?;
+        }
+        return g.reshape(dims);
+    }
     sum_axes(grad, axes, grad.dtype())?.reshape(dims)
 }
 
@@ -56,15 +64,18 @@ impl CustomOp2 for MatMul {
     fn bwd(&self, a: &Tensor, b: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (ad, bd, g) = (a.detach(), b.detach(), grad.detach());
         let da = match a.track_op() {
+            true if fault::active("grad.matmul.a") => Some(g.zeros_like()?.sum_all()?.broadcast_as(a.shape())?.contiguous()?),
             true => Some(unbroadcast(&product(&g, &bd.t()?)?, a.dims())?),
             false => None,
         };
-        let db = match b.track_op() {
+        let db = match b.track_op() && !fault::active("grad.matmul.no_b") {
             // One product where b serves all batches: the sum over them is part of it.
             true if b.rank() == 2 && a.rank() > 2 => {
                 let (m, n) = b.dims2()?;
                 let a2 = ad.reshape(((), m))?;
                 let g2 = g.reshape(((), n))?;
+                let rows = a2.dim(0)? - fault::one_if("grad.matmul.last_row").min(a2.dim(0)?);
+                let (a2, g2) = (a2.narrow(0, 0, rows)?, g2.narrow(0, 0, rows)?);
                 Some(product(&a2.t()?, &g2)?)
             }
             true => Some(unbroadcast(&product(&ad.t()?, &g)?, b.dims())?),
@@ -114,6 +125,7 @@ fn add_bias(x: &Tensor, b: &Tensor) -> Result<Tensor> {
     let call = RowCall::new("linear", p.finish()?, 0);
     let bwd = move |_: &Tensor, b: &Tensor, g: &Tensor| {
         let db = match b.track_op() {
+            true if fault::active("grad.bias.sum") => Some(b.zeros_like()?),
             true => Some(sum_axes(g, leading_axes(g.rank()), dtype)?),
             false => None,
         };
@@ -193,18 +205,20 @@ impl CustomOp3 for Lora {
         let (xf, g) = (flat(x)?, flat(grad)?);
         let (af, bf) = (flat(a)?, flat(b)?);
         // u = scale·g·Bᵀ serves dx and dA; x·A is made again, it is skinny.
-        let u = (product(&g, &bf.t()?)? * self.scale)?;
+        let u = product(&g, &bf.t()?)?;
+        let u = if fault::active("grad.lora.scale") { u } else { (u * self.scale)? };
         let dx = match x.track_op() {
             true => Some(product(&u, &af.t()?)?.reshape(x.shape())?.to_dtype(dtype)?),
             false => None,
         };
-        let da = match a.track_op() {
+        let da = match a.track_op() && !fault::active("grad.lora.no_a") {
             true => Some(product(&xf.t()?, &u)?.to_dtype(dtype)?),
             false => None,
         };
         let db = match b.track_op() {
             true => {
-                let mid = (product(&xf, &af)? * self.scale)?;
+                let mid = product(&xf, &af)?;
+                let mid = if fault::active("grad.lora.b") { mid } else { (mid * self.scale)? };
                 Some(product(&mid.t()?, &g)?.to_dtype(dtype)?)
             }
             false => None,

@@ -3,6 +3,7 @@
 use super::apply::{axis, leading_axes, sum_axes, RowCall, Tracked1, Tracked2, Tracked3};
 use super::{alike, float, wide};
 use crate::error::Error;
+use crate::fault;
 use crate::row::{programs, BinaryFn as B, Builder, Class, ReduceFn, Reg, RowProgram, UnaryFn as U};
 use candle_core::{DType, Result, Tensor, D};
 
@@ -45,7 +46,7 @@ fn normalised(b: &mut Builder, x: Reg, centre: bool) -> (Reg, Reg) {
     let sqr = b.unary(U::Sqr, x);
     let var = mean(b, sqr);
     let eps = b.param(0);
-    let shifted = b.binary(B::Add, var, eps);
+    let shifted = if fault::active("grad.norm.eps") { var } else { b.binary(B::Add, var, eps) };
     let root = b.unary(U::Sqrt, shifted);
     let hat = b.binary(B::Div, x, root);
     let inv = b.unary(U::Recip, root);
@@ -70,6 +71,7 @@ impl Norm {
 
     /// dx = (h - [mean h] - x̂·mean(h·x̂)) / scale for h = g·w; the mean of h only where the norm centres.
     fn d_x(&self, x: &Tensor, w: Option<&Tensor>, g: &Tensor) -> Result<Tensor> {
+        let w = w.filter(|_| !fault::active("grad.norm.weight_factor"));
         let mut b = RowProgram::builder(self.class);
         let (x_, g_) = (b.load(0), b.load(1));
         let h = match w {
@@ -84,11 +86,11 @@ impl Norm {
         let mp = mean(&mut b, p);
         let along = b.binary(B::Mul, hat, mp);
         let mut d = h;
-        if self.centre {
+        if self.centre && !fault::active("grad.norm.mean") {
             let mh = mean(&mut b, h);
             d = b.binary(B::Sub, d, mh);
         }
-        let d = b.binary(B::Sub, d, along);
+        let d = if fault::active("grad.norm.along") { d } else { b.binary(B::Sub, d, along) };
         let dx = b.binary(B::Mul, d, inv);
         b.output(dx, self.dtype);
         let call = self.call(b)?;
@@ -103,21 +105,22 @@ impl Norm {
         let mut b = RowProgram::builder(self.class);
         let (x_, g_) = (b.load(0), b.load(1));
         let (hat, _) = normalised(&mut b, x_, self.centre);
-        let p = b.binary(B::Mul, g_, hat);
+        let p = if fault::active("grad.norm.weight") { g_ } else { b.binary(B::Mul, g_, hat) };
         b.output(p, wide(self.dtype));
         let p = self.call(b)?.detached(&[x, g])?;
         sum_axes(&p, leading_axes(x.rank()), self.dtype)
     }
 
     fn d_bias(&self, g: &Tensor) -> Result<Tensor> {
-        sum_axes(g, leading_axes(g.rank()), self.dtype)
+        let g = if fault::active("grad.norm.bias") { (g * 2.0)? } else { g.clone() };
+        sum_axes(&g, leading_axes(g.rank()), self.dtype)
     }
 
     /// Gradients of x and the weight.
     fn grads(&self, x: &Tensor, w: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (xd, wd) = (x.detach(), w.detach());
         let dx = x.track_op().then(|| self.d_x(&xd, Some(&wd), g)).transpose()?;
-        let dw = w.track_op().then(|| self.d_weight(&xd, g)).transpose()?;
+        let dw = (w.track_op() && !fault::active("grad.norm.no_weight")).then(|| self.d_weight(&xd, g)).transpose()?;
         Ok((dx, dw))
     }
 }
@@ -187,7 +190,8 @@ pub fn layer_norm(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, ep
             Tracked2(call, move |x: &Tensor, b: &Tensor, g: &Tensor| {
                 let xd = x.detach();
                 let dx = x.track_op().then(|| norm.d_x(&xd, None, g)).transpose()?;
-                Ok((dx, b.track_op().then(|| norm.d_bias(g)).transpose()?))
+                let tracked = b.track_op() && !fault::active("grad.norm.no_bias");
+                Ok((dx, tracked.then(|| norm.d_bias(g)).transpose()?))
             }),
         ),
         (Some(w), Some(b)) => x.apply_op3(

@@ -2,6 +2,7 @@
 
 use super::{float, wide};
 use crate::error::Error;
+use crate::fault;
 use crate::kernels;
 use crate::storage::{cpu_view, filled};
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, D};
@@ -71,7 +72,7 @@ impl CustomOp3 for Rope {
         // The transpose of a rotation is the rotation by the opposite angle.
         let dx = match x.track_op() {
             true => {
-                let back = sin.detach().neg()?;
+                let back = if fault::active("grad.rope.angle") { sin.detach() } else { sin.detach().neg()? };
                 Some(g.apply_op3_no_bwd(&cos.detach(), &back, &Rope { interleaved })?)
             }
             false => None,
@@ -84,14 +85,19 @@ impl CustomOp3 for Rope {
         let (gp, gq) = halves(&g.to_dtype(w)?, interleaved)?;
         let reduce = |t: Tensor, table: &Tensor| -> Result<Tensor> {
             let t = t.sum(1)?;
-            let t = if table.rank() == 2 { t.sum(0)? } else { t };
+            let t = match table.rank() {
+                2 if fault::active("grad.rope.batch") => t.get(0)?,
+                2 => t.sum(0)?,
+                _ => t,
+            };
             t.to_dtype(table.dtype())
         };
         let dcos = match cos.track_op() {
+            true if fault::active("grad.rope.cos") => Some(reduce(gp.mul(&p)?, cos)?),
             true => Some(reduce((gp.mul(&p)? + gq.mul(&q)?)?, cos)?),
             false => None,
         };
-        let dsin = match sin.track_op() {
+        let dsin = match sin.track_op() && !fault::active("grad.rope.no_sin") {
             true => Some(reduce((gq.mul(&p)? - gp.mul(&q)?)?, sin)?),
             false => None,
         };

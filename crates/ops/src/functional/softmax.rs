@@ -3,6 +3,7 @@
 use super::apply::{axis, RowCall, Tracked1};
 use super::float;
 use crate::error::Error;
+use crate::fault;
 use crate::row::{programs, BinaryFn as B, Class, ReduceFn, RowProgram, UnaryFn as U};
 use candle_core::shape::Dim;
 use candle_core::{DType, Result, Tensor};
@@ -36,7 +37,7 @@ pub(super) fn softmax_grad(y: &Tensor, g: &Tensor, axes: u32) -> Result<Tensor> 
     let (y_, g_) = (b.load(0), b.load(1));
     let p = b.binary(B::Mul, g_, y_);
     let s = b.reduce(ReduceFn::Sum, p);
-    let d = b.binary(B::Sub, g_, s);
+    let d = if fault::active("grad.softmax.sum") { g_ } else { b.binary(B::Sub, g_, s) };
     let dx = b.binary(B::Mul, y_, d);
     b.output(dx, y.dtype());
     RowCall::new("softmax-grad", b.finish()?, axes).detached(&[y, g])
@@ -65,7 +66,7 @@ pub fn log_softmax<D: Dim>(x: &Tensor, dim: D) -> Result<Tensor> {
         let y = crate::row::emit::log_softmax(&mut b, x_)?;
         let p = b.unary(U::Exp, y);
         let s = b.reduce(ReduceFn::Sum, g_);
-        let ps = b.binary(B::Mul, p, s);
+        let ps = if fault::active("grad.log_softmax.weight") { s } else { b.binary(B::Mul, p, s) };
         let dx = b.binary(B::Sub, g_, ps);
         b.output(dx, x.dtype());
         RowCall::new("log-softmax-grad", b.finish()?, axes).detached(&[x, g])

@@ -8,6 +8,7 @@ use super::dot::dot;
 use super::{check_float, check_out};
 use crate::element::Element;
 use crate::error::{Error, Result};
+use crate::fault;
 use crate::math::Real;
 use crate::view::{each_dtype, Slice, SliceMut, Strided, View};
 use rayon::prelude::*;
@@ -50,10 +51,10 @@ pub(crate) fn visible(p: &AttentionParams, i: usize, sq: usize, skv: usize) -> (
     let mut end = skv as i128;
     let mut start = 0i128;
     if p.causal {
-        end = end.min(at + 1);
+        end = end.min(at + 1 + fault::one_if("attention.causal") as i128);
     }
     if let Some(w) = p.window {
-        start = start.max(at - w as i128 + 1);
+        start = start.max(at - w as i128 + 1 - fault::one_if("attention.window") as i128);
         end = end.min(at + w as i128);
     }
     let end = usize::try_from(end).unwrap_or(0);
@@ -109,7 +110,7 @@ pub fn attention(
     if kb != b || vb != b || vh != hk || vs != skv || kd != d || !grouped {
         return Err(bad());
     }
-    let mask = match mask {
+    let mask = match mask.filter(|_| !fault::active("attention.mask")) {
         None => None,
         Some(m) => {
             let layout = m.layout.broadcast_to(&[b, h, sq, skv]).map_err(|_| bad())?;
@@ -248,7 +249,7 @@ impl Job<'_> {
     {
         let s = &self.shape;
         let (b, h) = (bh / s.h, bh % s.h);
-        let hk = h / s.group.max(1);
+        let hk = if fault::active("attention.group") { h % (s.h / s.group.max(1)) } else { h / s.group.max(1) };
         let n = out.len() / s.dv;
         let start_of = |l: &Strided, head: usize| l.offset + b * l.strides[0] + head * l.strides[1];
         let (q0, k0, v0) = (start_of(self.q, h), start_of(self.k, hk), start_of(self.v, hk));
@@ -264,11 +265,13 @@ impl Job<'_> {
         }
         let from = sc.state.iter().map(|s| s.start).min().unwrap_or(0) / BLOCK * BLOCK;
         let to = sc.state.iter().map(|s| s.end).max().unwrap_or(0);
+        let to = to - fault::one_if("attention.last_key").min(to);
         for key in (from..to).step_by(BLOCK) {
             let rows = BLOCK.min(to - key);
             let (ks, vs) = (self.k.strides[2], self.v.strides[2]);
+            let place = if fault::active("attention.block") { key % BLOCK } else { key };
             let (keys, kp) = block(k, self.k, k0 + key * ks, rows, &mut sc.keys, &k.into());
-            let (values, vp) = block(v, self.v, v0 + key * vs, rows, &mut sc.values, &v.into());
+            let (values, vp) = block(v, self.v, v0 + place * vs, rows, &mut sc.values, &v.into());
             for (i, state) in sc.state.iter_mut().enumerate() {
                 let lo = state.start.max(key);
                 let hi = state.end.min(key + BLOCK);
@@ -294,6 +297,11 @@ impl Job<'_> {
             }
             T::write(acc, row);
         }
+        if let (true, Some(last)) = (fault::active("attention.tail"), out.last_mut()) {
+            let mut one = [T::get(*last)];
+            one[0] = fault::nudged(one[0]);
+            T::write(&one, std::slice::from_mut(last));
+        }
     }
 
     /// Scale, softcap and mask on the visible scores of one block.
@@ -308,12 +316,12 @@ impl Job<'_> {
         scores: &mut [T; BLOCK],
         mask: &mut Vec<T>,
     ) {
-        let scale = T::from_f64(self.params.scale);
+        let scale = if fault::active("attention.scale") { T::ONE } else { T::from_f64(self.params.scale) };
         let scores = &mut scores[lo..hi];
         for x in scores.iter_mut() {
             *x = *x * scale;
         }
-        if let Some(cap) = self.params.softcap {
+        if let Some(cap) = self.params.softcap.filter(|_| !fault::active("attention.softcap")) {
             let cap = T::from_f64(cap);
             for x in scores.iter_mut() {
                 *x = cap * (*x / cap).tanh();
@@ -321,6 +329,8 @@ impl Job<'_> {
         }
         if let Some((data, l)) = &self.mask {
             let st = &l.strides;
+            let h = if fault::active("attention.mask_head") { 0 } else { h };
+            let i = if fault::active("attention.mask_row") { 0 } else { i };
             let base = l.offset + b * st[0] + h * st[1] + i * st[2] + (key + lo) * st[3];
             mask.resize(scores.len(), T::ZERO);
             each_dtype!(Slice, data, m => read_row(m, base, st[3], mask));
@@ -339,7 +349,7 @@ fn weigh<T: Real>(state: &mut Query<T>, scores: &mut [T; BLOCK], acc: &mut [T]) 
     }
     // Nothing finite so far: any shift gives weights of 0 (or NaN for NaN scores), -∞ - -∞ would not.
     let shift = if max == T::NEG_INF { T::ZERO } else { max };
-    let keep = (state.max - shift).exp();
+    let keep = if fault::active("attention.rescale") { T::ONE } else { (state.max - shift).exp() };
     for s in scores.iter_mut() {
         *s = (*s - shift).exp();
     }
@@ -351,6 +361,11 @@ fn weigh<T: Real>(state: &mut Query<T>, scores: &mut [T; BLOCK], acc: &mut [T]) 
         state.sum = state.sum * keep;
         state.max = max;
     }
+    if fault::active("attention.sum_f16") {
+        let sum = scores.iter().fold(half::f16::ZERO, |s, x| s + x.put::<half::f16>());
+        state.sum = state.sum + T::get(sum);
+        return;
+    }
     state.sum = state.sum + dot(&scores[..], &ones);
 }
 
@@ -360,14 +375,17 @@ fn accumulate<T: Real>(weights: &[T], values: &[T], pitch: usize, acc: &mut [T])
     let n = acc.len();
     let row = |j: usize| &values[j * pitch..j * pitch + n];
     let mut j = 0;
+    let lossy = fault::active("attention.fourth_value");
     while let Some(&[a, b, c, d]) = weights.get(j..j + 4) {
+        let d = if lossy { T::ZERO } else { d };
         let (x, y, z, w) = (row(j), row(j + 1), row(j + 2), row(j + 3));
         for ((((o, &x), &y), &z), &w) in acc.iter_mut().zip(x).zip(y).zip(z).zip(w) {
             *o = (((*o + a * x) + b * y) + c * z) + d * w;
         }
         j += 4;
     }
-    for (j, &p) in weights.iter().enumerate().skip(j) {
+    let skip = if fault::active("attention.value_tail") { weights.len() } else { j };
+    for (j, &p) in weights.iter().enumerate().skip(skip) {
         for (o, &x) in acc.iter_mut().zip(row(j)) {
             *o = *o + p * x;
         }

@@ -3,6 +3,7 @@
 use super::{check_out, PARALLEL};
 use crate::element::Element;
 use crate::error::{Error, Result};
+use crate::fault;
 use crate::row::space::Space;
 use crate::view::{each_dtype, SliceMut, Strided, View};
 use rayon::prelude::*;
@@ -41,19 +42,27 @@ fn copy_space<E: Element>(src: &crate::view::Slice<'_>, dst: &mut [E], space: &S
     };
     let cols = space.cols;
     let (ss, ds) = (from.row.single().unwrap_or(1), to.row.single().unwrap_or(1));
+    let ss = if fault::active("copy.stride") { 1 } else { ss };
     let (mut offsets, mut targets) = (Vec::new(), Vec::new());
     let mut row = 0;
     while row < space.rows {
         let rows = ROWS.min(space.rows - row);
         space.offsets(from, row, rows, &mut offsets);
         space.offsets(to, row, rows, &mut targets);
+        if fault::active("copy.row_offset") {
+            let first = offsets.first().copied().unwrap_or(0);
+            offsets.fill(first);
+        }
+        if fault::active("copy.last_row") {
+            targets.truncate(rows - 1);
+        }
         if ss == 1 && ds == 1 {
             for (&a, &b) in offsets.iter().zip(&targets) {
                 dst[b..b + cols].copy_from_slice(&src[a..a + cols]);
             }
         } else {
             for block in (0..cols).step_by(COLS) {
-                let width = COLS.min(cols - block);
+                let width = COLS.min(cols - block) - fault::one_if("copy.strided_tail");
                 for (&a, &b) in offsets.iter().zip(&targets) {
                     let (mut a, mut b) = (a + block * ss, b + block * ds);
                     for _ in 0..width {
@@ -72,7 +81,9 @@ fn copy_space<E: Element>(src: &crate::view::Slice<'_>, dst: &mut [E], space: &S
 /// and truncate towards zero (saturating) when they become integers.
 #[inline(always)]
 fn convert<S: Element, D: Element>(v: S) -> D {
-    if S::IS_INT && D::IS_INT {
+    if D::IS_INT && !S::IS_INT && fault::active("cast.rounds") {
+        D::from_f64(v.to_f64().round())
+    } else if S::IS_INT && D::IS_INT {
         D::from_i64(v.to_i64())
     } else if S::DTYPE == candle_core::DType::F64 || D::DTYPE == candle_core::DType::F64 {
         D::from_f64(v.to_f64())
@@ -104,7 +115,8 @@ pub fn cast(src: &View<'_>, out: &mut SliceMut<'_>) -> Result<()> {
 
 fn cast_typed<S: Element, D: Element>(src: &[S], layout: &Strided, dst: &mut [D]) {
     if layout.is_contiguous() {
-        let src = &src[layout.offset..layout.offset + dst.len()];
+        let from = if fault::active("cast.offset") { 0 } else { layout.offset };
+        let src = &src[from..from + dst.len()];
         if dst.len() >= PARALLEL {
             dst.par_chunks_mut(PARALLEL / 4).zip(src.par_chunks(PARALLEL / 4)).for_each(|(d, s)| cast_run(s, d));
         } else {
@@ -118,6 +130,7 @@ fn cast_typed<S: Element, D: Element>(src: &[S], layout: &Strided, dst: &mut [D]
     };
     let cols = space.cols.max(1);
     let stride = from.row.single().unwrap_or(1);
+    let stride = if fault::active("cast.stride") { 1 } else { stride };
     let mut offsets = Vec::new();
     for (r, chunk) in dst.chunks_mut(cols * ROWS).enumerate() {
         space.offsets(from, r * ROWS, chunk.len() / cols, &mut offsets);
@@ -135,7 +148,8 @@ fn cast_typed<S: Element, D: Element>(src: &[S], layout: &Strided, dst: &mut [D]
 }
 
 fn cast_run<S: Element, D: Element>(src: &[S], dst: &mut [D]) {
-    for (d, &s) in dst.iter_mut().zip(src) {
+    let n = dst.len() - fault::one_if("cast.tail").min(dst.len());
+    for (d, &s) in dst[..n].iter_mut().zip(src) {
         *d = convert(s);
     }
 }
@@ -147,6 +161,9 @@ fn cast_run<S: Element, D: Element>(src: &[S], dst: &mut [D]) {
 pub fn fill(out: &mut SliceMut<'_>, value: f64) -> Result<()> {
     fn set<E: Element>(out: &mut [E], value: f64) {
         out.fill(E::from_f64(value));
+        if let (true, Some(last)) = (fault::active("full.tail"), out.last_mut()) {
+            *last = E::default();
+        }
     }
     each_dtype!(SliceMut, out, v => set(v, value));
     Ok(())

@@ -1,5 +1,6 @@
 //! Inner products in a fixed order.
 
+use crate::fault;
 use crate::math::Real;
 use crate::row::loops::fold;
 
@@ -13,7 +14,8 @@ pub(crate) fn dot<T: Real>(a: &[T], b: &[T]) -> T {
             *l = *l + x * y;
         }
     }
-    for ((l, &x), &y) in lanes.iter_mut().zip(ca.remainder()).zip(cb.remainder()) {
+    let rest = if fault::active("dot.tail") { &[] } else { ca.remainder() };
+    for ((l, &x), &y) in lanes.iter_mut().zip(rest).zip(cb.remainder()) {
         *l = *l + x * y;
     }
     fold(lanes, |a, b| a + b)

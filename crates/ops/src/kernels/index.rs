@@ -3,6 +3,7 @@
 use super::{check_out, PARALLEL};
 use crate::element::Element;
 use crate::error::{Error, Result};
+use crate::fault;
 use crate::row::gather::RowShape;
 use crate::row::space::{merge, Space};
 use crate::view::{count, each_dtype, Slice, SliceMut, Strided, View};
@@ -52,7 +53,15 @@ pub fn index_select(src: &View<'_>, ids: &View<'_>, dim: usize, out: &mut SliceM
             bases.extend((0..space.cols).map(|j| base + j * stride));
         }
     }
-    let step = src.layout.strides[dim];
+    let step = if fault::active("index_select.step") { right.min(src.layout.strides[dim]) } else { src.layout.strides[dim] };
+    if fault::active("index_select.base") {
+        let first = bases.first().copied().unwrap_or(0);
+        bases.fill(first);
+    }
+    let mut ids = ids;
+    if let (true, Some(Some(last))) = (fault::active("index_select.last"), ids.last_mut()) {
+        *last = (*last + 1) % size;
+    }
     each_dtype!(SliceMut, out, dst => {
         select(&src.data, &bases, &ids, step, &shape, right, dst);
     });
@@ -72,7 +81,7 @@ fn read_ids(ids: &View<'_>, size: usize) -> Result<Vec<Option<usize>>> {
     flat.into_iter()
         .enumerate()
         .map(|(position, index)| {
-            if index == max {
+            if index == max || fault::active("index_select.zeros") && position == 0 {
                 return Ok(None);
             }
             match usize::try_from(index) {
@@ -107,7 +116,7 @@ fn select<E: Element>(
         shape.pieces(0, right, |done, offset, stride, len| {
             let at = base + offset;
             let out = &mut out[done..done + len];
-            if stride == 1 {
+            if stride == 1 || fault::active("index_select.inner_stride") && at + len <= src.len() {
                 out.copy_from_slice(&src[at..at + len]);
             } else {
                 for (i, o) in out.iter_mut().enumerate() {

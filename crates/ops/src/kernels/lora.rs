@@ -4,6 +4,7 @@ use super::matmul::{gemm_into, gemm_scalar::Scalar, widen_matrix, Matrix};
 use super::{check_float, check_out};
 use crate::element::Element;
 use crate::error::{Error, Result};
+use crate::fault;
 use crate::row::space::Space;
 use crate::view::{count, Slice, SliceMut, Strided, View};
 use half::{bf16, f16};
@@ -58,6 +59,8 @@ pub fn lora(
     if rows == 0 || n == 0 {
         return Ok(());
     }
+    let scale = if fault::active("lora.scale") { 1.0 } else { scale };
+    let base = base.filter(|_| !fault::active("lora.base"));
     let matrix = |v: &View<'_>, rows, cols| Matrix {
         offset: v.layout.offset,
         rows,
@@ -94,6 +97,9 @@ fn row_blocks(x: &Strided, rows: usize, k: usize) -> Vec<Matrix> {
     };
     let mut offsets = Vec::new();
     space.offsets(operand, 0, space.rows, &mut offsets);
+    if fault::active("lora.block_offset") {
+        offsets.fill(operand.offset);
+    }
     offsets
         .into_iter()
         .map(|offset| Matrix {
@@ -131,6 +137,9 @@ impl Job<'_> {
             mid.clear();
             mid.resize(xm.rows * r, T::default());
             gemm_into(x, xm, a, self.a, &mut mid, false, T::from_f32(1.0))?;
+            if fault::active("lora.rank") {
+                mid.iter_mut().skip(r.saturating_sub(1)).step_by(r.max(1)).for_each(|m| *m = T::default());
+            }
             let end = at + xm.rows * n;
             let mid_m = Matrix::dense(0, xm.rows, r);
             let scale = T::from_f64(self.scale);
@@ -161,12 +170,18 @@ impl Job<'_> {
         for &xm in &self.blocks {
             for first in (0..xm.rows).step_by(ROWS) {
                 let rows = ROWS.min(xm.rows - first);
-                let piece = Matrix { offset: xm.offset + first * xm.row_stride, rows, ..xm };
+                let from = if fault::active("lora.piece_offset") { 0 } else { first };
+                let piece = Matrix { offset: xm.offset + from * xm.row_stride, rows, ..xm };
                 widen_matrix(x, piece, &mut wx);
                 mid.clear();
                 mid.resize(rows * r, 0.0);
                 let (xm, am) = (Matrix::dense(0, rows, k), Matrix::dense(0, k, r));
                 gemm_into(&wx, xm, &wa, am, &mut mid, false, 1.0)?;
+                if fault::active("lora.rounded_middle") {
+                    for m in &mut mid {
+                        *m = T::from_f32(*m).to_f32();
+                    }
+                }
                 let end = at + rows * n;
                 sum.clear();
                 match base.get(at..end) {

@@ -3,6 +3,7 @@
 use super::{check_float, check_out};
 use crate::element::Element;
 use crate::error::{Error, Result};
+use crate::fault;
 use crate::row::space::Space;
 use crate::view::{count, Dims, Slice, SliceMut, Strided, View};
 use gemm::Parallelism;
@@ -105,11 +106,14 @@ pub(crate) fn gemm_into<T: Element + gemm_scalar::Scalar>(
     }
     if k == 0 {
         if !accumulate {
-            dst.fill(T::default());
+            dst.fill(T::from_f32(fault::one_if("matmul.empty_k") as f32));
         }
         return Ok(());
     }
-    let alpha = if accumulate { T::from_f32(1.0) } else { T::default() };
+    // faults: the last term, or the last row, is missing
+    let k = k - fault::one_if("matmul.last_term");
+    let m = m - fault::one_if("matmul.last_row");
+    let alpha = if accumulate && !fault::active("matmul.accumulate") { T::from_f32(1.0) } else { T::default() };
     // SAFETY: `fits` shows that every element (i, j) of both operands, at offset + i·row_stride + j·col_stride, lies within its
     // slice, and `dst` holds exactly m·n elements, addressed as row-major (m, n). `T` is f16, f32 or f64 (the sealed
     // `Scalar`), which `gemm` accepts. Strides fit `isize` because the offsets they lead to lie within a slice
@@ -136,6 +140,14 @@ pub(crate) fn gemm_into<T: Element + gemm_scalar::Scalar>(
             false,
             parallelism(),
         );
+    }
+    if fault::active("matmul.f16") {
+        for d in dst.iter_mut() {
+            *d = T::from_f32(half::f16::from_f32(d.to_f32()).to_f32());
+        }
+    }
+    if let (true, Some(d)) = (fault::active("matmul.tail"), dst.last_mut()) {
+        *d = T::from_f64(d.to_f64() * 1.001 + 1e-3);
     }
     Ok(())
 }
@@ -187,11 +199,11 @@ fn each_product(s: &Batched, mut f: impl FnMut(Matrix, Matrix, std::ops::Range<u
         rows,
         cols,
         row_stride: l.strides[rank - 2],
-        col_stride: l.strides[rank - 1],
+        col_stride: if fault::active("matmul.col_stride") { 1 } else { l.strides[rank - 1] },
     };
     let batches = count(&s.batch);
     let invariant = s.batch.iter().zip(&s.b.strides).all(|(&d, &st)| d == 1 || st == 0);
-    if batches > 1 && invariant {
+    if batches > 1 && (invariant || fault::active("matmul.fold")) {
         if let Some(flat) = s.a.reshape(&[batches * s.m, s.k]) {
             let whole = Matrix {
                 offset: flat.offset,
@@ -209,6 +221,8 @@ fn each_product(s: &Batched, mut f: impl FnMut(Matrix, Matrix, std::ops::Range<u
         return Ok(());
     };
     let (sa, sb) = (oa.row.single().unwrap_or(0), ob.row.single().unwrap_or(0));
+    let sa = if fault::active("matmul.batch_stride_a") { 0 } else { sa };
+    let sb = if fault::active("matmul.batch_stride_b") { 0 } else { sb };
     let (mut fa, mut fb) = (Vec::new(), Vec::new());
     let mut at = 0;
     for row in 0..space.rows {
@@ -254,7 +268,7 @@ fn widened(s: &Batched, a: &[bf16], b: &[bf16], out: &mut [bf16]) -> Result<()> 
     each_product(s, |am, bm, range| {
         widen_matrix(a, am, &mut wa);
         // The same right side for many batches is widened once.
-        if last != Some(bm.offset) {
+        if last != Some(bm.offset) && !(last.is_some() && fault::active("matmul.stale_widened")) {
             widen_matrix(b, bm, &mut wb);
             last = Some(bm.offset);
         }
@@ -269,6 +283,11 @@ fn widened(s: &Batched, a: &[bf16], b: &[bf16], out: &mut [bf16]) -> Result<()> 
             false,
             1.0,
         )?;
+        if fault::active("matmul.bf16_truncates") {
+            for w in &mut wo {
+                *w = f32::from_bits(w.to_bits() & 0xffff_0000);
+            }
+        }
         bf16::round_from(&wo, &mut out[range]);
         Ok(())
     })

@@ -3,6 +3,7 @@
 use super::{check_float, check_out, PARALLEL};
 use crate::element::Element;
 use crate::error::{Error, Result};
+use crate::fault;
 use crate::math::Real;
 use crate::view::{each_dtype, Slice, SliceMut, View};
 use candle_core::DType;
@@ -72,6 +73,8 @@ fn table<T: Real>(t: &View<'_>, s: usize) -> Vec<T> {
     let rank = l.rank();
     let (half, hs, ss) = (l.dims[rank - 1], l.strides[rank - 1], l.strides[rank - 2]);
     let batches = if rank == 3 { (l.dims[0], l.strides[0]) } else { (1, 0) };
+    let ss = if fault::active("rope.position") { 0 } else { ss };
+    let hs = if fault::active("rope.table_stride") { 0 } else { hs };
     let mut out = Vec::with_capacity(batches.0 * s * half);
     each_dtype!(Slice, &t.data, v => {
         for b in 0..batches.0 {
@@ -101,19 +104,22 @@ impl Job<'_> {
 
     fn run<T: Real, E: Element>(&self, src: &[E], cos: &[T], sin: &[T], dst: &mut [E]) {
         let d = self.d;
+        let half_left_out = fault::one_if("rope.last_pair");
         let one = |row: usize, out: &mut [E]| {
             let (p, bh) = (row % self.s, row / self.s);
             let (b, h) = (bh / self.h, bh % self.h);
             let st = &self.x.layout.strides;
+            let h = if fault::active("rope.head") { 0 } else { h };
             let base = self.x.layout.offset + b * st[0] + h * st[1] + p * st[2];
             let half = d / 2;
-            let per_batch = cos.len() > self.s * half;
+            let per_batch = cos.len() > self.s * half && !fault::active("rope.batch_cos");
             let t = (if per_batch { b * self.s } else { 0 } + p) * half;
-            let per_batch_sin = sin.len() > self.s * half;
+            let per_batch_sin = sin.len() > self.s * half && !fault::active("rope.batch_sin");
             let u = (if per_batch_sin { b * self.s } else { 0 } + p) * half;
             let (cos, sin) = (&cos[t..t + half], &sin[u..u + half]);
             let step = st[3];
-            if self.interleaved {
+            let (cos, sin) = if fault::active("rope.tables") { (sin, cos) } else { (cos, sin) };
+            if self.interleaved != fault::active("rope.pairs") {
                 for (j, o) in out.chunks_exact_mut(2).enumerate() {
                     let (x, y) = (T::get(src[base + 2 * j * step]), T::get(src[base + (2 * j + 1) * step]));
                     o[0] = (x * cos[j] - y * sin[j]).put();
@@ -122,9 +128,9 @@ impl Job<'_> {
                 return;
             }
             let (lo, hi) = out.split_at_mut(half);
-            if step == 1 {
+            if step == 1 || fault::active("rope.step") {
                 let (xs, ys) = src[base..base + d].split_at(half);
-                for j in 0..half {
+                for j in 0..half - half_left_out {
                     let (x, y) = (T::get(xs[j]), T::get(ys[j]));
                     lo[j] = (x * cos[j] - y * sin[j]).put();
                     hi[j] = (x * sin[j] + y * cos[j]).put();

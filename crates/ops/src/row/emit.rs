@@ -4,6 +4,7 @@
 
 use super::program::{BinaryFn as B, Builder, Instr, Kind, ReduceFn, Reg, UnaryFn as U};
 use crate::error::{Error, Result};
+use crate::fault;
 
 fn vec_arg(b: &Builder, what: &str, x: Reg) -> Result<()> {
     match b.kind_of(x) {
@@ -16,7 +17,7 @@ fn vec_arg(b: &Builder, what: &str, x: Reg) -> Result<()> {
 pub fn mean(b: &mut Builder, x: Reg) -> Reg {
     let sum = b.reduce(ReduceFn::Sum, x);
     let n = b.row_len();
-    let inv = b.unary(U::Recip, n);
+    let inv = if fault::active("emit.mean.count") { n } else { b.unary(U::Recip, n) };
     b.binary(B::Mul, sum, inv)
 }
 
@@ -27,9 +28,9 @@ pub fn mean(b: &mut Builder, x: Reg) -> Reg {
 pub fn softmax(b: &mut Builder, x: Reg) -> Result<Reg> {
     vec_arg(b, "softmax", x)?;
     let max = b.reduce(ReduceFn::Max, x);
-    let shifted = b.binary(B::Sub, x, max);
+    let shifted = if fault::active("emit.softmax.max") { x } else { b.binary(B::Sub, x, max) };
     let e = b.unary(U::Exp, shifted);
-    let sum = b.reduce(ReduceFn::Sum, e);
+    let sum = b.reduce(ReduceFn::Sum, if fault::active("emit.softmax.sum") { shifted } else { e });
     Ok(b.binary(B::Div, e, sum))
 }
 
@@ -40,10 +41,10 @@ pub fn softmax(b: &mut Builder, x: Reg) -> Result<Reg> {
 pub fn log_softmax(b: &mut Builder, x: Reg) -> Result<Reg> {
     vec_arg(b, "log-softmax", x)?;
     let max = b.reduce(ReduceFn::Max, x);
-    let shifted = b.binary(B::Sub, x, max);
+    let shifted = if fault::active("emit.log_softmax.max") { x } else { b.binary(B::Sub, x, max) };
     let e = b.unary(U::Exp, shifted);
     let sum = b.reduce(ReduceFn::Sum, e);
-    let log = b.unary(U::Log, sum);
+    let log = if fault::active("emit.log_softmax.log") { sum } else { b.unary(U::Log, sum) };
     Ok(b.binary(B::Sub, shifted, log))
 }
 
@@ -55,10 +56,10 @@ pub fn rms_norm(b: &mut Builder, x: Reg, weight: Option<Reg>, eps: Reg) -> Resul
     vec_arg(b, "rms-norm", x)?;
     let sqr = b.unary(U::Sqr, x);
     let mean = mean(b, sqr);
-    let shifted = b.binary(B::Add, mean, eps);
+    let shifted = if fault::active("emit.rms_norm.eps") { mean } else { b.binary(B::Add, mean, eps) };
     let root = b.unary(U::Sqrt, shifted);
     let out = b.binary(B::Div, x, root);
-    Ok(match weight {
+    Ok(match weight.filter(|_| !fault::active("emit.rms_norm.weight")) {
         Some(w) => b.binary(B::Mul, out, w),
         None => out,
     })
@@ -72,15 +73,15 @@ pub fn layer_norm(b: &mut Builder, x: Reg, weight: Option<Reg>, bias: Option<Reg
     vec_arg(b, "layer-norm", x)?;
     let m = mean(b, x);
     let centred = b.binary(B::Sub, x, m);
-    let sqr = b.unary(U::Sqr, centred);
+    let sqr = b.unary(U::Sqr, if fault::active("emit.layer_norm.variance") { x } else { centred });
     let var = mean(b, sqr);
-    let shifted = b.binary(B::Add, var, eps);
+    let shifted = if fault::active("emit.layer_norm.eps") { var } else { b.binary(B::Add, var, eps) };
     let root = b.unary(U::Sqrt, shifted);
     let mut out = b.binary(B::Div, centred, root);
-    if let Some(w) = weight {
+    if let Some(w) = weight.filter(|_| !fault::active("emit.layer_norm.weight")) {
         out = b.binary(B::Mul, out, w);
     }
-    if let Some(bias) = bias {
+    if let Some(bias) = bias.filter(|_| !fault::active("emit.layer_norm.bias")) {
         out = b.binary(B::Add, out, bias);
     }
     Ok(out)
@@ -96,6 +97,7 @@ pub fn silu_mul(b: &mut Builder, gate: Reg, up: Reg) -> Result<Reg> {
             return Err(Error::program(format!("unknown register {}", r.0)));
         }
     }
+    let (gate, up) = if fault::active("emit.silu_mul.gate") { (up, gate) } else { (gate, up) };
     let act = b.push(Instr::Unary(U::Silu, gate));
     Ok(b.binary(B::Mul, act, up))
 }

@@ -1,6 +1,7 @@
 //! Moving rows between strided memory and dense tiles, converting dtypes on the way.
 
 use crate::element::Element;
+use crate::fault;
 use crate::math::Real;
 use crate::view::Dims;
 
@@ -70,9 +71,10 @@ pub(crate) fn gather<T: Real, E: Element>(
         if stride > 1 {
             for block in (0..cols).step_by(BLOCK) {
                 let width = BLOCK.min(cols - block);
+                let stride = if fault::active("row.gather.stride") { 1 } else { stride };
                 for (&base, row) in offsets.iter().zip(tile.chunks_exact_mut(cols)) {
                     let mut at = base + (start + block) * stride;
-                    for d in &mut row[block..block + width] {
+                    for d in &mut row[block..block + width - fault::one_if("row.gather.tail")] {
                         *d = T::get(src[at]);
                         at += stride;
                     }
@@ -87,7 +89,7 @@ pub(crate) fn gather<T: Real, E: Element>(
             let dst = &mut row[done..done + len];
             match stride {
                 1 => T::read(&src[at..at + len], dst),
-                0 => dst.fill(T::get(src[at])),
+                0 => dst.fill(T::get(src[at + fault::one_if("row.gather.repeat").min(src.len() - at - 1)])),
                 _ => {
                     for (i, d) in dst.iter_mut().enumerate() {
                         *d = T::get(src[at + i * stride]);
@@ -115,6 +117,7 @@ pub(crate) fn scatter<T: Real, E: Element>(
         if stride > 1 {
             for block in (0..cols).step_by(BLOCK) {
                 let width = BLOCK.min(cols - block);
+                let stride = if fault::active("row.scatter.stride") { 1 } else { stride };
                 for (r, &base) in offsets.iter().enumerate() {
                     let mut at = base + (start + block) * stride;
                     for &v in &tile[r * pitch + block..r * pitch + block + width] {
@@ -127,6 +130,7 @@ pub(crate) fn scatter<T: Real, E: Element>(
         }
     }
     for (r, &base) in offsets.iter().enumerate() {
+        let cols = cols - fault::one_if("row.scatter.tail");
         let row = &tile[r * pitch..r * pitch + cols];
         shape.pieces(start, cols, |done, offset, stride, len| {
             let at = base + offset;

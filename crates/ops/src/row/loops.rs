@@ -6,6 +6,7 @@
 
 use super::program::{BinaryFn, FloatKind, ReduceFn, UnaryFn};
 use crate::element::Element;
+use crate::fault;
 use crate::math::Real;
 use half::{bf16, f16};
 
@@ -116,6 +117,7 @@ pub(crate) fn select<T: Real>(c: Arg<'_, T>, a: Arg<'_, T>, b: Arg<'_, T>, dst: 
     if cols == 0 {
         return;
     }
+    let (a, b) = if fault::active("row.select.arms") { (b, a) } else { (a, b) };
     for (r, d) in dst.chunks_exact_mut(cols).take(rows).enumerate() {
         let (c, a, b) = (c.row(r, cols), a.row(r, cols), b.row(r, cols));
         match (c, a, b) {
@@ -194,6 +196,9 @@ pub(crate) fn unary<T: Real>(f: UnaryFn, a: Arg<'_, T>, dst: &mut [T], rows: usi
         UnaryFn::Round => go!(T::round),
         UnaryFn::Sign => go!(|x| truth::<T>(x > T::ZERO) - truth::<T>(x < T::ZERO)),
     }
+    if fault::any() && fault::active(&format!("row.{f:?}.tail")) {
+        spoil_last(dst, false);
+    }
 }
 
 /// A function of two arguments over a tile.
@@ -218,10 +223,27 @@ pub(crate) fn binary<T: Real>(f: BinaryFn, a: Arg<'_, T>, b: Arg<'_, T>, dst: &m
         BinaryFn::Gt => go!(|x, y| truth(x > y)),
         BinaryFn::Ge => go!(|x, y| truth(x >= y)),
     }
+    if fault::any() && fault::active(&format!("row.{f:?}.tail")) {
+        spoil_last(dst, is_comparison(f));
+    }
+}
+
+fn is_comparison(f: BinaryFn) -> bool {
+    matches!(f, BinaryFn::Eq | BinaryFn::Ne | BinaryFn::Lt | BinaryFn::Le | BinaryFn::Gt | BinaryFn::Ge)
+}
+
+/// The fault of a tail: the last element a thousandth off, or the wrong truth value.
+fn spoil_last<T: Real>(dst: &mut [T], truth: bool) {
+    if let Some(x) = dst.last_mut() {
+        *x = if truth { T::ONE - *x } else { fault::nudged(*x) };
+    }
 }
 
 /// Rounds a tile to a storage type's precision.
 pub(crate) fn round<T: Real>(to: FloatKind, a: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize) {
+    if fault::any() && fault::active(&format!("row.round.{to:?}")) {
+        return map1(a, dst, rows, cols, |x| x);
+    }
     match to {
         FloatKind::F16 => map1(a, dst, rows, cols, |x| T::get(x.put::<f16>())),
         FloatKind::BF16 => map1(a, dst, rows, cols, |x| T::get(x.put::<bf16>())),
@@ -233,6 +255,8 @@ pub(crate) fn round<T: Real>(to: FloatKind, a: Arg<'_, T>, dst: &mut [T], rows: 
 pub(crate) fn reduce_init<T: Real>(f: ReduceFn) -> T {
     match f {
         ReduceFn::Sum => T::ZERO,
+        ReduceFn::Max if fault::active("row.max.start") => T::ZERO,
+        ReduceFn::Min if fault::active("row.min.start") => T::ZERO,
         ReduceFn::Max => T::NEG_INF,
         ReduceFn::Min => T::INF,
     }
@@ -242,6 +266,7 @@ pub(crate) fn reduce_init<T: Real>(f: ReduceFn) -> T {
 pub(crate) fn reduce<T: Real>(f: ReduceFn, a: Arg<'_, T>, acc: &mut [T], rows: usize, cols: usize, first: bool) {
     for (r, acc) in acc.iter_mut().take(rows).enumerate() {
         if let RowArg::Slice(x) = a.row(r, cols) {
+            let x = if fault::any() && fault::active(&format!("row.{f:?}.last")) { &x[..x.len().saturating_sub(1)] } else { x };
             match f {
                 ReduceFn::Sum => sum_into(x, acc),
                 ReduceFn::Max => extreme_into(x, acc, first, T::NEG_INF, |m, x| m < x),
@@ -256,7 +281,14 @@ pub(crate) fn reduce<T: Real>(f: ReduceFn, a: Arg<'_, T>, acc: &mut [T], rows: u
 /// `x` starts at a multiple of a segment, so the order depends on the row's length alone.
 #[inline(always)]
 fn sum_into<T: Real>(x: &[T], acc: &mut T) {
-    for segment in x.chunks(SEGMENT) {
+    if fault::active("row.sum.f16") {
+        let sum = x.iter().fold(f16::ZERO, |s, v| s + v.put::<f16>());
+        *acc = *acc + T::get(sum);
+        return;
+    }
+    let segments = if fault::active("row.sum.segment") { 1 } else { usize::MAX };
+    let whole_chunks_only = fault::active("row.sum.remainder");
+    for segment in x.chunks(SEGMENT).take(segments) {
         // Three levels of four: a large element meets nine additions instead of sixty-four, so its rounding errors do not
         // pile up.
         let mut top = [T::ZERO; LANES];
@@ -268,7 +300,9 @@ fn sum_into<T: Real>(x: &[T], acc: &mut T) {
                 for chunk in &mut chunks {
                     add_lanes(&mut lanes, chunk);
                 }
-                add_lanes(&mut lanes, chunks.remainder());
+                if !whole_chunks_only {
+                    add_lanes(&mut lanes, chunks.remainder());
+                }
                 add_lanes(&mut middle, &lanes);
             }
             add_lanes(&mut top, &middle);
@@ -294,7 +328,7 @@ fn add_lanes<T: Real>(lanes: &mut [T; LANES], x: &[T]) {
 pub(crate) fn fold<T: Real>(mut lanes: [T; LANES], f: impl Fn(T, T) -> T) -> T {
     let mut width = LANES / 2;
     while width > 0 {
-        for i in 0..width {
+        for i in fault::one_if("row.fold.lane")..width {
             lanes[i] = f(lanes[i], lanes[i + width]);
         }
         width /= 2;
@@ -305,7 +339,7 @@ pub(crate) fn fold<T: Real>(mut lanes: [T; LANES], f: impl Fn(T, T) -> T) -> T {
 #[inline(always)]
 fn extreme_into<T: Real>(x: &[T], acc: &mut T, first: bool, start: T, better: impl Fn(T, T) -> bool) {
     // Candle keeps its first element until a later one compares better: a NaN there stays, a NaN elsewhere never wins.
-    if first && x.first().is_some_and(|v| v.is_nan()) {
+    if first && x.first().is_some_and(|v| v.is_nan()) && !fault::active("row.extreme.nan") {
         *acc = T::NAN;
         return;
     }

@@ -6,6 +6,7 @@ use super::schedule::{resolve, Facts, Schedule};
 use super::space::Space;
 use super::tile::{Access, Run};
 use crate::error::{Error, Result};
+use crate::fault;
 use crate::math::Real;
 use crate::view::{count, each_dtype, row_major, Dims, Slice, SliceMut, Strided, View};
 use rayon::prelude::*;
@@ -194,7 +195,7 @@ impl RowProgram {
                     tails.push(b);
                 }
                 job.run(&main, heads, 0);
-                if let Some(rest) = rest {
+                if let Some(rest) = rest.filter(|_| !fault::active("row.split.rest")) {
                     job.run(&rest, tails, cut);
                 }
             }
@@ -216,7 +217,7 @@ impl RowProgram {
                     let p = params.get(usize::from(index)).copied();
                     v = [p.unwrap_or(f64::NAN).put_as()];
                 }
-                Instr::RowLen => v = [(row_len as f64).put_as()],
+                Instr::RowLen => v = [((row_len + fault::one_if("row.row_len")) as f64).put_as()],
                 Instr::Unary(f, a) => loops::unary(f, arg(a), &mut v, 1, 1),
                 Instr::Binary(f, a, b) => loops::binary(f, arg(a), arg(b), &mut v, 1, 1),
                 Instr::Select(c, a, b) => loops::select(arg(c), arg(a), arg(b), &mut v, 1, 1),
@@ -307,7 +308,7 @@ impl<T: Real> Job<'_, T> {
                 root.and_then(|r| self.program.instrs.get(r))
             {
                 if let Some(a) = access.get_mut(usize::from(*input)) {
-                    if *a == Access::Shared {
+                    if *a == Access::Shared && !fault::active("row.shared_output") {
                         *a = Access::Copied;
                     }
                 }
@@ -345,12 +346,13 @@ impl<T: Real> Job<'_, T> {
         let work = space.rows.saturating_mul(space.cols);
         if threads <= 1 || work < PARALLEL || blocks < 2 {
             let mut outs = outs;
-            run.rows(0, space.rows, &mut outs);
+            run.rows(0, space.rows - fault::one_if("row.last_row").min(space.rows), &mut outs);
             return;
         }
         // Whole blocks per task, and about four tasks per thread so that they even out.
         let per_task = blocks.div_ceil(threads * 4) * block;
         let per_task = per_task.next_multiple_of(lcm_rows(block, tiles.rows));
+        let lost = fault::active("row.last_task");
         let mut tasks = Vec::new();
         let mut rest = outs;
         let mut first = 0;
@@ -367,6 +369,9 @@ impl<T: Real> Job<'_, T> {
             tasks.push((first, rows, mine));
             rest = later;
             first += rows;
+        }
+        if lost {
+            tasks.pop();
         }
         tasks.into_par_iter().for_each(|(first, rows, mut outs)| run.rows(first, rows, &mut outs));
     }

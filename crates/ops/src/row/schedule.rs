@@ -1,6 +1,7 @@
 //! Which instructions run when, and which tile buffer each value lives in.
 
 use super::program::{Instr, Kind, Reg, RowProgram};
+use crate::fault;
 
 /// Stands for "no buffer".
 pub(crate) const NO_SLOT: usize = usize::MAX;
@@ -95,7 +96,7 @@ impl Schedule {
                         .filter(|&i| live(i) && kinds[i] == Kind::Row && !is_reduce(i) && level[i] == p)
                         .collect(),
                     stores: (0..roots.len())
-                        .filter(|&o| kinds[roots[o]] == Kind::Vec && level[roots[o]] == p)
+                        .filter(|&o| kinds[roots[o]] == Kind::Vec && level[roots[o]] == p + fault::one_if("row.segmented_store"))
                         .collect(),
                     ..Pass::default()
                 };
@@ -198,10 +199,12 @@ fn assign(
         // Arguments whose last use this was give their buffer back (after the destination was chosen: no loop
         // reads the buffer it writes).
         let mut freed: smallvec::SmallVec<[usize; 3]> = smallvec::SmallVec::new();
+        // the fault: given back although a later instruction reads it
+        let early = fault::active("row.buffer_freed_early");
         program.instrs[i].each_arg(|r| {
             if let Some(&a) = alias.get(usize::from(r.0)) {
                 let slot = pass.slots[a];
-                if last_use[a] == at && slot < DIRECT && !freed.contains(&slot) {
+                if (last_use[a] == at || early && last_use[a] < usize::MAX) && slot < DIRECT && !freed.contains(&slot) {
                     freed.push(slot);
                 }
             }

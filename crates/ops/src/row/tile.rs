@@ -5,6 +5,7 @@ use super::loops::{self, Arg};
 use super::program::{Instr, Kind, Reg, RowProgram};
 use super::schedule::{Pass, Schedule, NO_SLOT};
 use super::space::Space;
+use crate::fault;
 use crate::math::Real;
 use crate::view::{each_dtype, Slice, SliceMut};
 use smallvec::SmallVec;
@@ -76,6 +77,7 @@ impl<T: Real> Run<'_, T> {
             bases.push(base);
         }
         let mut row = first;
+        let mut fresh = true;
         while row < first + rows {
             let n = self.tile_rows.min(first + rows - row);
             for (operand, offsets) in self.space.operands.iter().zip(&mut scratch.offsets) {
@@ -88,18 +90,30 @@ impl<T: Real> Run<'_, T> {
                     }
                 }
             }
-            self.tile_of_rows(n, row - first, &mut scratch, outs);
+            self.tile_of_rows(n, row - first, fresh, &mut scratch, outs);
+            fresh = !fault::active("row.stale_sums");
             row += n;
         }
     }
 
-    fn tile_of_rows(&self, rows: usize, local: usize, scratch: &mut Scratch<T>, outs: &mut [SliceMut<'_>]) {
+    /// `fresh` says whether sums begin anew, as they do for every tile.
+    fn tile_of_rows(
+        &self,
+        rows: usize,
+        local: usize,
+        fresh: bool,
+        scratch: &mut Scratch<T>,
+        outs: &mut [SliceMut<'_>],
+    ) {
         for pass in &self.schedule.passes {
             for &i in &pass.before {
                 self.row_value(i, rows, &mut scratch.rows, &scratch.offsets);
             }
             for &i in &pass.body {
                 if let (Instr::Reduce(f, _), Kind::Row) = (self.program.instrs[i], self.schedule.kinds[i]) {
+                    if !fresh {
+                        continue;
+                    }
                     scratch.rows[i].fill(loops::reduce_init(f));
                 }
             }
@@ -284,7 +298,9 @@ impl<T: Real> Run<'_, T> {
                 Instr::LoadRow { input } => {
                     let input = usize::from(input);
                     each_dtype!(Slice, &self.inputs[input], src => {
+                        let fixed = fault::active("row.load_row");
                         for (d, &at) in dst.iter_mut().zip(&offsets[input]) {
+                            let at = if fixed { offsets[input][0] } else { at };
                             *d = T::get(src[at]);
                         }
                     });

@@ -17,20 +17,27 @@ pub(super) fn add(t: &mut Table) {
                 t.laid_out(&Op::Softmax { dim }, &[], &[(dims, dtype, Domain::Any)]);
                 t.laid_out(&Op::LogSoftmax { dim }, &[], &[(dims, dtype, Domain::Any)]);
             }
-            norms(t, dims, dtype);
+            norms(t, dims, dtype, Domain::Any);
             for act in t.some(&ACTIVATIONS, 2, 5) {
                 let input = (*dims, dtype, Domain::Any);
                 t.laid_out(&Op::Glu { act: *act }, &[], &[input, input]);
             }
         }
         t.laid_out(&Op::Glu { act: UnaryOp::Silu }, &[], &[(&[], dtype, Domain::Any), (&[], dtype, Domain::Any)]);
+        // numbers whose exponentials overflow, and such as an eps outweighs
+        for dims in t.some(&ROWS, 1, 2) {
+            let input = (*dims, dtype, Domain::Large);
+            t.laid_out(&Op::Softmax { dim: dims.len() as u8 - 1 }, &[], &[input]);
+            t.laid_out(&Op::LogSoftmax { dim: dims.len() as u8 - 1 }, &[], &[input]);
+            norms(t, dims, dtype, Domain::Tiny);
+        }
         ropes(t, dtype);
     }
 }
 
-fn norms(t: &mut Table, dims: &[usize], dtype: DType) {
+fn norms(t: &mut Table, dims: &[usize], dtype: DType, domain: Domain) {
     let width = [dims.last().copied().unwrap_or(1)];
-    let x = (dims, dtype, Domain::Any);
+    let x = (dims, dtype, domain);
     let vector = (&width[..], dtype, Domain::Any);
     let eps = 1e-5;
     t.laid_out(&Op::RmsNorm { weight: true }, &[eps], &[x, vector]);

@@ -6,7 +6,8 @@ use candle_core::DType;
 use candle_lazy_graph::{BinaryOp, CmpOp, Dims, Op, UnaryOp};
 
 /// Shapes for one input; the larger ones cross a tile of a row program.
-const SHAPES: [&[usize]; 8] = [&[3, 17], &[], &[2, 0, 4], &[2, 3, 5], &[1025], &[1], &[5, 1, 33], &[3, 1030]];
+const SHAPES: [&[usize]; 9] =
+    [&[3, 17], &[], &[2, 0, 4], &[2, 3, 5], &[1025], &[1], &[5, 1, 33], &[3, 1030], &[5, 1030]];
 
 /// Pairs that broadcast.
 const PAIRS: [(&[usize], &[usize]); 8] = [

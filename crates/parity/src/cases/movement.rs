@@ -1,7 +1,7 @@
 //! Cases of views, of ops that move data, and of reductions.
 
 use super::{Table, FLOATS, INTEGERS};
-use crate::case::Domain;
+use crate::case::{Case, Domain, InputSpec, Layout};
 use candle_core::DType;
 use candle_lazy_graph::{Dims, Op, ReduceOp};
 use smallvec::SmallVec;
@@ -110,6 +110,19 @@ fn reductions(t: &mut Table) {
         (&[1030, 3], 0b01),
         (&[], 0),
     ];
+    // one that runs on several threads, and one whose rows do not divide among them
+    for dims in t.some(&[[70usize, 1030], [1030, 67]], 1, 1) {
+        for f in [ReduceOp::Sum, ReduceOp::Max] {
+            let op = Op::Reduce { op: f, axes: 0b10, keepdim: true };
+            t.push(Case::new(op, &[], vec![InputSpec::new(dims, DType::F32, Layout::Contiguous, Domain::Any)]));
+        }
+    }
+    for &f in ReduceOp::ALL {
+        let op = Op::Reduce { op: f, axes: 0b10, keepdim: false };
+        for dtype in FLOATS {
+            t.laid_out(&op, &[], &[(&[3, 41], dtype, Domain::Special)]);
+        }
+    }
     for (dims, axes) in t.some(&shapes, 2, 10).to_vec() {
         for &f in ReduceOp::ALL {
             for keepdim in [true, false] {

@@ -70,6 +70,7 @@ pub(super) fn check(subject: &mut Subject, mode: Mode) -> Result<Option<Cell>> {
     match mode {
         Mode::Chain => return chain(subject),
         Mode::OtherSizes => return other_sizes(subject),
+        Mode::OtherScalars => return other_scalars(subject),
         Mode::Decomposed if subject.case.op.class() != OpClass::Composite => return Ok(None),
         _ => {}
     }
@@ -133,6 +134,29 @@ fn other_sizes(subject: &Subject) -> Result<Option<Cell>> {
         cell.outcome = Outcome::Failed(text);
     } else if !report.cache_hit {
         cell.outcome = Outcome::Failed(format!("the plan was not found again at other sizes: {}", other.name()));
+    } else if let Some(text) = expected_kernels(&other, &report) {
+        cell.outcome = Outcome::Failed(text);
+    }
+    Ok(Some(cell))
+}
+
+/// A plan made with one set of scalars, bound with another, equals a plan made there.
+fn other_scalars(subject: &Subject) -> Result<Option<Cell>> {
+    let Some(other) = subject.case.with_other_scalars() else {
+        return Ok(None);
+    };
+    let here = record(&subject.case, &subject.inputs)?;
+    let there = record(&other, &subject.inputs)?;
+    if here.is_ready() || there.is_ready() {
+        return Ok(None);
+    }
+    let (want, _) = evaluate(&record(&other, &subject.inputs)?, &checked(options(Mode::Cold)))?;
+    evaluate(&here, &options(Mode::AllPasses))?;
+    let (got, report) = evaluate(&there, &checked(options(Mode::AllPasses)))?;
+    let mut cell = Cell::of(Outcome::Passed);
+    cell.kernels.clone_from(&report.kernels);
+    if let Err(text) = same_bits(&format!("bound with {:?}", other.scalars), &got, &want)? {
+        cell.outcome = Outcome::Failed(text);
     } else if let Some(text) = expected_kernels(&other, &report) {
         cell.outcome = Outcome::Failed(text);
     }

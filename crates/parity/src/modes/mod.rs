@@ -3,6 +3,8 @@
 mod functions;
 mod gradient;
 mod lazy_modes;
+mod module;
+mod recorded;
 
 use crate::case::Case;
 use crate::compare::{rounding, same_bits};
@@ -18,10 +20,13 @@ use std::collections::BTreeMap;
 
 pub use gradient::{gradients, judge_gradients, Gradients, GRADIENT_ULP, GRADIENT_ULP_F32, GRADIENT_ULP_F64};
 pub use lazy_modes::{evaluate, expected_kernels};
+pub use recorded::{DecomposeFault, Wrong, DECOMPOSE_FAULTS};
 
 /// A way of computing a case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Mode {
+    /// Eager Candle: its twin has the inferred shape and dtype, and is finite where the reference is.
+    Eager,
     /// The function of `ops` on plain tensors.
     Ops,
     /// The same on tracked tensors: result and gradients.
@@ -40,6 +45,12 @@ pub enum Mode {
     Warm,
     /// Lazy, the plan of other sizes from the cache.
     OtherSizes,
+    /// Lazy, the plan of other scalars from the cache.
+    OtherScalars,
+    /// A composite's decomposition recorded op by op.
+    Recorded,
+    /// The module of `nn`, against candle-nn's.
+    NnModule,
     /// Lazy, every op Candle's own.
     Replay,
     /// Lazy on tracked leaves: result and gradients.
@@ -52,11 +63,11 @@ impl Mode {
     /// Every mode, in the order of the report.
     #[must_use]
     pub fn all() -> Vec<Self> {
-        let mut modes = vec![Self::Ops, Self::OpsTracked, Self::NoPasses];
+        let mut modes = vec![Self::Eager, Self::Ops, Self::OpsTracked, Self::NoPasses];
         modes.extend(PASSES.iter().map(|p| Self::OnlyPass(p.name)));
         modes.push(Self::OnlyPass("fuse"));
-        modes.extend([Self::AllPasses, Self::Decomposed, Self::Cold, Self::Warm, Self::OtherSizes, Self::Replay]);
-        modes.extend([Self::Tracked, Self::Chain]);
+        modes.extend([Self::AllPasses, Self::Decomposed, Self::Recorded, Self::Cold, Self::Warm, Self::OtherSizes]);
+        modes.extend([Self::OtherScalars, Self::Replay, Self::Tracked, Self::Chain, Self::NnModule]);
         modes
     }
 
@@ -64,6 +75,10 @@ impl Mode {
     #[must_use]
     pub fn name(self) -> String {
         match self {
+            Self::Eager => "eager".into(),
+            Self::OtherScalars => "other-scalars".into(),
+            Self::Recorded => "recorded".into(),
+            Self::NnModule => "nn-module".into(),
             Self::Ops => "ops".into(),
             Self::OpsTracked => "ops-tracked".into(),
             Self::NoPasses => "no-passes".into(),
@@ -111,7 +126,7 @@ impl Cell {
 }
 
 /// A case with its inputs, its eager result and its reference.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Subject {
     /// The case.
     pub case: Case,
@@ -186,12 +201,37 @@ impl Subject {
         candles && self.eager.is_none()
     }
 
+    /// The twin against inference and the reference: a twin or a reference that means something else shows here.
+    fn check_eager(&self) -> Result<Option<Cell>> {
+        let Some(eager) = &self.eager else {
+            return Ok(Some(Cell::of(Outcome::Skipped("Candle refuses these inputs, or is known to be wrong".into()))));
+        };
+        let meta = self.case.infer()?;
+        let mut cell = Cell::of(Outcome::Passed);
+        if eager.dims() != meta.dims.as_slice() || eager.dtype() != meta.dtype {
+            let (dims, dtype) = (eager.dims(), eager.dtype());
+            cell.outcome = Outcome::Failed(format!("eager gives {dtype:?} {dims:?}, inference says {meta:?}"));
+        } else if !self.case.is_special() {
+            let arr = to_arr(eager)?;
+            let worst = crate::compare::worst_error(&arr, &self.judged, eager.dtype(), None);
+            cell.ulp = if worst.ulp.is_finite() { worst.ulp } else { 0.0 };
+            let masked = self.judged.value.data.iter().any(|x| x.is_nan());
+            if !worst.ulp.is_finite() && !masked {
+                cell.outcome = Outcome::Failed(format!("eager and the reference differ in kind at {}", worst.at));
+            }
+        }
+        Ok(Some(cell))
+    }
+
     /// Computes the case in a mode and judges it. `None` where the mode says nothing about the case.
     ///
     /// # Errors
     /// When something fails that should not.
     pub fn check(&mut self, mode: Mode) -> Result<Option<Cell>> {
         match mode {
+            Mode::Eager => self.check_eager(),
+            Mode::Recorded => recorded::check(self),
+            Mode::NnModule => module::check(self),
             Mode::Ops => functions::check(self),
             Mode::OpsTracked => functions::check_tracked(self),
             Mode::Tracked => gradient::check(self),

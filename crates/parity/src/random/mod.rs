@@ -10,7 +10,7 @@ mod check;
 mod generate;
 mod minimise;
 
-pub use check::check;
+pub use check::{check, check_numbers, check_options};
 pub use generate::generate;
 pub use minimise::minimise;
 
