@@ -143,6 +143,7 @@ fn json(summary: &Summary) -> String {
                 "skipped": row.skipped,
                 // JSON has no infinity
                 "worst_ulp": row.worst_ulp.is_finite().then_some(row.worst_ulp),
+                "worst_share": row.worst_share.is_finite().then_some(row.worst_share),
                 "worst_case": row.worst_case,
                 "kernels": row.kernels,
             });

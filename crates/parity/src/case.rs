@@ -2,7 +2,7 @@
 
 use crate::reference::Arr;
 use crate::rng::Rng;
-use crate::value::to_tensor;
+use crate::value::{to_arr, to_tensor};
 use crate::Result;
 use candle_core::{DType, Tensor, Var};
 use candle_lazy_graph::{infer, Dims, Meta, Op, OutMeta};
@@ -85,6 +85,13 @@ impl InputSpec {
     #[must_use]
     pub fn new(dims: &[usize], dtype: DType, layout: Layout, domain: Domain) -> Self {
         Self { dims: dims.to_vec(), dtype, layout, domain }
+    }
+
+    /// Whether the input is a variable where gradients are asked for: a float, and no mask of two dims (a constant, as masks
+    /// mostly are).
+    #[must_use]
+    pub fn is_tracked(&self) -> bool {
+        self.dtype.is_float() && !(self.domain == Domain::Mask && self.dims.len() == 2)
     }
 
     fn number(&self, rng: &mut Rng, at: usize) -> f64 {
@@ -245,6 +252,20 @@ impl Case {
         Ok(infer(&self.op, &metas)?)
     }
 
+    /// The scalars as the op takes them: a number to compare with is converted to the input's dtype first, as Candle does.
+    ///
+    /// # Errors
+    /// When Candle cannot convert.
+    pub fn held_scalars(&self) -> Result<Vec<f64>> {
+        match (&self.op, self.inputs.first()) {
+            (Op::CompareScalar(_), Some(input)) => {
+                let scalars = Arr { dims: vec![self.scalars.len()], data: self.scalars.clone() };
+                Ok(to_arr(&to_tensor(&scalars, input.dtype)?)?.data)
+            }
+            _ => Ok(self.scalars.clone()),
+        }
+    }
+
     /// Whether some input holds infinities or NaN.
     #[must_use]
     pub fn is_special(&self) -> bool {
@@ -268,7 +289,7 @@ impl Case {
         self.inputs.iter().map(|spec| to_tensor(&spec.fill(&spec.storage_dims(), &mut rng), spec.dtype)).collect()
     }
 
-    /// The same numbers with every float input a view of a variable: variables (`None` for integers) and inputs.
+    /// The same numbers with every tracked input a view of a variable: variables (`None` for integers) and inputs.
     ///
     /// # Errors
     /// When Candle cannot make them.
@@ -276,7 +297,7 @@ impl Case {
         let mut vars = Vec::new();
         let mut inputs = Vec::new();
         for (storage, spec) in self.storages(seed)?.iter().zip(&self.inputs) {
-            if spec.dtype.is_float() {
+            if spec.is_tracked() {
                 let var = Var::from_tensor(storage)?;
                 inputs.push(spec.view(var.as_tensor())?);
                 vars.push(Some(var));

@@ -95,6 +95,18 @@ pub struct Verdict {
     pub wrong: Option<String>,
 }
 
+impl Verdict {
+    /// Our error as a share of what is allowed.
+    #[must_use]
+    pub fn share(&self) -> f64 {
+        if self.limit > 0.0 {
+            self.ours.ulp / self.limit
+        } else {
+            0.0
+        }
+    }
+}
+
 /// Applies the rounding rule to `got`. `steps` is the number of roundings that the rule grants 2 units each (1 for an op).
 ///
 /// # Errors

@@ -163,6 +163,18 @@ const PROGRAMS: &[(&str, Write)] = &[
         let e = d.unary(Exp, z)?;
         Ok(vec![d.binary(Mul, e, s)?])
     }),
+    ("another group reads a sum without its dim", |d| {
+        let (x, z) = (d.leaf(&[4, 4]), d.leaf(&[4, 4]));
+        let e = d.unary(Exp, z)?;
+        let s = d.reduce(ReduceOp::Sum, x, 0b10, false)?;
+        Ok(vec![d.binary(Mul, s, e)?])
+    }),
+    ("a number per row", |d| {
+        let (x, c) = (d.leaf(&[4, 6]), d.leaf(&[4, 1]));
+        let y = d.binary(Mul, x, c)?;
+        let m = d.reduce(ReduceOp::Mean, y, 0b10, true)?;
+        Ok(vec![d.binary(Sub, y, m)?])
+    }),
     ("a sum of a sum over one element", |d| {
         let x = d.leaf(&[3, 1]);
         let s = d.reduce(ReduceOp::Sum, x, 0b10, true)?;

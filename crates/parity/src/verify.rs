@@ -67,8 +67,10 @@ pub struct OpRow {
     pub failed: usize,
     /// Cells skipped.
     pub skipped: usize,
-    /// The largest measured error in units in the last place at the row's scale.
+    /// The measured error, in units in the last place at the row's scale, that is nearest to its limit.
     pub worst_ulp: f64,
+    /// That error as a share of its limit.
+    pub worst_share: f64,
     /// The case and mode of that error.
     pub worst_case: String,
     /// The kernels that ran.
@@ -112,7 +114,8 @@ impl Summary {
         for (name, count) in &cell.kernels {
             *row.kernels.entry(name).or_default() += count;
         }
-        if cell.ulp > row.worst_ulp {
+        if cell.share > row.worst_share {
+            row.worst_share = cell.share;
             row.worst_ulp = cell.ulp;
             row.worst_case = format!("{case}, {mode}");
         }
@@ -144,7 +147,8 @@ impl Summary {
             for (name, count) in theirs.kernels {
                 *row.kernels.entry(name).or_default() += count;
             }
-            if theirs.worst_ulp > row.worst_ulp {
+            if theirs.worst_share > row.worst_share {
+                row.worst_share = theirs.worst_share;
                 row.worst_ulp = theirs.worst_ulp;
                 row.worst_case = theirs.worst_case;
             }
@@ -162,16 +166,20 @@ impl Summary {
         // writing to a string cannot fail
         let _ = writeln!(
             out,
-            "{:<14}{:>7}{:>8}{:>9}{:>11}  kernels and worst case",
-            "op", "cases", "failed", "skipped", "worst ulp"
+            "{:<14}{:>8}{:>8}{:>9}{:>11}{:>10}  kernels and worst case",
+            "op", "cases", "failed", "skipped", "worst ulp", "of limit"
         );
         for (op, row) in &self.rows {
             let kernels: Vec<String> = row.kernels.iter().map(|(name, n)| format!("{name} {n}")).collect();
             let kernels = if kernels.is_empty() { "no kernel".to_string() } else { kernels.join(", ") };
             let _ = write!(
                 out,
-                "{op:<14}{:>7}{:>8}{:>9}{:>11.2}  {kernels}",
-                row.cases, row.failed, row.skipped, row.worst_ulp
+                "{op:<14}{:>8}{:>8}{:>9}{:>11.2}{:>9.0}%  {kernels}",
+                row.cases,
+                row.failed,
+                row.skipped,
+                row.worst_ulp,
+                row.worst_share * 100.0
             );
             let _ = writeln!(
                 out,
@@ -371,15 +379,28 @@ pub fn run(options: &Options) -> Result<Summary> {
     }
     SILENT.set(true);
     if graphs && options.graphs > 0 {
-        for dtype in [DType::F32, DType::F64] {
-            if options.dtype.is_some_and(|d| d != dtype) {
-                continue;
+        let dtypes = crate::cases::FLOATS.into_iter().filter(|d| options.dtype.is_none_or(|only| only == *d));
+        let families: Vec<(DType, usize)> = dtypes.flat_map(|d| random::SIZES.map(|size| (d, size))).collect();
+        let next = AtomicUsize::new(0);
+        let cells = Mutex::new(vec![None; families.len()]);
+        std::thread::scope(|scope| {
+            for _ in 0..options.threads.max(1) {
+                scope.spawn(|| loop {
+                    SILENT.set(true);
+                    let at = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(&(dtype, size)) = families.get(at) else { return };
+                    let cell = run_graphs(options, dtype, size);
+                    let mut cells = cells.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    if let Some(place) = cells.get_mut(at) {
+                        *place = Some(cell);
+                    }
+                });
             }
-            for size in [12, 60] {
-                let case =
-                    format!("{} graphs of {size} nodes, {}, seed {}", options.graphs, dtype.as_str(), options.seed);
-                summary.count("random", &case, "all", &run_graphs(options, dtype, size));
-            }
+        });
+        let cells = cells.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        for ((dtype, size), cell) in families.iter().zip(cells) {
+            let case = format!("{} graphs of {size} nodes, {}, seed {}", options.graphs, dtype.as_str(), options.seed);
+            summary.count("random", &case, "all", &cell.unwrap_or_else(|| Cell::of(Outcome::Failed("not run".into()))));
         }
     }
     SILENT.set(false);

@@ -29,9 +29,11 @@ pub(super) fn add(t: &mut Table) {
         (&[2, 3, 4, 6], 5),
         (&[9, 130], 40),
     ];
-    let loras: [(&[usize], usize, usize); 6] = [
+    let loras: [(&[usize], usize, usize); 7] = [
         (&[2, 5, 16], 4, 12),
         (&[3, 32], 2, 9),
+        // more rows than are widened together
+        (&[300, 8], 2, 5),
         (&[16], 3, 5),
         (&[1, 64], 8, 64),
         (&[0, 8], 2, 4),
@@ -49,7 +51,7 @@ pub(super) fn add(t: &mut Table) {
             inputs.push((&bias, dtype, Domain::Any));
             t.laid_out(&Op::Linear { bias: true }, &[], &inputs);
         }
-        for (x, rank, out) in t.some(&loras, 2, 5) {
+        for (x, rank, out) in t.some(&loras, 2, 6) {
             let (a, b) = ([x.last().copied().unwrap_or(1), *rank], [*rank, *out]);
             let mut base = x.to_vec();
             if let Some(last) = base.last_mut() {

@@ -7,7 +7,7 @@ use candle_lazy_graph::{BinaryOp, CmpOp, Dims, Op, UnaryOp};
 
 /// Shapes for one input; the larger ones cross a tile of a row program.
 const SHAPES: [&[usize]; 9] =
-    [&[3, 17], &[], &[2, 0, 4], &[2, 3, 5], &[1025], &[1], &[5, 1, 33], &[3, 1030], &[5, 1030]];
+    [&[3, 17], &[], &[2, 0, 4], &[2, 3, 5], &[5, 1030], &[1025], &[1], &[5, 1, 33], &[3, 1030]];
 
 /// Pairs that broadcast.
 const PAIRS: [(&[usize], &[usize]); 8] = [
@@ -70,6 +70,10 @@ pub(super) fn add(t: &mut Table) {
             }
             for dims in t.some(&SHAPES, 1, 3) {
                 t.laid_out(&Op::CompareScalar(f), &[1.0], &[(dims, dtype, domain)]);
+                // a number that half precision rounds to one
+                if matches!(dtype, DType::F16 | DType::BF16) {
+                    t.laid_out(&Op::CompareScalar(f), &[1.0001], &[(dims, dtype, domain)]);
+                }
             }
         }
         if t.extent != Extent::Smoke {
@@ -111,7 +115,8 @@ fn casts(t: &mut Table) {
     let all = || FLOATS.into_iter().chain(INTEGERS);
     for from in all() {
         for to in all().filter(|to| *to != from) {
-            for dims in t.some(&SHAPES, 1, 3) {
+            let shapes: [&[usize]; 5] = [&[3, 17], &[], &[7], &[2, 0, 4], &[2, 3, 5]];
+            for dims in t.some(&shapes, 1, 4) {
                 let domain = match (from.is_float(), to) {
                     // a fraction to be cut; no negative number for an unsigned dtype
                     (true, DType::U8 | DType::U32) => Domain::Positive,

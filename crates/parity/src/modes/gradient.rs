@@ -8,6 +8,7 @@
 //! over a broadcast, and the allowance is larger.)
 
 use super::{quietly, Cell, Outcome, Subject};
+use crate::case::Domain;
 use crate::reference::Arr;
 use crate::rng::Rng;
 use crate::value::{to_arr, to_tensor, ulp};
@@ -75,7 +76,8 @@ fn measure(subject: &Subject) -> Option<Measure> {
         let mut inputs = Vec::new();
         let mut repeats = Vec::new();
         for (storage, spec) in case.storages(subject.seed)?.iter().zip(&case.inputs) {
-            let var = spec.dtype.is_float().then(|| Var::from_tensor(&wide(storage)?)).transpose()?;
+            let storage = &wide(storage)?;
+            let var = spec.is_tracked().then(|| Var::from_tensor(storage)).transpose()?;
             let input = spec.view(var.as_ref().map_or(storage, |v| v.as_tensor()))?;
             repeats.push((input.elem_count() as f64 / storage.elem_count().max(1) as f64).max(1.0));
             inputs.push(input);
@@ -85,8 +87,8 @@ fn measure(subject: &Subject) -> Option<Measure> {
         // the same inputs, each a variable of its own: gradients before a broadcast sums them
         let mut own = Vec::new();
         let mut plain = Vec::new();
-        for input in &inputs {
-            let var = input.dtype().is_float().then(|| Var::from_tensor(&input.detach().contiguous()?)).transpose()?;
+        for (input, spec) in inputs.iter().zip(&case.inputs) {
+            let var = spec.is_tracked().then(|| Var::from_tensor(&input.detach().contiguous()?)).transpose()?;
             plain.push(var.as_ref().map_or_else(|| input.clone(), |v| v.as_tensor().clone()));
             own.push(var);
         }
@@ -95,6 +97,10 @@ fn measure(subject: &Subject) -> Option<Measure> {
             if let Some(gradient) = gradient {
                 scale = scale.max(to_arr(gradient)?.max_abs() * repeats);
             }
+        }
+        // y·(g − Σ g·y) of a saturated softmax is a difference of nearly equal terms; each is at most 1, as the weights are
+        if case.inputs.iter().any(|i| i.domain == Domain::Large) {
+            scale = scale.max(1.0);
         }
         Ok(Measure { gradients, scale })
     })

@@ -69,6 +69,7 @@ fn baseline(subject: &mut Subject) -> Result<Tensor> {
 pub(super) fn check(subject: &mut Subject, mode: Mode) -> Result<Option<Cell>> {
     match mode {
         Mode::Chain => return chain(subject),
+        Mode::RoundsOnce => return rounds_once(subject),
         Mode::OtherSizes => return other_sizes(subject),
         Mode::OtherScalars => return other_scalars(subject),
         Mode::Decomposed if subject.case.op.class() != OpClass::Composite => return Ok(None),
@@ -135,6 +136,33 @@ fn other_sizes(subject: &Subject) -> Result<Option<Cell>> {
     } else if !report.cache_hit {
         cell.outcome = Outcome::Failed(format!("the plan was not found again at other sizes: {}", other.name()));
     } else if let Some(text) = expected_kernels(&other, &report) {
+        cell.outcome = Outcome::Failed(text);
+    }
+    Ok(Some(cell))
+}
+
+/// What is computed in f32 and rounded once has the bits of the same op on the same numbers in f32, rounded.
+fn rounds_once(subject: &Subject) -> Result<Option<Cell>> {
+    let case = &subject.case;
+    let half = |d: DType| matches!(d, DType::F16 | DType::BF16);
+    let dtype = case.infer()?.dtype;
+    let halves = case.inputs.iter().all(|i| half(i.dtype) || !i.dtype.is_float());
+    let twice = match case.op {
+        // the product is rounded before the bias is added; f16 products are the library's own
+        Op::Linear { bias } => bias || dtype == DType::F16,
+        Op::Matmul => dtype == DType::F16,
+        _ => false,
+    };
+    if case.op.exactness() != Exactness::Rounds || !half(dtype) || !halves || twice {
+        return Ok(None);
+    }
+    let wide = |t: &Tensor| if half(t.dtype()) { t.to_dtype(DType::F32)?.contiguous() } else { Ok(t.clone()) };
+    let inputs = subject.inputs.iter().map(wide).collect::<candle_core::Result<Vec<_>>>()?;
+    let (got, report) = evaluate(&record(case, &subject.inputs)?, &checked(options(Mode::AllPasses)))?;
+    let (want, _) = evaluate(&record(case, &inputs)?, &checked(options(Mode::AllPasses)))?;
+    let mut cell = Cell::of(Outcome::Passed);
+    cell.kernels = report.kernels;
+    if let Err(text) = same_bits("against f32, rounded once", &got, &want.to_dtype(dtype)?)? {
         cell.outcome = Outcome::Failed(text);
     }
     Ok(Some(cell))
@@ -209,6 +237,7 @@ fn chain(subject: &Subject) -> Result<Option<Cell>> {
     let n = last.and_then(|d| subject.judged.value.dims.get(d)).map_or(1.0, |&n| (n.max(1)) as f64);
     let verdict = rounding("a chain", &got, eager.as_ref(), &judged, 2.0 + n.log2())?;
     cell.ulp = verdict.ours.ulp;
+    cell.share = verdict.share();
     if let Some(text) = verdict.wrong {
         cell.outcome = Outcome::Failed(text);
     }
@@ -221,7 +250,7 @@ fn chain_reference(subject: &Subject, dtype: DType, last: Option<usize>) -> Resu
     let case = &subject.case;
     let mut arrays = subject.inputs.iter().map(to_arr).collect::<Result<Vec<Arr>>>()?;
     arrays[0] = arrays[0].map(|x| x * 0.5);
-    let mut op = judge(&case.op, &case.scalars, &arrays.iter().collect::<Vec<_>>(), case.infer()?.dtype)?;
+    let mut op = judge(&case.op, &case.held_scalars()?, &arrays.iter().collect::<Vec<_>>(), case.infer()?.dtype)?;
     // a cast rounds (f16 of an f32 value): where it is exact by declaration, take what was really rounded
     if let (Op::Cast(_), Exactness::Exact) = (&case.op, case.op.exactness()) {
         let rounded = eager::run(&case.op, &case.scalars, &[(&subject.inputs[0] * 0.5)?])?.to_dtype(dtype)?;

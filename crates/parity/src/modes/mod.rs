@@ -51,6 +51,8 @@ pub enum Mode {
     Recorded,
     /// The module of `nn`, against candle-nn's.
     NnModule,
+    /// Lazy, in f16 or bf16: the bits of the same op in f32, rounded once.
+    RoundsOnce,
     /// Lazy, every op Candle's own.
     Replay,
     /// Lazy on tracked leaves: result and gradients.
@@ -67,7 +69,7 @@ impl Mode {
         modes.extend(PASSES.iter().map(|p| Self::OnlyPass(p.name)));
         modes.push(Self::OnlyPass("fuse"));
         modes.extend([Self::AllPasses, Self::Decomposed, Self::Recorded, Self::Cold, Self::Warm, Self::OtherSizes]);
-        modes.extend([Self::OtherScalars, Self::Replay, Self::Tracked, Self::Chain, Self::NnModule]);
+        modes.extend([Self::OtherScalars, Self::RoundsOnce, Self::Replay, Self::Tracked, Self::Chain, Self::NnModule]);
         modes
     }
 
@@ -76,6 +78,7 @@ impl Mode {
     pub fn name(self) -> String {
         match self {
             Self::Eager => "eager".into(),
+            Self::RoundsOnce => "rounds-once".into(),
             Self::OtherScalars => "other-scalars".into(),
             Self::Recorded => "recorded".into(),
             Self::NnModule => "nn-module".into(),
@@ -113,6 +116,8 @@ pub struct Cell {
     pub outcome: Outcome,
     /// The largest error in units in the last place at the row's scale, where it was measured.
     pub ulp: f64,
+    /// That error as a share of what is allowed.
+    pub share: f64,
     /// The kernels that ran, and how often.
     pub kernels: BTreeMap<&'static str, usize>,
 }
@@ -121,7 +126,7 @@ impl Cell {
     /// A cell without kernels.
     #[must_use]
     pub fn of(outcome: Outcome) -> Self {
-        Self { outcome, ulp: 0.0, kernels: BTreeMap::new() }
+        Self { outcome, ulp: 0.0, share: 0.0, kernels: BTreeMap::new() }
     }
 }
 
@@ -151,7 +156,7 @@ impl Subject {
         let inputs = case.inputs(seed)?;
         let dtype = case.infer()?.dtype;
         let arrays = inputs.iter().map(to_arr).collect::<Result<Vec<Arr>>>()?;
-        let judged = judge(&case.op, &case.scalars, &arrays.iter().collect::<Vec<_>>(), dtype)?;
+        let judged = judge(&case.op, &case.held_scalars()?, &arrays.iter().collect::<Vec<_>>(), dtype)?;
         let eager = match unsupported::eager_is_wrong(&case) {
             Some(_) => None,
             None => quietly(|| eager::run(&case.op, &case.scalars, &inputs)),
@@ -187,6 +192,7 @@ impl Subject {
         }
         let verdict = rounding(what, got, self.eager.as_ref(), &self.judged, 1.0)?;
         cell.ulp = verdict.ours.ulp;
+        cell.share = verdict.share();
         if let Some(text) = verdict.wrong {
             cell.outcome = Outcome::Failed(text);
         }

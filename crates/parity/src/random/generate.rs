@@ -20,7 +20,7 @@ struct Maker {
     rng: Rng,
 }
 
-/// A random graph of at most `size` nodes in `dtype` (f32 or f64).
+/// A random graph of at most `size` nodes in `dtype` (a float).
 #[must_use]
 pub fn generate(seed: u64, size: usize, dtype: DType) -> Program {
     let program = Program { seed, dtype, steps: Vec::new(), known: Vec::new(), roots: Vec::new() };
@@ -87,7 +87,13 @@ impl Maker {
         if elements > MAX_ELEMENTS || !(low.abs() <= MAX_NUMBER && high.abs() <= MAX_NUMBER) {
             return None;
         }
-        let exact = inputs.iter().all(|&i| known[i].exact) && !matches!(op.exactness(), Exactness::Rounds);
+        let half = matches!(self.program.dtype, DType::F16 | DType::BF16);
+        let same = match op.exactness() {
+            Exactness::Exact => true,
+            Exactness::ExactWide => !half,
+            _ => false,
+        };
+        let exact = same && inputs.iter().all(|&i| known[i].exact);
         let dims = out.dims.to_vec();
         // rounding may step over a bound
         let slack = 1e-3 * (1.0 + low.abs().max(high.abs()));

@@ -2,7 +2,7 @@
 //! by Candle; minimised when they disagree.
 //!
 //! Ours among themselves must agree bit for bit. Against f64 our error may be 8 × that of Candle's replay in the same dtype, or
-//! 10⁻⁴ of the root's largest number (10⁻¹⁰ in f64): errors grow along a graph, and no closed rule says how far. Ops that
+//! 10⁻⁴ of the root's largest number (10⁻¹⁰ in f64, 16 units in the last place in f16 and bf16): errors grow along a graph, and no closed rule says how far. Ops that
 //! jump (comparisons, floor, a cast to f16) are only put on nodes whose bits every mode agrees on, so that a rounding before
 //! them cannot become a different branch.
 
@@ -22,6 +22,9 @@ use candle_core::{DType, Tensor};
 use candle_lazy_exec::LazyTensor;
 use candle_lazy_graph::Op;
 use std::fmt;
+
+/// The sizes of random graphs, in nodes.
+pub const SIZES: [usize; 3] = [12, 60, 200];
 
 /// A node of a program.
 #[derive(Debug, Clone, PartialEq)]
