@@ -1,6 +1,6 @@
 //! Small graphs with a name: what passes, fusion and planning can get wrong, one thing each.
 //!
-//! A program is judged like a random graph: without passes by Candle's replay and f64, in every other mode by the bits
+//! A program is judged like a random graph: evaluated and replayed it is measured by eager Candle and f64, in every other mode by the bits
 //! without passes.
 
 use crate::case::{Domain, InputSpec, Layout};
