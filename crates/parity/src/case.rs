@@ -24,8 +24,7 @@ pub enum Layout {
 
 impl Layout {
     /// Every layout.
-    pub const ALL: [Self; 5] =
-        [Self::Contiguous, Self::Transposed, Self::Narrowed, Self::Broadcast, Self::Stepped];
+    pub const ALL: [Self; 5] = [Self::Contiguous, Self::Transposed, Self::Narrowed, Self::Broadcast, Self::Stepped];
 
     /// The name in reports.
     #[must_use]
@@ -57,6 +56,8 @@ pub enum Domain {
     Special,
     /// Whole numbers 0…n−1.
     Ids(usize),
+    /// Whole numbers from the first to the second.
+    Between(u8, u8),
     /// 0 or 1.
     Bits,
     /// Whole numbers −8…8 (0…16 where the dtype is unsigned).
@@ -102,6 +103,7 @@ impl InputSpec {
             Domain::Positive => rng.range(0.05, 4.0),
             Domain::Small => rng.range(-0.5, 0.5),
             Domain::Ids(n) => rng.below(n) as f64,
+            Domain::Between(low, high) => (usize::from(low) + rng.below(usize::from(high - low) + 1)) as f64,
             Domain::Bits => rng.below(2) as f64,
             Domain::Whole if unsigned => rng.below(17) as f64,
             Domain::Whole => rng.below(17) as f64 - 8.0,

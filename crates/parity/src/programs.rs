@@ -187,6 +187,19 @@ const PROGRAMS: &[(&str, Write)] = &[
         let p = d.op(Op::Matmul, &[], &[e, w])?;
         Ok(vec![d.binary(Add, p, e)?])
     }),
+    ("a group that grew by what depends on another", |d| {
+        let (x, y) = (d.leaf(&[8, 8]), d.leaf(&[8, 1]));
+        let a = d.unary(Sqr, x)?;
+        let part = d.narrow(a, 1, 0, 1)?;
+        let root = d.softmax(part, 1)?;
+        let b = d.unary(Tanh, y)?;
+        let one = d.narrow(b, 0, 0, 1)?;
+        // joins the group of `a`, which depends on that of `b` from now on
+        let late = d.binary(Sub, a, one)?;
+        let c = d.op(Op::CompareScalar(CmpOp::Ge), &[0.25], &[part])?;
+        // may not join the group of `b`: it depends on that of `a`
+        Ok(vec![root, late, d.op(Op::Where, &[], &[c, b, root])?])
+    }),
     ("a small domain joined by a large one", |d| {
         let (a, b) = (d.leaf(&[1, 5]), d.leaf(&[3, 5]));
         let e = d.unary(Exp, a)?;
@@ -295,10 +308,8 @@ const PROGRAMS: &[(&str, Write)] = &[
         let a = d.reshape(a, &[b, s, h])?;
         let x = d.binary(Add, x, a)?;
         let (up, gate) = (d.leaf(&[12, h]), d.leaf(&[12, h]));
-        let (u, g) = (
-            d.op(Op::Linear { bias: false }, &[], &[x, up])?,
-            d.op(Op::Linear { bias: false }, &[], &[x, gate])?,
-        );
+        let (u, g) =
+            (d.op(Op::Linear { bias: false }, &[], &[x, up])?, d.op(Op::Linear { bias: false }, &[], &[x, gate])?);
         let y = d.op(Op::Glu { act: Silu }, &[], &[g, u])?;
         Ok(vec![d.unary(Sigmoid, y)?, x])
     }),

@@ -78,7 +78,12 @@ fn every_hook_has_a_mutant_and_every_mutant_a_hook() {
         assert!(names.contains(hook.as_str()), "the fault {hook} has no mutant");
     }
     // the names of these are made from the tables of ops
-    let made = |name: &str| name.starts_with("decompose.") || name.ends_with(".tail") || name.ends_with(".last") || name.starts_with("row.round.");
+    let made = |name: &str| {
+        name.starts_with("decompose.")
+            || name.ends_with(".tail")
+            || name.ends_with(".last")
+            || name.starts_with("row.round.")
+    };
     for name in names.into_iter().filter(|name| !made(name)) {
         assert!(hooks.contains(name), "the mutant {name} has no fault in the code");
     }

@@ -2,9 +2,9 @@
 //!
 //! Each is the pass itself, followed by a change to its result that a mistake in the pass could have made.
 
+use candle_lazy_graph::capture::GOp;
 use candle_lazy_graph::passes::{Pass, Rewritten, PASSES};
 use candle_lazy_graph::{BinaryOp, GNode, Graph, Op, Sym};
-use candle_lazy_graph::capture::GOp;
 use candle_lazy_ops::fault;
 
 /// A fault of a pass: its name, the pass, and what it does to the result.
@@ -15,10 +15,14 @@ const FAULTS: &[Fault] = &[
     ("pass.split_bias.subtracts", "split_bias", |g| after("split_bias", g, |g| change_bias(g, BinaryOp::Sub))),
     ("pass.split_bias.multiplies", "split_bias", |g| after("split_bias", g, |g| change_bias(g, BinaryOp::Mul))),
     ("pass.noop_views.permute", "noop_views", |g| after("noop_views", g, |g| bypass(g, is_square_permute))),
-    ("pass.noop_views.narrow", "noop_views", |g| after("noop_views", g, |g| bypass(g, is(|op| matches!(op, Op::Narrow { .. }))))),
+    ("pass.noop_views.narrow", "noop_views", |g| {
+        after("noop_views", g, |g| bypass(g, is(|op| matches!(op, Op::Narrow { .. }))))
+    }),
     ("pass.noop_views.cast", "noop_views", |g| after("noop_views", g, bypass_round_trip)),
     ("pass.noop_views.permutes", "noop_views", skip_inner_permute),
-    ("pass.noop_views.detach", "noop_views", |g| after("noop_views", g, |g| bypass(g, is(|op| matches!(op, Op::Detach))))),
+    ("pass.noop_views.detach", "noop_views", |g| {
+        after("noop_views", g, |g| bypass(g, is(|op| matches!(op, Op::Detach))))
+    }),
     ("pass.cse.scalars", "cse", |g| after("cse", g, |g| merge(g, |a, b| a.op == b.op && a.inputs == b.inputs))),
     ("pass.cse.attributes", "cse", |g| after("cse", g, |g| merge(g, same_but_attributes))),
     ("pass.cse.order", "cse", |g| after("cse", g, |g| merge(g, same_but_order))),

@@ -112,3 +112,19 @@ fn a_plan_explains_itself() {
     }
     assert!(!y.is_ready());
 }
+
+#[test]
+fn groups_that_grew_late_never_wait_for_each_other() {
+    let (x, y) = (leaf(&[8, 8]), leaf(&[8, 1]));
+    let a = x.sqr().unwrap();
+    let part = a.narrow(1, 0, 1).unwrap();
+    let first = part.softmax(1).unwrap();
+    let b = y.tanh().unwrap();
+    // joins the group of `a`, which depends on that of `b` from now on
+    let late = a.broadcast_sub(&b.narrow(0, 0, 1).unwrap()).unwrap();
+    // reads `part`, which was recorded before `b`, but whose group is that of `a`
+    let choice = part.ge(0.25).unwrap().where_cond(&b, &first).unwrap();
+    let plan = plan_of(&[&first, &late, &choice]);
+    // units that wait for each other would be in no plan
+    assert_eq!(plan.steps.iter().map(|s| s.ops.len()).sum::<usize>(), 8, "{plan}");
+}

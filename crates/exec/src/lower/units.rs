@@ -59,6 +59,9 @@ pub(super) struct Units {
     /// Marks of the last walks over units, so that no walk has to clear a list.
     marks: Vec<u32>,
     walk: u32,
+    /// For each node the first member of the earliest unit that has members both before it and from it on: what lies before
+    /// the node may depend on it through such a unit only.
+    reach: Vec<u32>,
 }
 
 /// What an op needs of the group it is in.
@@ -93,6 +96,7 @@ pub(super) fn form(graph: &Graph, choices: &[Choice], fuse: bool) -> Units {
         needed: vec![false; graph.nodes.len()],
         marks: Vec::new(),
         walk: 0,
+        reach: (0..graph.nodes.len() as u32).collect(),
     };
     for (id, choice) in choices.iter().enumerate() {
         let id = id as u32;
@@ -188,8 +192,12 @@ impl Units {
     fn add(&mut self, graph: &Graph, unit: usize, id: u32) {
         let axes = need(graph, &graph.nodes[id as usize]).axes;
         if let Some(Some(Unit::Row(group))) = self.units.get_mut(unit) {
+            let ends = (group.members.first().copied(), group.members.last().copied());
             group.members.push(id);
             group.axes = group.axes.or(axes);
+            if let (Some(first), Some(last)) = ends {
+                self.spans(first, last + 1, id);
+            }
         }
         self.of[id as usize] = Some(unit);
     }
@@ -215,8 +223,8 @@ impl Units {
         let reduces_rows = need.axes.is_some()
             && (group.axes.is_some_and(all_one) || inside.iter().any(|&i| self.per_row[i as usize] != PerRow::No));
         let reduces_rows = reduces_rows && !fault::active("units.reduces_rows");
-        let same = need.domain == group.domain
-            || need.domain.len() == group.domain.len() && fault::active("units.domain");
+        let same =
+            need.domain == group.domain || need.domain.len() == group.domain.len() && fault::active("units.domain");
         let result = if same && axes_agree && !reduces_rows {
             need.result
         } else if need.axes.is_none()
@@ -269,6 +277,9 @@ impl Units {
         for &m in &members {
             self.of[m as usize] = Some(into);
         }
+        if let (Some(&first), Some(&last)) = (members.first(), members.last()) {
+            self.spans(first, first + 1, last);
+        }
         if let Some(Some(Unit::Row(group))) = self.units.get_mut(into) {
             group.members = members;
             group.axes = axes;
@@ -291,8 +302,7 @@ impl Units {
                 return false;
             }
         }
-        // nothing before the first member can depend on a member
-        let first = members.iter().copied().min().unwrap_or(0);
+        let first = self.independent_before(members.iter().copied().min().unwrap_or(0));
         self.walk += 1;
         self.marks.resize(self.units.len(), 0);
         let mut stack: Vec<usize> = outside.iter().filter_map(|&n| self.of[n as usize]).collect();
@@ -307,12 +317,29 @@ impl Units {
                 continue;
             }
             for &m in self.members(unit) {
+                // nothing before it can depend on a member
                 if m >= first {
                     stack.extend(graph.nodes[m as usize].inputs.iter().filter_map(|&i| self.of[i as usize]));
                 }
             }
         }
         true
+    }
+
+    /// A unit whose first member is `first` has members before and after each of the nodes `from..=to`.
+    fn spans(&mut self, first: u32, from: u32, to: u32) {
+        for reach in self.reach.iter_mut().take(to as usize + 1).skip(from as usize) {
+            *reach = (*reach).min(first);
+        }
+    }
+
+    /// A node before which nothing depends on `node` or what comes after it: `node` itself, unless units reach across it.
+    fn independent_before(&self, node: u32) -> u32 {
+        let mut bound = node;
+        while let Some(&earlier) = self.reach.get(bound as usize).filter(|&&earlier| earlier < bound) {
+            bound = earlier;
+        }
+        bound
     }
 
     fn members(&self, unit: usize) -> &[u32] {

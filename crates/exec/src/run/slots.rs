@@ -109,7 +109,8 @@ pub(super) fn with_views<R>(
 /// A buffer value as a Candle tensor: moved where nobody else holds it and it is whole, else copied. Returns whether it was
 /// copied.
 pub(super) fn to_tensor(value: Engine, dims: &[usize]) -> Result<(Tensor, bool)> {
-    let whole = value.is_whole() || fault::active("run.view_taken_whole") && value.buffer.slice().len() == dims.iter().product::<usize>();
+    let whole = value.is_whole()
+        || fault::active("run.view_taken_whole") && value.buffer.slice().len() == dims.iter().product::<usize>();
     let value = if whole {
         let Engine { buffer, layout } = value;
         match Arc::try_unwrap(buffer) {

@@ -64,7 +64,9 @@ impl CustomOp2 for MatMul {
     fn bwd(&self, a: &Tensor, b: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (ad, bd, g) = (a.detach(), b.detach(), grad.detach());
         let da = match a.track_op() {
-            true if fault::active("grad.matmul.a") => Some(g.zeros_like()?.sum_all()?.broadcast_as(a.shape())?.contiguous()?),
+            true if fault::active("grad.matmul.a") => {
+                Some(g.zeros_like()?.sum_all()?.broadcast_as(a.shape())?.contiguous()?)
+            }
             true => Some(unbroadcast(&product(&g, &bd.t()?)?, a.dims())?),
             false => None,
         };

@@ -53,7 +53,8 @@ pub fn index_select(src: &View<'_>, ids: &View<'_>, dim: usize, out: &mut SliceM
             bases.extend((0..space.cols).map(|j| base + j * stride));
         }
     }
-    let step = if fault::active("index_select.step") { right.min(src.layout.strides[dim]) } else { src.layout.strides[dim] };
+    let step =
+        if fault::active("index_select.step") { right.min(src.layout.strides[dim]) } else { src.layout.strides[dim] };
     if fault::active("index_select.base") {
         let first = bases.first().copied().unwrap_or(0);
         bases.fill(first);

@@ -266,7 +266,11 @@ pub(crate) fn reduce_init<T: Real>(f: ReduceFn) -> T {
 pub(crate) fn reduce<T: Real>(f: ReduceFn, a: Arg<'_, T>, acc: &mut [T], rows: usize, cols: usize, first: bool) {
     for (r, acc) in acc.iter_mut().take(rows).enumerate() {
         if let RowArg::Slice(x) = a.row(r, cols) {
-            let x = if fault::any() && fault::active(&format!("row.{f:?}.last")) { &x[..x.len().saturating_sub(1)] } else { x };
+            let x = if fault::any() && fault::active(&format!("row.{f:?}.last")) {
+                &x[..x.len().saturating_sub(1)]
+            } else {
+                x
+            };
             match f {
                 ReduceFn::Sum => sum_into(x, acc),
                 ReduceFn::Max => extreme_into(x, acc, first, T::NEG_INF, |m, x| m < x),

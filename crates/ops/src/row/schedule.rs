@@ -96,7 +96,9 @@ impl Schedule {
                         .filter(|&i| live(i) && kinds[i] == Kind::Row && !is_reduce(i) && level[i] == p)
                         .collect(),
                     stores: (0..roots.len())
-                        .filter(|&o| kinds[roots[o]] == Kind::Vec && level[roots[o]] == p + fault::one_if("row.segmented_store"))
+                        .filter(|&o| {
+                            kinds[roots[o]] == Kind::Vec && level[roots[o]] == p + fault::one_if("row.segmented_store")
+                        })
                         .collect(),
                     ..Pass::default()
                 };

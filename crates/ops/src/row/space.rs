@@ -36,7 +36,11 @@ pub(crate) fn merge(axes: &[usize], dims: &[usize], layouts: &[Strided]) -> (Dim
             continue;
         }
         let joins = !out.is_empty()
-            && layouts.iter().zip(&strides).take(compared).all(|(l, s)| s.last().copied() == dims[a].checked_mul(l.strides[a]));
+            && layouts
+                .iter()
+                .zip(&strides)
+                .take(compared)
+                .all(|(l, s)| s.last().copied() == dims[a].checked_mul(l.strides[a]));
         if joins {
             if let Some(last) = out.last_mut() {
                 *last = last.saturating_mul(dims[a]);

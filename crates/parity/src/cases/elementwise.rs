@@ -53,11 +53,11 @@ pub(super) fn add(t: &mut Table) {
             }
         }
         for dtype in INTEGERS {
-            // bits on the right of a subtraction and a left side of at least one keep unsigned results in range
-            let left = Domain::Ids(9);
-            let right = match f {
-                BinaryOp::Sub | BinaryOp::Div => continue,
-                _ => Domain::Ids(9),
+            // no unsigned difference below zero, no division by zero
+            let (left, right) = match f {
+                BinaryOp::Sub => (Domain::Between(8, 16), Domain::Between(0, 8)),
+                BinaryOp::Div => (Domain::Between(0, 16), Domain::Between(1, 4)),
+                _ => (Domain::Ids(9), Domain::Ids(9)),
             };
             t.laid_out(&Op::Binary(f), &[], &[(&[3, 5], dtype, left), (&[5], dtype, right)]);
         }

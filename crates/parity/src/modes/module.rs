@@ -54,7 +54,9 @@ fn eager(op: &Op, s: &[f64], x: &[Tensor]) -> Option<candle_core::Result<Tensor>
         Op::Linear { bias } if x[0].rank() > 1 => {
             theirs::Linear::new(x[1].contiguous().ok()?, bias.then(|| x[2].clone())).forward(&x[0].contiguous().ok()?)
         }
-        Op::RmsNorm { weight: true } => theirs::RmsNorm::new(x[1].contiguous().ok()?, s[0]).forward(&x[0].contiguous().ok()?),
+        Op::RmsNorm { weight: true } => {
+            theirs::RmsNorm::new(x[1].contiguous().ok()?, s[0]).forward(&x[0].contiguous().ok()?)
+        }
         Op::LayerNorm { weight: true, bias } => {
             let w = x[1].contiguous().ok()?;
             let module = match bias {
@@ -63,7 +65,9 @@ fn eager(op: &Op, s: &[f64], x: &[Tensor]) -> Option<candle_core::Result<Tensor>
             };
             module.forward(&x[0].contiguous().ok()?)
         }
-        Op::Embedding => theirs::Embedding::new(x[0].contiguous().ok()?, x[0].dim(1).ok()?).forward(&x[1].contiguous().ok()?),
+        Op::Embedding => {
+            theirs::Embedding::new(x[0].contiguous().ok()?, x[0].dim(1).ok()?).forward(&x[1].contiguous().ok()?)
+        }
         _ => return None,
     })
 }

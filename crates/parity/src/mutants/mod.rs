@@ -38,7 +38,10 @@ impl Verdict {
     pub fn line(&self) -> String {
         let Mutant { name, what, .. } = &self.mutant;
         match &self.caught {
-            Some((case, mode, _)) => format!("{name:<32} {what}: caught by {case} [{mode}], cell {}", self.cells),
+            Some((case, mode, said)) => {
+                let said = said.lines().next().unwrap_or_default();
+                format!("{name:<32} {what}: caught by {case} [{mode}], cell {}: {said}", self.cells)
+            }
             None if self.reached => format!("{name:<32} {what}: SURVIVED {} cells", self.cells),
             None => format!("{name:<32} {what}: SURVIVED, never reached in {} cells", self.cells),
         }
@@ -171,8 +174,7 @@ impl Bench {
 /// # Errors
 /// When a cell fails without any fault, or the table names what does not exist.
 pub fn run(filter: Option<&str>, seed: u64, mut show: impl FnMut(&Verdict)) -> Result<Vec<Verdict>> {
-    let wanted: Vec<Mutant> =
-        mutants().into_iter().filter(|m| filter.is_none_or(|f| m.name.starts_with(f))).collect();
+    let wanted: Vec<Mutant> = mutants().into_iter().filter(|m| filter.is_none_or(|f| m.name.starts_with(f))).collect();
     if wanted.is_empty() {
         return Err(Error::Option(format!("no mutant begins with {}", filter.unwrap_or_default())));
     }

@@ -97,7 +97,12 @@ const KERNELS: &[Row] = &[
     ("index_select.base", "every outer index reads the first", "index_select", "all-passes"),
     ("index_select.last", "the last index chooses its neighbour", "index_select embedding", "all-passes"),
     ("index_select.zeros", "the first index gives zeros", "index_select embedding", "all-passes"),
-    ("index_select.inner_stride", "a strided slice is copied as if it were dense", "index_select embedding", "all-passes"),
+    (
+        "index_select.inner_stride",
+        "a strided slice is copied as if it were dense",
+        "index_select embedding",
+        "all-passes",
+    ),
     ("copy.row_offset", "every row copies the first", "contiguous cat", "all-passes"),
     ("copy.last_row", "the last row is not copied", "contiguous cat", "all-passes"),
     ("copy.strided_tail", "the last of a strided block is not copied", "contiguous cat", "all-passes"),
@@ -250,7 +255,8 @@ fn mutant(name: &str, what: &str, ops: &str, modes: &str) -> Mutant {
 #[must_use]
 pub fn mutants() -> Vec<Mutant> {
     let mut all = Vec::new();
-    let tail = |f: &dyn std::fmt::Debug, op: &str, what: &str| mutant(&format!("row.{f:?}.tail"), what, op, "all-passes");
+    let tail =
+        |f: &dyn std::fmt::Debug, op: &str, what: &str| mutant(&format!("row.{f:?}.tail"), what, op, "all-passes");
     for f in UnaryOp::ALL {
         all.push(tail(f, f.name(), "the last element is off by a thousandth"));
     }
