@@ -231,14 +231,13 @@ pub(crate) fn caught(check: impl FnOnce() -> Result<Option<Cell>>) -> Option<Cel
 
 /// The cell of a case in a mode; `None` where the mode says nothing about the case.
 pub(crate) fn check_cell(subject: &mut Subject, mode: Mode) -> Option<Cell> {
-    let cell = caught(|| match subject.check(mode) {
+    caught(|| match subject.check(mode) {
         Err(_) if subject.candle_refuses(mode) => {
             let why = "Candle's own op, which runs here, refuses these inputs eagerly too";
             Ok(Some(Cell::of(Outcome::Skipped(why.into()))))
         }
         other => other,
-    });
-    cell
+    })
 }
 
 /// Runs `f` with panics of this thread saying nothing.

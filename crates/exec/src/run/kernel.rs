@@ -71,7 +71,7 @@ pub(super) fn run_step(
                 for view in views {
                     let mut layout = view.layout.broadcast_to(&dims).map_err(kernel_error)?;
                     if fault::active("bind.broadcast_stride") {
-                        spoil_broadcast(&mut layout, view.layout.elem_count());
+                        spoil_broadcast(&mut layout);
                     }
                     broadcast.push(View { data: view.data, layout });
                 }
@@ -88,12 +88,13 @@ pub(super) fn run_step(
     Ok(())
 }
 
-/// The fault of one wrong broadcast stride: the elements of a repeated dim are walked through instead, as far as there are any.
-fn spoil_broadcast(layout: &mut Strided, elements: usize) {
-    for (stride, &n) in layout.strides.iter_mut().zip(&layout.dims) {
-        if *stride == 0 && n > 1 && n <= elements {
-            *stride = 1;
-            return;
+/// The fault of one wrong broadcast stride: a repeated dim and one that is walked through change roles.
+fn spoil_broadcast(layout: &mut Strided) {
+    let repeated = (0..layout.strides.len()).find(|&d| layout.strides[d] == 0 && layout.dims[d] > 1);
+    let walked = (0..layout.strides.len()).find(|&d| layout.strides[d] != 0 && layout.dims[d] > 1);
+    if let (Some(repeated), Some(walked)) = (repeated, walked) {
+        if layout.dims[repeated] <= layout.dims[walked] {
+            layout.strides.swap(repeated, walked);
         }
     }
 }

@@ -261,11 +261,11 @@ impl Job<'_> {
             let row = &mut sc.q[i * s.d..(i + 1) * s.d];
             read_row(q, q0 + (first + i) * self.q.strides[2], self.q.strides[3], row);
             let (start, end) = visible(self.params, first + i, s.sq, s.skv);
+            let end = end - fault::one_if("attention.last_key").min(end - start);
             sc.state.push(Query { max: T::NEG_INF, sum: T::ZERO, start, end });
         }
         let from = sc.state.iter().map(|s| s.start).min().unwrap_or(0) / BLOCK * BLOCK;
         let to = sc.state.iter().map(|s| s.end).max().unwrap_or(0);
-        let to = to - fault::one_if("attention.last_key").min(to);
         for key in (from..to).step_by(BLOCK) {
             let rows = BLOCK.min(to - key);
             let (ks, vs) = (self.k.strides[2], self.v.strides[2]);

@@ -21,7 +21,8 @@ fn evaluate(program: &Program, leaves: &[Option<Tensor>], options: &EvalOptions)
     let roots = program.record(leaves)?;
     let roots: Vec<&LazyTensor> = roots.iter().collect();
     let (values, report) = eval_all_with(&roots, &EvalOptions { validate: true, ..options.clone() })?;
-    if !options.replay && !(report.fallbacks.is_empty() && report.replayed.is_empty()) {
+    let ours = report.fallbacks.is_empty() && report.replayed.is_empty();
+    if !ours && !options.replay {
         let (fallbacks, replayed) = (report.fallbacks, report.replayed);
         return Err(crate::Error::NoTwin(format!("Candle's own ops ran: {fallbacks:?} {replayed:?}")));
     }
