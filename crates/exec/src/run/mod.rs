@@ -108,7 +108,8 @@ fn evaluate(tensors: &[&LazyTensor], options: &EvalOptions, as_tensors: bool) ->
 /// The fault of a cached plan that keeps what it was first bound to.
 #[cfg(feature = "testing")]
 mod stale {
-    use super::{Bindings, Plan};
+    use crate::plan::Plan;
+    use candle_lazy_graph::Bindings;
     use candle_lazy_ops::fault;
     use parking_lot::Mutex;
     use std::sync::Arc;

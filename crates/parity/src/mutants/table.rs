@@ -172,7 +172,7 @@ const BACKWARDS: &[Row] = &[
 ];
 
 const PLANS: &[Row] = &[
-    ("choose.untracked", "a tracked value gets a kernel without a gradient", "exp mul softmax", "tracked"),
+    ("choose.untracked", "a tracked value gets a kernel without a gradient", "program exp", "tracked"),
     ("choose.falls_back", "row programs are not chosen", "exp add sum", "all-passes"),
     ("choose.replays_matmul", "matmul is replayed", "matmul", "all-passes"),
     ("units.gone", "a value without its dim is read inside", "program", "only-fuse all-passes"),
@@ -182,6 +182,7 @@ const PLANS: &[Row] = &[
     ("units.merged_axes", "groups with different reduced dims merge", "program", "only-fuse all-passes"),
     ("units.merged_gone", "groups merge around a value without its dim", "program", "only-fuse all-passes"),
     ("units.cycle", "a group waits for itself", "program", "only-fuse all-passes"),
+    ("units.reach", "a group that grew late counts as done", "program", "only-fuse all-passes"),
     ("units.needed", "a wanted value is not an output", "program exp", "only-fuse all-passes"),
     ("emit.load_row", "a value per element is read once per row", "softmax program", "all-passes"),
     ("emit.input_number", "an input read twice is another one", "program", "all-passes"),

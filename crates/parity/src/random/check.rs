@@ -11,7 +11,7 @@ use candle_lazy_graph::Op;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
 /// The factor of eager Candle's error that a graph may have.
-const EAGER_FACTOR: f64 = 8.0;
+pub(super) const EAGER_FACTOR: f64 = 8.0;
 
 /// What a graph in f16 or bf16 may always be off by, in units in the last place at the root's largest number: both sides round
 /// after every op, but not after the same ones (Candle rounds inside of composites too).
@@ -60,7 +60,7 @@ fn eagerly(program: &Program, leaves: &[Option<Tensor>], dtype: DType) -> Result
     program.roots.iter().map(|&r| to_arr(&values[r])).collect()
 }
 
-fn largest_error(got: &Arr, want: &Arr) -> f64 {
+pub(super) fn largest_error(got: &Arr, want: &Arr) -> f64 {
     let off = |(g, w): (&f64, &f64)| if g == w { 0.0 } else { (g - w).abs() };
     got.data.iter().zip(&want.data).map(off).fold(0.0, |m, e| if e.is_nan() || e > m { e } else { m })
 }
@@ -94,6 +94,16 @@ pub fn check_options(program: &Program, options: &EvalOptions) -> Result<Option<
     Ok(None)
 }
 
+/// What a graph's root may always be off by, as a share of one and its largest number.
+pub(super) fn floor(dtype: DType) -> f64 {
+    match dtype {
+        DType::F64 => 1e-10,
+        DType::F32 => 1e-4,
+        // a chain of roundings to few digits: what eager's own error does not cover
+        half => HALF_ULP * crate::value::ulp(half, 1.0),
+    }
+}
+
 /// What is wrong with the numbers of an evaluation and of a replay, measured by f64 and eager Candle, if anything.
 ///
 /// # Errors
@@ -111,12 +121,7 @@ pub fn check_numbers(program: &Program) -> Result<Option<String>> {
         Err(e) => return Ok(Some(format!("replay: {e}"))),
     };
     for (i, &root) in program.roots.iter().enumerate() {
-        let floor = match program.dtype {
-            DType::F64 => 1e-10,
-            DType::F32 => 1e-4,
-            // a chain of roundings to few digits: what eager's own error does not cover
-            half => HALF_ULP * crate::value::ulp(half, 1.0),
-        } * (1.0 + wide[i].max_abs());
+        let floor = floor(program.dtype) * (1.0 + wide[i].max_abs());
         let eager_off = largest_error(&eager[i], &wide[i]);
         let limit = floor.max(EAGER_FACTOR * eager_off);
         for (what, got) in [("", &all), ("replayed, ", &replay)] {

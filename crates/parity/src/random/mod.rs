@@ -8,10 +8,12 @@
 
 mod check;
 mod generate;
+mod gradients;
 mod minimise;
 
 pub use check::{check, check_numbers, check_options};
 pub use generate::generate;
+pub use gradients::check_gradients;
 pub use minimise::minimise;
 
 use crate::case::InputSpec;

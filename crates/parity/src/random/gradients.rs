@@ -1,0 +1,105 @@
+//! Gradients of a graph through Candle's autograd: lazy evaluation of tracked leaves against the same ops run eagerly.
+//!
+//! The loss is Σ over the float roots of Σ y·w with fixed weights. Ours may differ from eager's by 8 × eager's own error against f64, or
+//! by the floor of [`super::check_numbers`] at the largest gradient of a leaf: below a tracked leaf both run Candle's own ops, only the
+//! composites are taken apart differently.
+
+use super::check::{floor, largest_error, EAGER_FACTOR};
+use super::{Program, Step};
+use crate::modes::gradients;
+use crate::value::to_arr;
+use crate::{eager, Result};
+use candle_core::{DType, Tensor, Var};
+use candle_lazy_exec::run::eval_all;
+use candle_lazy_exec::LazyTensor;
+use candle_lazy_graph::Op;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+
+/// The leaves as variables, floats in `dtype`; `None` for integers and for ops.
+fn variables(program: &Program, dtype: DType) -> Result<(Vec<Option<Var>>, Vec<Option<Tensor>>)> {
+    let (mut vars, mut leaves) = (Vec::new(), Vec::new());
+    for leaf in program.leaves()? {
+        let var = match &leaf {
+            Some(leaf) if leaf.dtype().is_float() => Some(Var::from_tensor(&leaf.to_dtype(dtype)?.contiguous()?)?),
+            _ => None,
+        };
+        leaves.push(var.as_ref().map(|v| v.as_tensor().clone()).or(leaf));
+        vars.push(var);
+    }
+    Ok((vars, leaves))
+}
+
+/// One loss over all float roots, as one tensor whose gradients are asked for.
+fn joined(roots: &[Tensor]) -> Result<Option<Tensor>> {
+    let flat: Vec<Tensor> =
+        roots.iter().filter(|t| t.dtype().is_float()).map(Tensor::flatten_all).collect::<candle_core::Result<_>>()?;
+    match flat.is_empty() {
+        true => Ok(None),
+        false => Ok(Some(Tensor::cat(&flat, 0)?)),
+    }
+}
+
+/// The gradients of the program run step by step by Candle, with exact constants where `precise`.
+fn eagerly(program: &Program, dtype: DType, precise: bool) -> Result<Vec<Option<Tensor>>> {
+    let (vars, leaves) = variables(program, dtype)?;
+    let mut values: Vec<Tensor> = Vec::new();
+    for (step, leaf) in program.steps.iter().zip(leaves) {
+        values.push(match (step, leaf) {
+            (Step::Op { op, scalars, inputs }, _) => {
+                let inputs: Vec<Tensor> = inputs.iter().map(|&i| values[i].clone()).collect();
+                let run = if precise { eager::run_precisely } else { eager::run };
+                let y = run(op, scalars, &inputs)?;
+                match op {
+                    // a program in f64 stands for one in `program.dtype`
+                    Op::Cast(to) if to.is_float() && *to == program.dtype => y.to_dtype(dtype)?,
+                    _ => y,
+                }
+            }
+            (Step::Leaf(_), Some(leaf)) => leaf,
+            (Step::Leaf(_), None) => return Err(crate::Error::NoTwin("a leaf without a tensor".into())),
+        });
+    }
+    let roots: Vec<Tensor> = program.roots.iter().map(|&r| values[r].clone()).collect();
+    match joined(&roots)? {
+        Some(y) => gradients(&y, &vars),
+        None => Ok(vec![None; vars.len()]),
+    }
+}
+
+/// What is wrong with the gradients of a lazy evaluation, if anything. `None` too where Candle has no gradient to compare with.
+///
+/// # Errors
+/// When the evaluation fails.
+pub fn check_gradients(program: &Program) -> Result<Option<String>> {
+    let quietly =
+        |dtype, precise| catch_unwind(AssertUnwindSafe(|| eagerly(program, dtype, precise))).ok().and_then(Result::ok);
+    let (Some(same), Some(wide)) = (quietly(program.dtype, false), quietly(DType::F64, true)) else {
+        return Ok(None);
+    };
+    let (vars, leaves) = variables(program, program.dtype)?;
+    let roots = program.record(&leaves)?;
+    let values = eval_all(&roots.iter().collect::<Vec<&LazyTensor>>())?;
+    let Some(y) = joined(&values)? else {
+        return Ok(None);
+    };
+    let ours = gradients(&y, &vars)?;
+    let mut scale = 0.0f64;
+    for gradient in wide.iter().flatten() {
+        scale = scale.max(to_arr(gradient)?.max_abs());
+    }
+    for (i, ((ours, same), wide)) in ours.iter().zip(&same).zip(&wide).enumerate() {
+        let (ours, same, wide) = match (ours, same, wide) {
+            (Some(ours), Some(same), Some(wide)) => (to_arr(ours)?, to_arr(same)?, to_arr(wide)?),
+            (None, Some(same), _) if to_arr(same)?.max_abs() > 0.0 => {
+                return Ok(Some(format!("the gradient of leaf %{i} is missing")))
+            }
+            _ => continue,
+        };
+        let off = largest_error(&ours, &same);
+        let limit = (floor(program.dtype) * (1.0 + scale)).max(EAGER_FACTOR * largest_error(&same, &wide));
+        if limit.is_finite() && (off.is_nan() || off > limit) {
+            return Ok(Some(format!("the gradient of leaf %{i} is off by {off:e}, {limit:e} allowed")));
+        }
+    }
+    Ok(None)
+}
