@@ -104,13 +104,20 @@ fn unary(f: UnaryOp, x: &Tensor) -> candle_core::Result<Tensor> {
         UnaryOp::GeluErf => x.gelu_erf(),
         UnaryOp::Relu => x.relu(),
         UnaryOp::Silu => x.silu(),
-        UnaryOp::Sigmoid if fault::active("replay.detached") => (x.detach().neg()?.exp()? + 1.0)?.recip(),
-        UnaryOp::Sigmoid => (x.neg()?.exp()? + 1.0)?.recip(),
+        UnaryOp::Sigmoid if fault::active("replay.detached") => sigmoid(&x.detach()),
+        UnaryOp::Sigmoid => sigmoid(x),
         UnaryOp::Floor => x.floor(),
         UnaryOp::Ceil => x.ceil(),
         UnaryOp::Round => x.round(),
         UnaryOp::Sign => x.sign(),
     }
+}
+
+/// 1/(1 + e⁻ˣ) for x ≥ 0, eˣ/(1 + eˣ) below: no exponential overflows, whose gradient would be 0·∞.
+fn sigmoid(x: &Tensor) -> candle_core::Result<Tensor> {
+    let e = x.abs()?.neg()?.exp()?;
+    let above = x.ge(&x.zeros_like()?)?;
+    above.where_cond(&e.ones_like()?, &e)?.div(&(&e + 1.0)?)
 }
 
 fn binary(f: BinaryOp, a: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {

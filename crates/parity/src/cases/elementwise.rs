@@ -39,6 +39,10 @@ pub(super) fn add(t: &mut Table) {
             if t.extent != Extent::Smoke {
                 t.laid_out(&Op::Unary(f), &[], &[(&[3, 41], dtype, Domain::Special)]);
             }
+            // what has a limit on either side keeps it, and its gradient
+            if matches!(f, UnaryOp::Sigmoid | UnaryOp::Tanh | UnaryOp::Erf | UnaryOp::Relu | UnaryOp::Silu) {
+                t.laid_out(&Op::Unary(f), &[], &[(&[3, 17], dtype, Domain::Large)]);
+            }
         }
     }
     for &f in BinaryOp::ALL {

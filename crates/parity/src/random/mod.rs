@@ -103,6 +103,15 @@ impl Program {
         self.steps.iter().enumerate().map(make).collect()
     }
 
+    /// Whether two ways to sum its gradients round alike: nothing is rounded to a dtype of few digits, where merging two equal
+    /// casts makes one rounding of two.
+    #[must_use]
+    pub fn differentiates(&self) -> bool {
+        let half = |d: DType| matches!(d, DType::F16 | DType::BF16);
+        let narrows = |s: &Step| matches!(s, Step::Op { op: Op::Cast(to), .. } if half(*to));
+        !half(self.dtype) && !self.steps.iter().any(narrows)
+    }
+
     /// The program recorded: its roots.
     ///
     /// # Errors
