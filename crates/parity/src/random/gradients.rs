@@ -15,8 +15,11 @@ use candle_lazy_exec::LazyTensor;
 use candle_lazy_graph::Op;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
-/// The leaves as variables, floats in `dtype`; `None` for integers and for ops.
-fn variables(program: &Program, dtype: DType) -> Result<(Vec<Option<Var>>, Vec<Option<Tensor>>)> {
+/// Per step a variable (`None` for integers and for ops), and its tensor (`None` for ops).
+type Leaves = (Vec<Option<Var>>, Vec<Option<Tensor>>);
+
+/// The leaves as variables, floats in `dtype`.
+fn variables(program: &Program, dtype: DType) -> Result<Leaves> {
     let (mut vars, mut leaves) = (Vec::new(), Vec::new());
     for leaf in program.leaves()? {
         let var = match &leaf {
