@@ -83,7 +83,12 @@ impl Cache {
             return Err(Error::PromptTooLong { len: capacity, context: config.max_position_embeddings });
         }
         let rope = RopeTable::new(config.head_dim, config.rope_theta, &config.rope_scaling, capacity, dtype, device)?;
-        let blocks = (0..config.num_hidden_layers).map(|_| KvCache::new(capacity)).collect();
+        let mut blocks = Vec::new();
+        if blocks.try_reserve_exact(config.num_hidden_layers).is_err() {
+            let layers = config.num_hidden_layers;
+            return Err(Error::config("the cache", format_args!("num_hidden_layers is {layers}: no memory for that many")));
+        }
+        blocks.extend((0..config.num_hidden_layers).map(|_| KvCache::new(capacity)));
         Ok(Self { blocks, rope, capacity })
     }
 
