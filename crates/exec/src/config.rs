@@ -58,13 +58,13 @@ static PENDING_BYTES: AtomicU64 = AtomicU64::new(1 << 30);
 static BUDGET_EVALUATIONS: AtomicU64 = AtomicU64::new(0);
 
 /// Many pending nodes with less than this many bytes each are bookkeeping, such as a metric that a loop adds up.
-const SMALL_NODES: u64 = 8_192;
+const SMALL_NODES: u64 = 2_048;
 const SMALL_BYTES: u64 = 256;
 
 /// Past `nodes` pending nodes or `bytes` pending result bytes above a newly recorded tensor, that tensor is evaluated at
 /// once, so that a loop that never evaluates does not grow without limit. The default is 50,000 nodes or 1 GiB;
 /// `u64::MAX` turns a limit off. Where the pending results have less than 256 bytes each, a node costs more memory than its
-/// result and 8,192 nodes are the limit, unless `nodes` is lower or off.
+/// result and 2,048 nodes are the limit, unless `nodes` is lower or off.
 pub fn set_pending_budget(nodes: u64, bytes: u64) {
     PENDING_NODES.store(nodes, Ordering::Relaxed);
     PENDING_BYTES.store(bytes, Ordering::Relaxed);

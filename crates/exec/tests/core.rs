@@ -121,3 +121,17 @@ fn what_the_user_holds_is_never_overwritten() {
     }
     assert_eq!(held.len(), 12 * 3 + 12 * 2);
 }
+
+#[test]
+fn empty_views_behind_the_end_of_their_storage_are_read_and_computed() {
+    let empty = Tensor::zeros((0, 4), DType::F32, &CPU).unwrap().narrow(1, 3, 1).unwrap();
+    let x = LazyTensor::from(&empty);
+    assert_eq!(x.to_vec2::<f32>().unwrap(), Vec::<Vec<f32>>::new());
+    assert_eq!(x.t().unwrap().to_vec2::<f32>().unwrap(), vec![Vec::<f32>::new()]);
+    assert_eq!(x.flatten_all().unwrap().to_vec1::<f32>().unwrap(), Vec::<f32>::new());
+    assert_eq!(x.unsqueeze(0).unwrap().to_vec3::<f32>().unwrap(), vec![Vec::<Vec<f32>>::new()]);
+    let ints = LazyTensor::from(Tensor::zeros((0, 4), DType::U32, &CPU).unwrap().narrow(1, 3, 1).unwrap());
+    assert_eq!((&ints + &ints).unwrap().eval().unwrap().dims(), [0, 1]);
+    assert_eq!(x.exp().unwrap().sum_keepdim(0).unwrap().eval_checked().unwrap().dims(), [1, 1]);
+    assert!(x.first_nonfinite().unwrap().is_none());
+}

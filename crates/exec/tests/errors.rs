@@ -309,9 +309,9 @@ fn what_fails_while_running_names_line_op_operands_and_module() {
         }
     }
     // memory that no system grants
+    // beyond the budget of pending bytes it is evaluated at once, and so refused where it is recorded
     let line = line!() + 1;
-    let large = LazyTensor::full(1.0, 1usize << 50, DType::F64, &CPU).unwrap();
-    let text = large.exp().unwrap().sum_all().unwrap().eval().unwrap_err().to_string();
+    let text = LazyTensor::full(1.0, 1usize << 50, DType::F64, &CPU).map(|_| ()).unwrap_err().to_string();
     assert!(text.contains(&format!("tests/errors.rs:{line}")) && text.contains("bytes of memory"), "{text}");
     // integers that Candle divides by zero: a panic there, an error here
     let ints = LazyTensor::new(&[1u32, 2], &CPU).unwrap();

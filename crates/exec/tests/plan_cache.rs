@@ -33,9 +33,11 @@ fn ten_thousand_graphs_stay_within_the_bound() {
     set_cache_capacity(CAPACITY);
     let before = cache_stats();
     for number in 1..=GRAPHS {
-        let (_, report) =
-            candle_lazy_exec::eval_all_with(&[&graph(number)], &EvalOptions { validate: false, ..EvalOptions::default() })
-                .unwrap();
+        let (_, report) = candle_lazy_exec::eval_all_with(
+            &[&graph(number)],
+            &EvalOptions { validate: false, ..EvalOptions::default() },
+        )
+        .unwrap();
         assert!(!report.cache_hit, "graph {number} is like no other");
         let now = cache_stats();
         assert!(now.plans <= CAPACITY && now.alive <= CAPACITY as u64, "{now:?} after {number}");

@@ -124,7 +124,9 @@ impl Ctx<'_> {
                 let hint = match (a.len().abs_diff(b.len()), a.first() == b.first() && !a.is_empty()) {
                     (0, _) | (_, false) => "",
                     // (b, n) with (b): the common mistake of a forgotten keepdim
-                    (_, true) => "; shapes are aligned at the end: .unsqueeze(…) or a …_keepdim reduction may be missing",
+                    (_, true) => {
+                        "; shapes are aligned at the end: .unsqueeze(…) or a …_keepdim reduction may be missing"
+                    }
                 };
                 self.shape(format!("{a:?} and {b:?} do not broadcast{hint}"))
             }

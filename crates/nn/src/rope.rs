@@ -46,7 +46,8 @@ impl RopeTable {
     /// The table of `positions` rows for heads of `head_dim`, base `theta`.
     ///
     /// # Errors
-    /// Where `head_dim` is odd or zero, or a factor list has another length than `head_dim / 2`.
+    /// Where `head_dim` is odd or zero, a factor list has another length than `head_dim / 2`, or there is no memory for it.
+    #[track_caller]
     pub fn new(
         head_dim: usize,
         theta: f32,

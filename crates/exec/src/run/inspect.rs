@@ -52,8 +52,7 @@ pub(super) fn every_value(recorded: &Recorded, options: &EvalOptions) -> Result<
             leaf.exclusive = false;
         }
         let plan = lower::make_plan(&graph, &bindings, options)?;
-        let Executed::Values(results, lent) =
-            execute(&plan, &mut bindings, &nodes, true, &mut EvalReport::default())?
+        let Executed::Values(results, lent) = execute(&plan, &mut bindings, &nodes, true, &mut EvalReport::default())?
         else {
             continue;
         };
@@ -87,7 +86,7 @@ pub(super) fn ready_tensor(node: &Arc<Node>) -> Result<Tensor> {
 
 /// The elements in row-major order.
 pub(super) fn numbers(tensor: &Tensor) -> Result<Vec<f64>> {
-    let tensor = tensor.detach().to_device(&Device::Cpu)?.contiguous()?.flatten_all()?;
+    let tensor = slots::rebased(tensor.detach()).to_device(&Device::Cpu)?.contiguous()?.flatten_all()?;
     Ok(tensor.to_dtype(DType::F64)?.to_vec1()?)
 }
 

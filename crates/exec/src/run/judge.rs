@@ -1,6 +1,7 @@
 //! Judging one node: Candle's own op, and the same op in f64, on the very inputs that the plan gave it.
 
 use super::inspect::{index_of, numbers};
+use super::slots::rebased;
 use super::{candle, failure};
 use crate::error::{Difference, Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -75,7 +76,7 @@ pub(super) fn judge(node: &Node, expr: &Expr, inputs: &[Tensor], planned: &Tenso
 
 /// The bits of every element; every NaN has the same, −0 and +0 have different ones.
 fn bits(tensor: &Tensor) -> Result<Vec<u64>> {
-    let flat = tensor.detach().to_device(&Device::Cpu)?.contiguous()?.flatten_all()?;
+    let flat = rebased(tensor.detach()).to_device(&Device::Cpu)?.contiguous()?.flatten_all()?;
     Ok(match flat.dtype() {
         DType::I64 => flat.to_vec1::<i64>()?.into_iter().map(|x| x as u64).collect(),
         // every other dtype fits into f64
@@ -186,7 +187,7 @@ impl<'a> Parts<'a> {
         let mut parts = Self { values: Vec::new(), magnitudes: Vec::new(), device, wide, failure: None };
         for input in inputs {
             // Candle panics on some strided views, and what is asked is the op's numbers
-            let input = input.detach().force_contiguous()?;
+            let input = rebased(input.detach()).force_contiguous()?;
             let input = if wide && input.dtype().is_float() { input.to_dtype(DType::F64)? } else { input };
             // what comes in is taken as exact
             parts.magnitudes.push(zeros(input.dims(), device)?);

@@ -64,12 +64,10 @@ impl LazyTensor {
             return Self::refuse("stack", ErrorKind::Shape("no tensors".into()));
         };
         let site = BuildSite::here();
-        let dim = dim
-            .to_index_plus_one(first.as_ref().shape(), "stack")
-            .map_err(|e| {
-                let meta = first.as_ref().node().meta();
-                candle_lazy_graph::Error::new("stack", ErrorKind::Range(e.to_string())).on(&[meta]).at(&site)
-            })?;
+        let dim = dim.to_index_plus_one(first.as_ref().shape(), "stack").map_err(|e| {
+            let meta = first.as_ref().node().meta();
+            candle_lazy_graph::Error::new("stack", ErrorKind::Range(e.to_string())).on(&[meta]).at(&site)
+        })?;
         for tensor in tensors {
             if tensor.as_ref().dims() != first.as_ref().dims() {
                 let (a, b) = (first.as_ref(), tensor.as_ref());

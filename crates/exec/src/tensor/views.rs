@@ -15,9 +15,8 @@ impl LazyTensor {
     #[track_caller]
     pub fn reshape<S: ShapeWithOneHole>(&self, shape: S) -> Result<Self> {
         let site = BuildSite::here();
-        let shape = shape_for(shape, self.elem_count()).map_err(|kind| {
-            candle_lazy_graph::Error::new("reshape", kind).on(&[self.node().meta()]).at(&site)
-        })?;
+        let shape = shape_for(shape, self.elem_count())
+            .map_err(|kind| candle_lazy_graph::Error::new("reshape", kind).on(&[self.node().meta()]).at(&site))?;
         self.reshape_dims(shape.dims())
     }
 

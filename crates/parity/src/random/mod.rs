@@ -11,7 +11,7 @@ mod generate;
 mod minimise;
 
 pub use check::check;
-pub use generate::generate;
+pub use generate::{generate, generate_from, SHAPES};
 pub use minimise::minimise;
 
 use crate::case::InputSpec;
