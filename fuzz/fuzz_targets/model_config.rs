@@ -28,7 +28,10 @@ fn nothing() -> VarBuilder<'static> {
 fn decoder(text: &str) {
     let Ok(config) = CausalLmConfig::from_json(text) else { return };
     assert!(CausalLm::load(nothing(), &config).is_err(), "a model of no weights");
-    let _ = Cache::new(&config, config.max_position_embeddings.min(8), DType::F32, &Device::Cpu);
+    // the rotary table of a wide head is legal and takes its time
+    if config.head_dim <= 1 << 14 {
+        let _ = Cache::new(&config, config.max_position_embeddings.min(8), DType::F32, &Device::Cpu);
+    }
     let width = config.num_attention_heads.saturating_mul(config.head_dim);
     let runs = small(&[config.vocab_size, config.hidden_size])
         && small(&[config.intermediate_size, config.hidden_size])

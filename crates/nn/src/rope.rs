@@ -165,6 +165,15 @@ mod tests {
     }
 
     #[test]
+    fn a_table_that_no_memory_holds_is_refused() {
+        let table = |head_dim, positions| {
+            RopeTable::new(head_dim, 1e4, &RopeScaling::None, positions, DType::F32, &Device::Cpu).map(|_| ())
+        };
+        assert!(matches!(table(1 << 62, 1), Err(Error::Config { .. })));
+        assert!(matches!(table(8, usize::MAX), Err(Error::Config { .. })));
+    }
+
+    #[test]
     fn odd_head_dim_and_wrong_factor_count_are_refused() {
         assert!(matches!(inverse_frequencies(7, 1e4, &RopeScaling::None), Err(Error::Config { .. })));
         assert!(matches!(inverse_frequencies(0, 1e4, &RopeScaling::None), Err(Error::Config { .. })));

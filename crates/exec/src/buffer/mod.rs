@@ -81,7 +81,7 @@ const ASK_FROM: usize = 1 << 28;
 
 /// Refuses what the system would refuse.
 pub(crate) fn granted(dtype: DType, len: usize) -> Result<()> {
-    let bytes = len.checked_mul(dtype.size_in_bytes()).unwrap_or(usize::MAX);
+    let bytes = len.saturating_mul(dtype.size_in_bytes());
     if bytes < ASK_FROM {
         return Ok(());
     }

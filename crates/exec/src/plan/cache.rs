@@ -41,12 +41,12 @@ static LIVE: AtomicU64 = AtomicU64::new(0);
 
 /// Counts the plan that holds it.
 #[derive(Debug)]
-pub(crate) struct Alive;
+pub(crate) struct Alive(());
 
 impl Default for Alive {
     fn default() -> Self {
         LIVE.fetch_add(1, Ordering::Relaxed);
-        Self
+        Self(())
     }
 }
 

@@ -214,7 +214,7 @@ impl<'a> Parts<'a> {
         let (x, m) = (of(&self.values), of(&self.magnitudes));
         let value = candle::apply(op, scalars, &x, dims, self.device)?.detach();
         let magnitude = match self.wide && value.dtype() == DType::F64 {
-            true => magnitude(op, scalars, &x, &m, &value, dims, self.device)?,
+            true => finite(&magnitude(op, scalars, &x, &m, &value, dims, self.device)?)?,
             false => zeros(dims, self.device)?,
         };
         self.values.push(value);
@@ -225,6 +225,12 @@ impl<'a> Parts<'a> {
 
 fn zeros(dims: &[usize], device: &Device) -> Result<Tensor> {
     Ok(Tensor::zeros(dims, DType::F64, device)?)
+}
+
+/// The magnitudes with 0 for what is no number: the −∞ of a mask is exact and must not spread over its row.
+fn finite(magnitude: &Tensor) -> Result<Tensor> {
+    let kept = numbers(magnitude)?.into_iter().map(|m| if m.is_finite() { m } else { 0.0 }).collect::<Vec<_>>();
+    Ok(Tensor::from_vec(kept, magnitude.dims(), &Device::Cpu)?.to_device(magnitude.device())?)
 }
 
 /// The op in f64: whatever it makes as a float, it makes as f64.

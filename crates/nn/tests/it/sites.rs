@@ -209,11 +209,8 @@ fn the_encoder_names_the_line_and_the_module() -> TestResult {
     let model = BertModel::load(builder(&random_vars(&bert_shapes(&config), 5)?), &config)?;
     let ids = |dims: (usize, usize)| LazyTensor::zeros(dims, DType::U32, &Device::Cpu);
     let floats = zeros(&[1, 2]);
-    names(
-        line!(),
-        model.forward(&floats, &floats, None),
-        &["embedding", "f32 [1, 2]", "(in embeddings.word_embeddings)"],
-    );
+    let parts = ["embedding", "f32 [1, 2]", "(in embeddings.word_embeddings)"];
+    names(line!(), model.forward(&floats, &floats, None), &parts);
     names(line!(), model.forward(&zeros(&[3]), &zeros(&[3]), None), &["bert", "[3]"]);
     names(line!(), model.forward(&ids((1, 0))?, &ids((1, 0))?, None), &["empty"]);
     names(line!(), model.forward(&ids((1, 9))?, &ids((1, 9))?, None), &["9 tokens"]);
