@@ -1,5 +1,8 @@
 //! What must hold whatever a program does with handles, leaves, threads and failures.
 
+// A test's own set-up that fails is a failed test.
+#![allow(clippy::unwrap_used)]
+
 use candle_core::{DType, Device, Tensor, Var};
 use candle_lazy_exec::{eval_all, materialize, LazyTensor};
 

@@ -2,6 +2,9 @@
 //!
 //! A binary of its own: the plan cache belongs to the process.
 
+// A test's own set-up that fails is a failed test.
+#![allow(clippy::unwrap_used)]
+
 use candle_core::{DType, Tensor};
 use candle_lazy_exec::plan::clear_cache;
 use candle_lazy_exec::run::eval_all_with;
