@@ -241,7 +241,7 @@ mod tests {
         assert!(Error::from(candle_lazy_nn::Error::from(exec)).is_shape());
         let unsupported = candle_lazy_ops::Error::Unsupported { op: "softmax", detail: "u8".into() };
         assert!(Error::from(unsupported).is_unsupported());
-        let config = candle_lazy_nn::Error::EmptyPrompt;
+        let config = candle_lazy_nn::Error::Config { what: "a".into(), message: "b".into() };
         let config = Error::from(config);
         assert!(!config.is_shape() && !config.is_dtype() && !config.is_device() && !config.is_unsupported());
     }

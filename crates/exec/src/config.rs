@@ -57,9 +57,14 @@ static PENDING_NODES: AtomicU64 = AtomicU64::new(50_000);
 static PENDING_BYTES: AtomicU64 = AtomicU64::new(1 << 30);
 static BUDGET_EVALUATIONS: AtomicU64 = AtomicU64::new(0);
 
+/// Many pending nodes with less than this many bytes each are bookkeeping, such as a metric that a loop adds up.
+const SMALL_NODES: u64 = 2_048;
+const SMALL_BYTES: u64 = 256;
+
 /// Past `nodes` pending nodes or `bytes` pending result bytes above a newly recorded tensor, that tensor is evaluated at
 /// once, so that a loop that never evaluates does not grow without limit. The default is 50,000 nodes or 1 GiB;
-/// `u64::MAX` turns a limit off.
+/// `u64::MAX` turns a limit off. Where the pending results have less than 256 bytes each, a node costs more memory than its
+/// result and 2,048 nodes are the limit, unless `nodes` is lower or off.
 pub fn set_pending_budget(nodes: u64, bytes: u64) {
     PENDING_NODES.store(nodes, Ordering::Relaxed);
     PENDING_BYTES.store(bytes, Ordering::Relaxed);
@@ -69,6 +74,13 @@ pub fn set_pending_budget(nodes: u64, bytes: u64) {
 #[must_use]
 pub fn pending_budget() -> (u64, u64) {
     (PENDING_NODES.load(Ordering::Relaxed), PENDING_BYTES.load(Ordering::Relaxed))
+}
+
+/// Whether so much is pending that it is evaluated now.
+pub(crate) fn over_budget(nodes: u64, bytes: u64) -> bool {
+    let (max_nodes, max_bytes) = pending_budget();
+    let small = max_nodes != u64::MAX && nodes > SMALL_NODES && bytes / nodes.max(1) < SMALL_BYTES;
+    nodes > max_nodes || bytes > max_bytes || small
 }
 
 /// How often this process evaluated because of the pending budget.

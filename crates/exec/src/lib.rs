@@ -23,7 +23,9 @@ pub mod tensor;
 
 pub use candle_lazy_graph::{module_scope, BuildSite, ModuleScope};
 pub use config::EvalOptions;
-pub use error::{Error, Result};
+pub use error::{Difference, Error, Member, Result};
 pub use report::EvalReport;
-pub use run::{eval_all, eval_all_with, eval_all_with_report, materialize};
+pub use run::{
+    eval_all, eval_all_checked, eval_all_with, eval_all_with_report, first_nonfinite, materialize, NonFinite,
+};
 pub use tensor::{AttentionOptions, LazyTensor};

@@ -1,19 +1,40 @@
 //! What can go wrong while recording.
 
+use crate::infer::Meta;
 use crate::site::BuildSite;
 use std::fmt;
 
-/// A recording error: the op, what is wrong with which shapes or dtypes, and the user's line.
+/// A recording error: the op, its operands, what is wrong with their shapes or dtypes, and the user's line.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("{op}: {kind}{site}", site = Located(site))]
+#[error("{op}{operands}: {kind}{site}", operands = Operands(operands), site = Located(site))]
 #[non_exhaustive]
 pub struct Error {
     /// The name of the op that refused.
     pub op: &'static str,
+    /// The dtypes and shapes that it refused, where it had operands: `f32 [2, 3], f32 [4]`.
+    pub operands: Option<Box<str>>,
     /// What is wrong.
     pub kind: ErrorKind,
     /// Where the op was written; absent only for a graph that no user line built (a rewritten one).
     pub site: Option<Box<BuildSite>>,
+}
+
+struct Operands<'a>(&'a Option<Box<str>>);
+
+impl fmt::Display for Operands<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(operands) => write!(f, "({operands})"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Dtypes and shapes as errors name them: `f32 [2, 3], u32 [4]`.
+#[must_use]
+pub fn describe(operands: &[Meta<'_>]) -> String {
+    let one = |m: &Meta<'_>| format!("{} {:?}", m.dtype.as_str(), m.dims);
+    operands.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
 struct Located<'a>(&'a Option<Box<BuildSite>>);
@@ -61,7 +82,16 @@ impl Error {
     /// An error of `op` without a line yet.
     #[must_use]
     pub fn new(op: &'static str, kind: ErrorKind) -> Self {
-        Self { op, kind, site: None }
+        Self { op, operands: None, kind, site: None }
+    }
+
+    /// The same error, naming the dtypes and shapes of the operands.
+    #[must_use]
+    pub fn on(mut self, operands: &[Meta<'_>]) -> Self {
+        if self.operands.is_none() && !operands.is_empty() {
+            self.operands = Some(describe(operands).into());
+        }
+        self
     }
 
     /// The same error, naming the line that wrote the op.
@@ -84,6 +114,13 @@ mod tests {
         let text = error.to_string();
         assert!(text.starts_with("matmul: shape mismatch, [2, 3] x [4, 5], at "), "{text}");
         assert!(text.contains("error.rs:"), "{text}");
+    }
+
+    #[test]
+    fn operands_stand_behind_the_op() {
+        let operands = [Meta { dims: &[2, 3], dtype: candle_core::DType::F32 }];
+        let error = Error::new("sum", ErrorKind::Range("dim 5".into())).on(&operands);
+        assert_eq!(error.to_string(), "sum(f32 [2, 3]): out of range, dim 5");
     }
 
     #[test]

@@ -120,7 +120,16 @@ impl Ctx<'_> {
     fn broadcast(&self, a: &[usize], b: &[usize]) -> Result<Dims> {
         match broadcast_shapes(a, b) {
             Some(dims) => Ok(dims),
-            None => self.shape(format!("{a:?} and {b:?} do not broadcast")),
+            None => {
+                let hint = match (a.len().abs_diff(b.len()), a.first() == b.first() && !a.is_empty()) {
+                    (0, _) | (_, false) => "",
+                    // (b, n) with (b): the common mistake of a forgotten keepdim
+                    (_, true) => {
+                        "; shapes are aligned at the end: .unsqueeze(…) or a …_keepdim reduction may be missing"
+                    }
+                };
+                self.shape(format!("{a:?} and {b:?} do not broadcast{hint}"))
+            }
         }
     }
 
@@ -136,8 +145,21 @@ impl Ctx<'_> {
             return Ok(());
         }
         self.dtype(format!(
-            "indices must be u8, u32 or i64, got {}; cast them: .to_dtype(DType::U32)",
-            self.ty(i).as_str()
+            "indices must be u8, u32 or i64, got {} {:?}; cast them: .to_dtype(DType::U32)",
+            self.ty(i).as_str(),
+            self.dims(i)
+        ))
+    }
+
+    /// Input 0 chooses.
+    fn condition(&self) -> Result<()> {
+        if matches!(self.ty(0), DType::U8 | DType::U32 | DType::I64) {
+            return Ok(());
+        }
+        self.dtype(format!(
+            "the condition {:?} must be u8, u32 or i64, got {}; compare first, for example .ne(0.0)",
+            self.dims(0),
+            self.ty(0).as_str()
         ))
     }
 
@@ -176,6 +198,10 @@ fn out(dims: impl Into<Dims>, dtype: DType) -> OutMeta {
 /// # Errors
 /// An [`Error`] naming the op, the shapes and the dtypes when the inputs do not fit.
 pub fn infer(op: &Op, inputs: &[Meta<'_>]) -> Result<OutMeta> {
+    infer_checked(op, inputs).map_err(|e| e.on(inputs))
+}
+
+fn infer_checked(op: &Op, inputs: &[Meta<'_>]) -> Result<OutMeta> {
     let ctx = Ctx { op: op.name(), inputs };
     match op.arity() {
         Some(n) if n != inputs.len() => return ctx.shape(format!("takes {n} inputs, got {}", inputs.len())),
@@ -184,6 +210,10 @@ pub fn infer(op: &Op, inputs: &[Meta<'_>]) -> Result<OutMeta> {
     }
     for input in inputs {
         ctx.known(input.dtype)?;
+        // a leaf may be any Candle tensor
+        if input.dims.len() > MAX_RANK {
+            return ctx.shape(format!("{:?} has more than {MAX_RANK} dims", input.dims));
+        }
     }
     let result = infer_op(op, &ctx)?;
     if result.dims.len() > MAX_RANK {
@@ -238,7 +268,7 @@ fn infer_op(op: &Op, ctx: &Ctx<'_>) -> Result<OutMeta> {
             out(ctx.dims(0), DType::U8)
         }
         Op::Where => {
-            ctx.ids(0)?;
+            ctx.condition()?;
             let values = ctx.broadcast(ctx.dims(1), ctx.dims(2))?;
             let dims = ctx.broadcast(ctx.dims(0), &values)?;
             out(dims, ctx.same_dtype(1..3)?)
@@ -381,7 +411,12 @@ fn matmul(ctx: &Ctx<'_>) -> Result<OutMeta> {
         return ctx.shape(format!("{a:?} x {b:?}: both sides need at least two dims"));
     };
     if k != k2 {
-        return ctx.shape(format!("{a:?} x {b:?}: the inner dims {k} and {k2} differ"));
+        let hint = match (k == n, m == k2) {
+            (true, _) => "; the right side transposed would fit: .t()",
+            (false, true) => "; the left side transposed would fit: .t()",
+            (false, false) => "",
+        };
+        return ctx.shape(format!("{a:?} x {b:?}: the inner dims {k} and {k2} differ{hint}"));
     }
     let Some(mut dims) = broadcast_shapes(a_batch, b_batch) else {
         return ctx.shape(format!("{a:?} x {b:?}: the batch dims do not broadcast"));
@@ -432,7 +467,9 @@ fn linear(ctx: &Ctx<'_>, bias: bool) -> Result<OutMeta> {
         return ctx.shape(format!("input {:?} and weight {:?}: needs (…, in) and (out, in)", ctx.dims(0), ctx.dims(1)));
     };
     if k != k2 {
-        return ctx.shape(format!("input {:?} has {k} features, the weight {:?} takes {k2}", ctx.dims(0), ctx.dims(1)));
+        let hint = if k == n { "; the weight is (out, in): transposed it would fit: .t()" } else { "" };
+        let (x, w) = (ctx.dims(0), ctx.dims(1));
+        return ctx.shape(format!("input {x:?} has {k} features, the weight {w:?} takes {k2}{hint}"));
     }
     if bias && ctx.dims(2) != [*n] {
         return ctx.shape(format!("the bias has shape {:?}, the weight {:?} needs [{n}]", ctx.dims(2), ctx.dims(1)));

@@ -27,9 +27,9 @@ pub mod validate;
 
 pub use capture::{capture, Bindings, CaptureOptions, Captured, GNode, Graph, LeafKey, LeafKind, Sym};
 pub use decompose::{decompose, Recorder};
-pub use error::{Error, ErrorKind, Result};
+pub use error::{describe, Error, ErrorKind, Result};
 pub use hash::{FastHasher, FastMap};
 pub use infer::{infer, Meta, OutMeta};
-pub use node::{EngineValue, Expr, Node, NodeId, Value};
+pub use node::{live_nodes, EngineValue, Expr, Node, NodeId, Value};
 pub use op::{BinaryOp, CmpOp, Dims, Exactness, Op, OpClass, ReduceOp, Scalars, UnaryOp};
 pub use site::{module_scope, BuildSite, ModuleScope};

@@ -32,6 +32,31 @@ impl NodeId {
     }
 }
 
+static LIVE: AtomicU64 = AtomicU64::new(0);
+
+/// How many nodes of this process are alive, leaves included: what a leak shows up in.
+#[must_use]
+pub fn live_nodes() -> u64 {
+    LIVE.load(Ordering::Relaxed)
+}
+
+/// Counts the node that holds it.
+#[derive(Debug)]
+struct Alive;
+
+impl Alive {
+    fn new() -> Self {
+        LIVE.fetch_add(1, Ordering::Relaxed);
+        Self
+    }
+}
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        LIVE.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// A value that the executor holds in its own memory; opaque here.
 pub trait EngineValue: Any + Send + Sync + std::fmt::Debug {
     /// Whether the elements lie in row-major order without gaps.
@@ -83,6 +108,7 @@ pub struct Node {
     pending_nodes: AtomicU64,
     pending_bytes: AtomicU64,
     state: Mutex<State>,
+    _alive: Alive,
 }
 
 impl Node {
@@ -99,6 +125,7 @@ impl Node {
             pending_nodes: AtomicU64::new(0),
             pending_bytes: AtomicU64::new(0),
             state: Mutex::new(State::Ready(Value::Tensor(tensor))),
+            _alive: Alive::new(),
         })
     }
 
@@ -133,7 +160,8 @@ impl Node {
                     device.location(),
                     input.device.location()
                 );
-                return Err(Error::new(op.name(), ErrorKind::Device(detail)).at(&site));
+                let metas: SmallVec<[Meta<'_>; 4]> = inputs.iter().map(|n| n.meta()).collect();
+                return Err(Error::new(op.name(), ErrorKind::Device(detail)).on(&metas).at(&site));
             }
         }
         let tracked = !matches!(op, Op::Detach | Op::Compare(_) | Op::CompareScalar(_))
@@ -155,6 +183,7 @@ impl Node {
             pending_nodes,
             pending_bytes,
             state: Mutex::new(State::Pending(Expr { op, scalars, inputs })),
+            _alive: Alive::new(),
         }))
     }
 

@@ -50,6 +50,7 @@ impl CausalSelfAttention {
     ///
     /// # Errors
     /// Where the widths do not divide into the heads, or `heads` is no multiple of `kv_heads`.
+    #[track_caller]
     pub fn new(q: Linear, k: Linear, v: Linear, o: Linear, heads: usize, kv_heads: usize) -> Result<Self> {
         let width = q.out_features();
         let grouped = heads > 0 && kv_heads > 0 && heads.is_multiple_of(kv_heads) && width.is_multiple_of(heads);
@@ -86,6 +87,7 @@ impl CausalSelfAttention {
     }
 
     /// From `q_proj`, `k_proj`, `v_proj` and `o_proj` of the builder. The caller has checked that the sizes multiply.
+    #[track_caller]
     pub(crate) fn load(sizes: AttentionSizes, vb: VarBuilder<'_>) -> Result<Self> {
         let AttentionSizes { hidden, heads, kv_heads, head_dim, qkv_bias, out_bias, window } = sizes;
         let width = heads.saturating_mul(head_dim);

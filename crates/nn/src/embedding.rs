@@ -19,10 +19,12 @@ impl Embedding {
     ///
     /// # Errors
     /// Where the table is no matrix.
+    #[track_caller]
     pub fn new(table: impl Into<LazyTensor>) -> Result<Self> {
         Self::with_path(table.into(), "")
     }
 
+    #[track_caller]
     pub(crate) fn with_path(table: LazyTensor, path: &str) -> Result<Self> {
         if table.rank() != 2 {
             return Err(Error::module(
@@ -53,7 +55,9 @@ impl Module for Embedding {
 ///
 /// # Errors
 /// Where the tensor is missing or has another shape.
+#[track_caller]
 pub fn embedding(vocab: usize, hidden: usize, vb: VarBuilder<'_>) -> Result<Embedding> {
+    let _scope = scope::enter(&vb.prefix());
     let table = var_init(&vb, (vocab, hidden), "weight", Init::Randn { mean: 0., stdev: 1. })?;
     Embedding::with_path(table.into(), &vb.prefix())
 }

@@ -1,6 +1,7 @@
 //! The one error type of this crate.
 
 use candle_core::{DType, Shape};
+use candle_lazy_exec::BuildSite;
 use std::path::{Path, PathBuf};
 
 /// `std::result::Result` with this crate's [`Error`].
@@ -114,29 +115,38 @@ pub enum Error {
     },
 
     /// A prompt or a text to embed has no tokens.
-    #[error("the prompt is empty: a model needs at least one token to continue from")]
-    EmptyPrompt,
+    #[error("the prompt is empty: a model needs at least one token to continue from, at {site}")]
+    EmptyPrompt {
+        /// The line that gave it.
+        site: Box<BuildSite>,
+    },
 
     /// More tokens than the model has positions for.
-    #[error("the prompt has {len} tokens, the context has room for {context}")]
+    #[error("the prompt has {len} tokens, the context has room for {context}, at {site}")]
     PromptTooLong {
         /// Number of tokens given.
         len: usize,
         /// Number of positions the model (or the cache) has.
         context: usize,
+        /// The line that gave them.
+        site: Box<BuildSite>,
     },
 
     /// A token id outside of the vocabulary.
-    #[error("token id {id} is outside of the vocabulary of {vocab}")]
+    #[error("token id {id} is outside of the vocabulary of {vocab}, at {site}")]
     TokenOutOfRange {
         /// The id.
         id: u32,
         /// Size of the vocabulary.
         vocab: usize,
+        /// The line that gave it.
+        site: Box<BuildSite>,
     },
 
     /// A key/value cache has no room for what is appended.
-    #[error("the KV cache is full: {added} positions at position {position} exceed its capacity of {capacity}")]
+    #[error(
+        "the KV cache is full: {added} positions at position {position} exceed its capacity of {capacity}, at {site}"
+    )]
     CacheFull {
         /// Positions already in the cache.
         position: usize,
@@ -144,22 +154,28 @@ pub enum Error {
         added: usize,
         /// Positions that the cache was made for.
         capacity: usize,
+        /// The line that appended, with the module's path where it has one.
+        site: Box<BuildSite>,
     },
 
     /// A key/value cache and what is appended do not fit, or the cache belongs to another model.
-    #[error("KV cache: {message}")]
+    #[error("KV cache: {message}, at {site}")]
     Cache {
         /// What does not fit.
         message: String,
+        /// The line that used it, with the module's path where it has one.
+        site: Box<BuildSite>,
     },
 
     /// A module was given a tensor or an adapter of the wrong shape or dtype.
-    #[error("{module}: {message}")]
+    #[error("{module}: {message}, at {site}")]
     Module {
         /// The module, with its path where it has one.
         module: String,
         /// What does not fit.
         message: String,
+        /// The line that gave it.
+        site: Box<BuildSite>,
     },
 
     /// No logit of a row is a number, so no token can be chosen.
@@ -241,10 +257,41 @@ impl Error {
         Self::Config { what: what.to_string(), message: message.to_string() }
     }
 
+    /// A prompt or a text without tokens.
+    #[track_caller]
+    pub(crate) fn empty_prompt() -> Self {
+        Self::EmptyPrompt { site: Box::new(BuildSite::here()) }
+    }
+
+    /// More tokens than positions.
+    #[track_caller]
+    pub(crate) fn prompt_too_long(len: usize, context: usize) -> Self {
+        Self::PromptTooLong { len, context, site: Box::new(BuildSite::here()) }
+    }
+
+    /// A token that the vocabulary does not have.
+    #[track_caller]
+    pub(crate) fn token_out_of_range(id: u32, vocab: usize) -> Self {
+        Self::TokenOutOfRange { id, vocab, site: Box::new(BuildSite::here()) }
+    }
+
+    /// A key/value cache without room.
+    #[track_caller]
+    pub(crate) fn cache_full(position: usize, added: usize, capacity: usize) -> Self {
+        Self::CacheFull { position, added, capacity, site: Box::new(BuildSite::here()) }
+    }
+
+    /// A key/value cache that does not fit.
+    #[track_caller]
+    pub(crate) fn cache(message: impl std::fmt::Display) -> Self {
+        Self::Cache { message: message.to_string(), site: Box::new(BuildSite::here()) }
+    }
+
     /// A module that was given what does not fit.
+    #[track_caller]
     pub(crate) fn module(kind: &str, path: &str, message: impl std::fmt::Display) -> Self {
         let module = if path.is_empty() { kind.to_string() } else { format!("{kind} `{path}`") };
-        Self::Module { module, message: message.to_string() }
+        Self::Module { module, message: message.to_string(), site: Box::new(BuildSite::here()) }
     }
 
     /// Turns what a `VarBuilder` said about one tensor into an error that names tensor, file and shapes.
@@ -272,6 +319,7 @@ impl Error {
     }
 
     /// Refuses a dtype that a module cannot compute in.
+    #[track_caller]
     pub(crate) fn float_expected(kind: &str, path: &str, what: &str, found: DType) -> Self {
         Self::module(kind, path, format_args!("{what} must be a float tensor, found {found:?}"))
     }

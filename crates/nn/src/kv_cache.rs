@@ -66,39 +66,33 @@ impl KvCache {
         let (b, h, s, d) = k.dims4()?;
         let (bv, hv, sv, dv) = v.dims4()?;
         if (b, h, s) != (bv, hv, sv) || k.dtype() != v.dtype() {
-            return Err(Error::Cache {
-                message: format!(
-                    "keys {:?} ({:?}) and values {:?} ({:?}) differ in batch, heads, length or dtype",
-                    k.shape(),
-                    k.dtype(),
-                    v.shape(),
-                    v.dtype()
-                ),
-            });
+            return Err(Error::cache(format_args!(
+                "keys {:?} ({:?}) and values {:?} ({:?}) differ in batch, heads, length or dtype",
+                k.shape(),
+                k.dtype(),
+                v.shape(),
+                v.dtype()
+            )));
         }
         let new_len = match self.len.checked_add(s) {
             Some(new_len) if new_len <= self.capacity => new_len,
-            _ => return Err(Error::CacheFull { position: self.len, added: s, capacity: self.capacity }),
+            _ => return Err(Error::cache_full(self.len, s, self.capacity)),
         };
         if self.lost {
-            return Err(Error::Cache {
-                message: "an earlier append failed while it wrote; reset the cache and start over".to_string(),
-            });
+            return Err(Error::cache("an earlier append failed while it wrote; reset the cache and start over"));
         }
         if let Some((held_k, held_v)) = &self.buffers {
             let fits = held_k.dims() == [b, h, self.capacity, d]
                 && held_v.dims() == [b, h, self.capacity, dv]
                 && held_k.dtype() == k.dtype();
             if !fits {
-                return Err(Error::Cache {
-                    message: format!(
-                        "holds keys {:?} ({:?}), cannot take {:?} ({:?}); make a new cache for another batch size or model",
-                        held_k.shape(),
-                        held_k.dtype(),
-                        k.shape(),
-                        k.dtype()
-                    ),
-                });
+                return Err(Error::cache(format_args!(
+                    "holds keys {:?} ({:?}), cannot take {:?} ({:?}); make a new cache for another batch size or model",
+                    held_k.shape(),
+                    held_k.dtype(),
+                    k.shape(),
+                    k.dtype()
+                )));
             }
         }
         // The handles are moved out: while this cache held on to them, the engine could not write in place.

@@ -20,10 +20,12 @@ impl Linear {
     ///
     /// # Errors
     /// Where the weight is no matrix or the bias does not have `out` elements.
+    #[track_caller]
     pub fn new(weight: impl Into<LazyTensor>, bias: Option<LazyTensor>) -> Result<Self> {
         Self::with_path(weight.into(), bias, "")
     }
 
+    #[track_caller]
     pub(crate) fn with_path(weight: LazyTensor, bias: Option<LazyTensor>, path: &str) -> Result<Self> {
         let &[out, _] = weight.dims() else {
             return Err(Error::module(
@@ -82,7 +84,9 @@ impl Module for Linear {
 ///
 /// # Errors
 /// Where a tensor is missing or has another shape.
+#[track_caller]
 pub fn linear(in_dim: usize, out_dim: usize, vb: VarBuilder<'_>) -> Result<Linear> {
+    let _scope = scope::enter(&vb.prefix());
     let weight = var_init(&vb, (out_dim, in_dim), "weight", candle_nn::init::DEFAULT_KAIMING_NORMAL)?;
     let bound = 1. / (in_dim.max(1) as f64).sqrt();
     let bias = var_init(&vb, out_dim, "bias", Init::Uniform { lo: -bound, up: bound })?;
@@ -93,7 +97,9 @@ pub fn linear(in_dim: usize, out_dim: usize, vb: VarBuilder<'_>) -> Result<Linea
 ///
 /// # Errors
 /// Where the tensor is missing or has another shape.
+#[track_caller]
 pub fn linear_no_bias(in_dim: usize, out_dim: usize, vb: VarBuilder<'_>) -> Result<Linear> {
+    let _scope = scope::enter(&vb.prefix());
     let weight = var_init(&vb, (out_dim, in_dim), "weight", candle_nn::init::DEFAULT_KAIMING_NORMAL)?;
     Linear::with_path(weight.into(), None, &vb.prefix())
 }
@@ -102,6 +108,7 @@ pub fn linear_no_bias(in_dim: usize, out_dim: usize, vb: VarBuilder<'_>) -> Resu
 ///
 /// # Errors
 /// As those.
+#[track_caller]
 pub fn linear_b(in_dim: usize, out_dim: usize, bias: bool, vb: VarBuilder<'_>) -> Result<Linear> {
     if bias {
         linear(in_dim, out_dim, vb)

@@ -21,6 +21,7 @@ impl LoraWeights {
     ///
     /// # Errors
     /// Where either is no matrix, the ranks differ, or the dtypes differ.
+    #[track_caller]
     pub fn new(a: impl Into<LazyTensor>, b: impl Into<LazyTensor>, scale: f64) -> Result<Self> {
         let (a, b) = (a.into(), b.into());
         let fits = matches!((a.dims(), b.dims()), (&[_, ra], &[rb, _]) if ra == rb && ra > 0);
@@ -73,6 +74,7 @@ pub struct LoraLinear {
 
 impl LoraLinear {
     /// The base alone; [`LoraLinear::set_adapter`] adds one.
+    #[track_caller]
     pub fn new(base: Linear) -> Self {
         Self { base, adapter: None }
     }
@@ -81,6 +83,7 @@ impl LoraLinear {
     ///
     /// # Errors
     /// Where the factors do not fit the base's widths or dtype; the module keeps what it had.
+    #[track_caller]
     pub fn set_adapter(&mut self, adapter: Option<LoraWeights>) -> Result<()> {
         if let Some(lora) = &adapter {
             let (input, output) = (self.base.in_features(), self.base.out_features());

@@ -21,6 +21,7 @@ pub struct Mlp {
 
 impl Mlp {
     /// From its three maps: `gate` and `up` (ffn, hidden), `down` (hidden, ffn).
+    #[track_caller]
     pub fn new(gate: Linear, up: Linear, down: Linear) -> Self {
         Self { gate: gate.into(), up: up.into(), down: down.into(), path: "".into() }
     }
@@ -29,6 +30,7 @@ impl Mlp {
     ///
     /// # Errors
     /// Where a tensor is missing or has another shape.
+    #[track_caller]
     pub fn load(hidden: usize, ffn: usize, bias: bool, vb: VarBuilder<'_>) -> Result<Self> {
         Ok(Self {
             gate: linear_b(hidden, ffn, bias, vb.pp("gate_proj"))?.into(),
@@ -69,6 +71,7 @@ pub struct FeedForward {
 
 impl FeedForward {
     /// From its two maps: `up` (ffn, hidden), `down` (hidden, ffn).
+    #[track_caller]
     pub fn new(up: Linear, activation: Activation, down: Linear) -> Self {
         Self { up, activation, down }
     }

@@ -8,6 +8,7 @@ use candle_nn::{Init, VarBuilder};
 use std::sync::Arc;
 
 /// Checks that `tensor` is a vector, as scales and shifts are.
+#[track_caller]
 fn vector(kind: &str, what: &str, tensor: &LazyTensor, path: &str) -> Result<()> {
     if tensor.rank() != 1 {
         return Err(Error::module(
@@ -32,10 +33,12 @@ impl RmsNorm {
     ///
     /// # Errors
     /// Where the scale is no vector.
+    #[track_caller]
     pub fn new(weight: impl Into<LazyTensor>, eps: f64) -> Result<Self> {
         Self::with_path(weight.into(), eps, "")
     }
 
+    #[track_caller]
     fn with_path(weight: LazyTensor, eps: f64, path: &str) -> Result<Self> {
         vector("rms_norm", "weight", &weight, path)?;
         Ok(Self { weight, eps, path: path.into() })
@@ -54,7 +57,9 @@ impl Module for RmsNorm {
 ///
 /// # Errors
 /// Where the tensor is missing or has another shape.
+#[track_caller]
 pub fn rms_norm(hidden: usize, eps: f64, vb: VarBuilder<'_>) -> Result<RmsNorm> {
+    let _scope = scope::enter(&vb.prefix());
     let weight = var_init(&vb, hidden, "weight", Init::Const(1.))?;
     RmsNorm::with_path(weight.into(), eps, &vb.prefix())
 }
@@ -73,10 +78,12 @@ impl LayerNorm {
     ///
     /// # Errors
     /// Where either is no vector, or they differ in length.
+    #[track_caller]
     pub fn new(weight: impl Into<LazyTensor>, bias: Option<LazyTensor>, eps: f64) -> Result<Self> {
         Self::with_path(weight.into(), bias, eps, "")
     }
 
+    #[track_caller]
     fn with_path(weight: LazyTensor, bias: Option<LazyTensor>, eps: f64, path: &str) -> Result<Self> {
         vector("layer_norm", "weight", &weight, path)?;
         if let Some(bias) = &bias {
@@ -107,7 +114,9 @@ impl Module for LayerNorm {
 ///
 /// # Errors
 /// Where a tensor is missing or has another shape.
+#[track_caller]
 pub fn layer_norm(hidden: usize, eps: f64, vb: VarBuilder<'_>) -> Result<LayerNorm> {
+    let _scope = scope::enter(&vb.prefix());
     let old_names = !vb.contains_tensor("weight") && vb.contains_tensor("gamma");
     let (weight, bias) = if old_names { ("gamma", "beta") } else { ("weight", "bias") };
     let weight = var_init(&vb, hidden, weight, Init::Const(1.))?;

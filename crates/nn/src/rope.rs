@@ -46,7 +46,8 @@ impl RopeTable {
     /// The table of `positions` rows for heads of `head_dim`, base `theta`.
     ///
     /// # Errors
-    /// Where `head_dim` is odd or zero, or a factor list has another length than `head_dim / 2`.
+    /// Where `head_dim` is odd or zero, a factor list has another length than `head_dim / 2`, or there is no memory for it.
+    #[track_caller]
     pub fn new(
         head_dim: usize,
         theta: f32,
@@ -57,8 +58,8 @@ impl RopeTable {
     ) -> Result<Self> {
         let frequencies = inverse_frequencies(head_dim, theta, scaling)?;
         let half = frequencies.len();
-        let mut cos = Vec::with_capacity(positions.saturating_mul(half));
-        let mut sin = Vec::with_capacity(positions.saturating_mul(half));
+        let mut cos = room(positions.saturating_mul(half))?;
+        let mut sin = room(positions.saturating_mul(half))?;
         for position in 0..positions {
             for frequency in &frequencies {
                 let angle = position as f32 * frequency;
@@ -86,11 +87,21 @@ impl RopeTable {
     }
 }
 
+/// An empty vector with room for `len` numbers, unless there is no such memory: sizes come from a config.
+fn room(len: usize) -> Result<Vec<f32>> {
+    let mut list = Vec::new();
+    match list.try_reserve_exact(len) {
+        Ok(()) => Ok(list),
+        Err(_) => Err(Error::config("rope", format_args!("there is no memory for a table of {len} numbers"))),
+    }
+}
+
 /// `theta^(−2i/head_dim)` for `i` in `0..head_dim/2`, scaled.
 fn inverse_frequencies(head_dim: usize, theta: f32, scaling: &RopeScaling) -> Result<Vec<f32>> {
     if head_dim == 0 || !head_dim.is_multiple_of(2) {
         return Err(Error::config("rope", format_args!("the head dim must be even and positive, found {head_dim}")));
     }
+    room(head_dim / 2)?;
     let base = (0..head_dim).step_by(2).map(|i| 1f32 / theta.powf(i as f32 / head_dim as f32));
     Ok(match scaling {
         RopeScaling::None => base.collect(),
@@ -151,6 +162,15 @@ mod tests {
             assert!(*g <= b * 1.000001 && *g >= b / 8.000001);
         }
         Ok(())
+    }
+
+    #[test]
+    fn a_table_that_no_memory_holds_is_refused() {
+        let table = |head_dim, positions| {
+            RopeTable::new(head_dim, 1e4, &RopeScaling::None, positions, DType::F32, &Device::Cpu).map(|_| ())
+        };
+        assert!(matches!(table(1 << 62, 1), Err(Error::Config { .. })));
+        assert!(matches!(table(8, usize::MAX), Err(Error::Config { .. })));
     }
 
     #[test]

@@ -18,7 +18,19 @@ enum What {
 /// The allowed uses: from, to, what.
 const ALLOWED: &[(&str, &str, What)] = &[
     // recording ends in an evaluation: the handle calls the run loop through these functions only
-    ("tensor", "run", What::Only(&["eval_all", "eval_all_with", "eval_all_with_report", "materialize"])),
+    (
+        "tensor",
+        "run",
+        What::Only(&[
+            "eval_all",
+            "eval_all_with",
+            "eval_all_with_report",
+            "eval_all_checked",
+            "first_nonfinite",
+            "NonFinite",
+            "materialize",
+        ]),
+    ),
     ("tensor", "report", What::All),
     ("tensor", "buffer", What::All),
     ("tensor", "config", What::All),

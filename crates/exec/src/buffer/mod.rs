@@ -76,6 +76,25 @@ impl Data {
     }
 }
 
+/// From this size on the system is asked before memory is taken: a request that it refuses would end the process.
+const ASK_FROM: usize = 1 << 28;
+
+/// Refuses what the system would refuse.
+pub(crate) fn granted(dtype: DType, len: usize) -> Result<()> {
+    let bytes = len.saturating_mul(dtype.size_in_bytes());
+    if bytes < ASK_FROM {
+        return Ok(());
+    }
+    let mut probe: Vec<u8> = Vec::new();
+    let refused = probe.try_reserve_exact(bytes).is_err();
+    // the optimiser may remove an allocation that nobody looks at
+    std::hint::black_box(&probe);
+    if refused {
+        return Err(Error::Memory { bytes });
+    }
+    Ok(())
+}
+
 /// A piece of pooled memory. It returns to the pool when the last reference drops.
 #[derive(Debug)]
 pub struct Buffer {
@@ -87,8 +106,9 @@ impl Buffer {
     /// Memory for `len` elements, from the pool or new. The content is whatever was there.
     ///
     /// # Errors
-    /// When the dtype has no buffers.
+    /// When the dtype has no buffers, or the system does not grant the memory.
     pub fn take(dtype: DType, len: usize) -> Result<Self> {
+        granted(dtype, len)?;
         match pool::take(dtype, len) {
             Some(data) => Ok(Self { data: Some(data), len }),
             None => Err(Error::Internal(format!("no buffers of dtype {}", dtype.as_str()))),
@@ -197,6 +217,12 @@ mod tests {
     fn a_wrong_shape_is_an_error() {
         assert!(Buffer::take(DType::F32, 6).unwrap().into_tensor(&[2, 2]).is_err());
         assert!(Buffer::take(DType::I32, 6).is_err());
+    }
+
+    #[test]
+    fn memory_that_does_not_exist_is_an_error() {
+        assert!(matches!(Buffer::take(DType::F64, usize::MAX / 16), Err(Error::Memory { .. })));
+        assert!(matches!(Buffer::take(DType::F64, usize::MAX), Err(Error::Memory { .. })));
     }
 
     #[test]

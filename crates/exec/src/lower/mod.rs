@@ -77,6 +77,7 @@ fn single_step(graph: &Graph, choices: &[Choice], id: u32) -> Result<Step> {
         free_after: SmallVec::new(),
         origin: origin(graph, id),
         ops: smallvec![op.name()],
+        origins: smallvec![origin(graph, id)],
     })
 }
 

@@ -6,6 +6,7 @@ use crate::error::Result;
 use candle_lazy_graph::{FastMap, Graph};
 use candle_lazy_ops::fault;
 use parking_lot::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 /// What a plan depends on: the graph in relative form, and the options that change plans.
@@ -35,6 +36,31 @@ struct Cache {
     hits: u64,
     misses: u64,
     evicted: u64,
+}
+
+static LIVE: AtomicU64 = AtomicU64::new(0);
+
+/// Counts the plan that holds it.
+#[derive(Debug)]
+pub(crate) struct Alive(());
+
+impl Default for Alive {
+    fn default() -> Self {
+        LIVE.fetch_add(1, Ordering::Relaxed);
+        Self(())
+    }
+}
+
+impl Clone for Alive {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        LIVE.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 static CACHE: Mutex<Option<Cache>> = Mutex::new(None);
@@ -137,6 +163,8 @@ pub struct CacheStats {
     pub misses: u64,
     /// Plans dropped for room.
     pub evicted: u64,
+    /// Plans in memory: those kept and those that are running.
+    pub alive: u64,
 }
 
 /// What the plan cache holds and did since the process began.
@@ -148,6 +176,7 @@ pub fn cache_stats() -> CacheStats {
         hits: c.hits,
         misses: c.misses,
         evicted: c.evicted,
+        alive: LIVE.load(Ordering::Relaxed),
     })
 }
 

@@ -153,6 +153,8 @@ pub struct Step {
     pub origin: u32,
     /// The recorded ops that the step computes.
     pub ops: SmallVec<[&'static str; 4]>,
+    /// For each of them, the recorded node that it stems from.
+    pub origins: SmallVec<[u32; 4]>,
 }
 
 /// An immutable plan.
@@ -170,6 +172,7 @@ pub struct Plan {
     pub outputs: Vec<Slot>,
     /// What each pass rewrote when the plan was made.
     pub passes: Vec<(&'static str, usize)>,
+    pub(crate) _alive: cache::Alive,
 }
 
 impl Plan {

@@ -3,7 +3,7 @@
 use super::bind::Lent;
 use super::slots::{kernel_error, slot_tensor, with_views, SlotValue};
 use super::{candle, Engine};
-use crate::buffer::Buffer;
+use crate::buffer::{granted, Buffer};
 use crate::error::{Error, Result};
 use crate::plan::{CandleReason, Output, Step, StepKind};
 use crate::report::EvalReport;
@@ -308,6 +308,7 @@ fn candle_op(ctx: &Ctx<'_>, op: &Op<Sym>, slots: &mut [SlotValue]) -> Result<()>
     let dims = ctx.bindings.dims(&output.dims);
     let recorded = ctx.bindings.recorded.get(ctx.step.origin as usize);
     let device = recorded.map_or(candle_core::Device::Cpu, |n| n.device().clone());
+    granted(output.dtype, dims.iter().product())?;
     let result = candle::apply(&op, &params, &inputs, &dims, &device)?;
     if result.dims() != dims.as_slice() || result.dtype() != output.dtype {
         return Err(Error::Internal(format!(

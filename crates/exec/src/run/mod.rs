@@ -6,8 +6,15 @@
 
 mod bind;
 mod candle;
+mod checked;
+mod failure;
+mod inspect;
+mod judge;
 mod kernel;
 mod slots;
+
+pub use checked::eval_all_checked;
+pub use inspect::{first_nonfinite, NonFinite};
 
 use crate::buffer::BufferValue;
 use crate::config::EvalOptions;
@@ -223,18 +230,25 @@ fn settle_as_tensor(node: &Arc<Node>, value: Engine, dims: &[usize]) -> Result<T
     }
 }
 
-fn run_and_publish(
+/// What a plan computed, before anybody sees it.
+enum Executed {
+    Values(Vec<Value>, Lent),
+    Again,
+}
+
+/// Runs a plan. A failure gives back what was lent; success leaves that to the caller, who publishes first.
+fn execute(
     plan: &Plan,
-    mut bindings: Bindings,
+    bindings: &mut Bindings,
     roots: &[Arc<Node>],
     as_tensors: bool,
     report: &mut EvalReport,
-) -> Result<Ran> {
+) -> Result<Executed> {
     let mut lent = Lent::default();
-    let Some(mut slots) = bind::leaves(plan, &mut bindings, &mut lent)? else {
-        return Ok(Ran::Again);
+    let Some(mut slots) = bind::leaves(plan, bindings, &mut lent)? else {
+        return Ok(Executed::Again);
     };
-    report.peak_bytes = plan::peak_bytes(plan, &bindings, &lent.leaves);
+    report.peak_bytes = plan::peak_bytes(plan, bindings, &lent.leaves);
     let current = Cell::new(0usize);
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         for (i, step) in plan.steps.iter().enumerate() {
@@ -244,40 +258,58 @@ fn run_and_publish(
                     lent.freed(slot, &mut slots);
                 }
             }
-            kernel::run_step(step, &bindings, &mut slots, &mut lent, report)
-                .map_err(|e| located(plan, i, &bindings, e))?;
+            kernel::run_step(step, bindings, &mut slots, &mut lent, report)
+                .map_err(|e| failure::located(plan, i, bindings, e))?;
+            #[cfg(test)]
+            hooks::after(step, &mut slots);
             for &slot in &step.free_after {
                 lent.freed(slot, &mut slots);
             }
         }
-        values(plan, &bindings, &mut slots, roots, as_tensors)
+        values(plan, bindings, &mut slots, roots, as_tensors)
     }));
     let outcome = match outcome {
         Ok(result) => result,
-        Err(panic) => Err(panicked(plan, current.get(), &bindings, panic.as_ref())),
+        Err(panic) => Err(failure::panicked(plan, current.get(), bindings, panic.as_ref())),
     };
     match outcome {
-        Ok(values) => {
-            let mut values = values;
-            if fault::active("run.published_swapped") {
-                values.reverse();
-            }
-            for (nodes, value) in bindings.publish.iter().zip(values) {
-                for node in nodes {
-                    node.publish(value.clone());
-                }
-            }
-            // after publishing: whoever waits finds the new values
-            if lent.finish() {
-                announce_returned();
-            }
-            Ok(Ran::Done)
-        }
+        Ok(values) => Ok(Executed::Values(values, lent)),
         Err(error) => {
             if lent.give_back(&mut slots) {
                 announce_returned();
             }
             Err(error)
+        }
+    }
+}
+
+fn publish(bindings: &Bindings, mut values: Vec<Value>) {
+    if fault::active("run.published_swapped") {
+        values.reverse();
+    }
+    for (nodes, value) in bindings.publish.iter().zip(values) {
+        for node in nodes {
+            node.publish(value.clone());
+        }
+    }
+}
+
+fn run_and_publish(
+    plan: &Plan,
+    mut bindings: Bindings,
+    roots: &[Arc<Node>],
+    as_tensors: bool,
+    report: &mut EvalReport,
+) -> Result<Ran> {
+    match execute(plan, &mut bindings, roots, as_tensors, report)? {
+        Executed::Again => Ok(Ran::Again),
+        Executed::Values(values, lent) => {
+            publish(&bindings, values);
+            // after publishing: whoever waits finds the new values
+            if lent.finish() {
+                announce_returned();
+            }
+            Ok(Ran::Done)
         }
     }
 }
@@ -321,46 +353,12 @@ fn values(
     Ok(values)
 }
 
-/// The error of step `i`, with the op and the user's line.
-fn located(plan: &Plan, i: usize, bindings: &Bindings, error: Error) -> Error {
-    let (Error::Candle(_) | Error::Internal(_)) = &error else {
-        return error;
-    };
-    let Some(step) = plan.steps.get(i) else {
-        return error;
-    };
-    let Some(node) = bindings.recorded.get(step.origin as usize) else {
-        return error;
-    };
-    let site = Box::new(node.site().clone());
-    let op = step.ops.last().copied().unwrap_or("step");
-    let source: Box<dyn std::error::Error + Send + Sync> = match error {
-        Error::Candle(error) => Box::new(error),
-        other => Box::new(other),
-    };
-    Error::Run { op, site, source }
-}
-
-fn panicked(plan: &Plan, i: usize, bindings: &Bindings, panic: &(dyn std::any::Any + Send)) -> Error {
-    let message = panic
-        .downcast_ref::<&str>()
-        .map(ToString::to_string)
-        .or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "no message".into());
-    let step = plan.steps.get(i);
-    let node = step.and_then(|s| bindings.recorded.get(s.origin as usize));
-    match (step, node) {
-        (Some(step), Some(node)) => Error::Panic {
-            op: step.ops.last().copied().unwrap_or("step"),
-            site: Box::new(node.site().clone()),
-            message,
-        },
-        _ => Error::Internal(format!("a kernel panicked: {message}")),
-    }
-}
-
 /// A value that the engine made, for its own modules.
 pub(crate) type Engine = BufferValue;
 
+#[cfg(test)]
+mod checked_tests;
+#[cfg(test)]
+mod hooks;
 #[cfg(test)]
 mod tests;

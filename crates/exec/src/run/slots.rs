@@ -46,8 +46,17 @@ impl SlotValue {
     }
 
     pub(super) fn foreign(tensor: Tensor) -> Self {
-        Self::Foreign(Foreign::new(tensor))
+        Self::Foreign(Foreign::new(rebased(tensor)))
     }
+}
+
+/// A view without elements may begin behind the end of its storage, where Candle's kernels panic: it gets a storage of its
+/// own, unless Candle's autograd tracks it.
+pub(super) fn rebased(tensor: Tensor) -> Tensor {
+    if tensor.elem_count() > 0 || tensor.layout().start_offset() == 0 || tensor.track_op() {
+        return tensor;
+    }
+    Tensor::zeros(tensor.shape(), tensor.dtype(), tensor.device()).unwrap_or(tensor)
 }
 
 pub(super) fn kernel_error(error: OpsError) -> Error {

@@ -152,7 +152,8 @@ impl LazyTensor {
     pub fn attention(q: &Self, k: &Self, v: &Self, mask: Option<&Self>, options: &AttentionOptions) -> Result<Self> {
         if let Some(cap) = options.softcap {
             if cap == 0.0 || cap.is_nan() {
-                return Self::refuse("attention", ErrorKind::Range(format!("a softcap of {cap}")));
+                let kind = ErrorKind::Range(format!("a softcap of {cap}"));
+                return Self::refuse_on("attention", kind, &[q, k, v]);
             }
         }
         let op = Op::Attention {

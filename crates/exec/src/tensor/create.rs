@@ -4,7 +4,34 @@ use super::LazyTensor;
 use crate::error::Result;
 use candle_core::shape::ShapeWithOneHole;
 use candle_core::{DType, Device, NdArray, Shape, Tensor, WithDType};
-use candle_lazy_graph::{Dims, Op};
+use candle_lazy_graph::infer::elem_count;
+use candle_lazy_graph::{BuildSite, Dims, Error, ErrorKind, Meta, Op};
+use std::panic::{catch_unwind, AssertUnwindSafe};
+
+/// The shape that `shape` means for `count` elements, or why it means none.
+///
+/// Candle multiplies sizes without a check: a product that overflows panics or wraps there, and is refused here.
+pub(super) fn shape_for<S: ShapeWithOneHole>(shape: S, count: usize) -> std::result::Result<Shape, ErrorKind> {
+    let overflow = || ErrorKind::Shape(format!("the shape has more elements than a machine can count, not {count}"));
+    let shape = catch_unwind(AssertUnwindSafe(|| shape.into_shape(count))).map_err(|_| overflow())?;
+    let shape = shape.map_err(|e| ErrorKind::Shape(e.to_string()))?;
+    match elem_count(shape.dims()) {
+        Some(n) if n == count => Ok(shape),
+        Some(n) => Err(ErrorKind::Shape(format!("{:?} has {n} elements, not {count}", shape.dims()))),
+        None => Err(overflow()),
+    }
+}
+
+/// What Candle refused outside of a graph, at the line that asked for it.
+fn refused(op: &'static str, error: candle_core::Error, site: &BuildSite) -> crate::error::Error {
+    Error::new(op, ErrorKind::Shape(error.to_string())).at(site).into()
+}
+
+/// A shape that does not fit the data it is for.
+fn of_data<T: WithDType>(op: &'static str, kind: ErrorKind, count: usize, site: &BuildSite) -> crate::error::Error {
+    let data = [count];
+    Error::new(op, kind).on(&[Meta { dims: &data, dtype: T::DTYPE }]).at(site).into()
+}
 
 impl LazyTensor {
     /// A leaf from a scalar, an array or nested arrays.
@@ -13,7 +40,8 @@ impl LazyTensor {
     /// When Candle cannot make the tensor.
     #[track_caller]
     pub fn new<A: NdArray>(array: A, device: &Device) -> Result<Self> {
-        Ok(Self::from(Tensor::new(array, device)?))
+        let site = BuildSite::here();
+        Ok(Self::from(Tensor::new(array, device).map_err(|e| refused("new", e, &site))?))
     }
 
     /// A leaf that takes over `data`.
@@ -22,7 +50,9 @@ impl LazyTensor {
     /// When the shape does not have as many elements as `data`.
     #[track_caller]
     pub fn from_vec<S: ShapeWithOneHole, T: WithDType>(data: Vec<T>, shape: S, device: &Device) -> Result<Self> {
-        Ok(Self::from(Tensor::from_vec(data, shape, device)?))
+        let site = BuildSite::here();
+        let shape = shape_for(shape, data.len()).map_err(|kind| of_data::<T>("from_vec", kind, data.len(), &site))?;
+        Ok(Self::from(Tensor::from_vec(data, shape, device).map_err(|e| refused("from_vec", e, &site))?))
     }
 
     /// A leaf that copies `data`.
@@ -31,16 +61,35 @@ impl LazyTensor {
     /// When the shape does not have as many elements as `data`.
     #[track_caller]
     pub fn from_slice<S: ShapeWithOneHole, T: WithDType>(data: &[T], shape: S, device: &Device) -> Result<Self> {
-        Ok(Self::from(Tensor::from_slice(data, shape, device)?))
+        let site = BuildSite::here();
+        let shape = shape_for(shape, data.len()).map_err(|kind| of_data::<T>("from_slice", kind, data.len(), &site))?;
+        Ok(Self::from(Tensor::from_slice(data, shape, device).map_err(|e| refused("from_slice", e, &site))?))
     }
 
     /// The numbers from `start` to before `end`, one apart: a leaf of one dim.
     ///
     /// # Errors
-    /// When Candle cannot make the tensor.
+    /// When there are more numbers than memory, or numbers so large that the dtype cannot count by one.
     #[track_caller]
     pub fn arange<T: WithDType>(start: T, end: T, device: &Device) -> Result<Self> {
-        Ok(Self::from(Tensor::arange(start, end, device)?))
+        let site = BuildSite::here();
+        let (from, to) = (start.to_f64(), end.to_f64());
+        // beyond these the next number is the same number, and counting never ends
+        let largest = match T::DTYPE {
+            DType::BF16 => 256.0,
+            DType::F16 => 2048.0,
+            DType::F32 => f64::from(1u32 << 24),
+            DType::F64 => 2f64.powi(53),
+            _ => f64::INFINITY,
+        };
+        if to > from && (to > largest || from < -largest) {
+            let detail = format!("{} cannot count from {from:?} to {to:?} by one", T::DTYPE.as_str());
+            return Err(Error::new("arange", ErrorKind::Range(detail)).at(&site).into());
+        }
+        let count = if to > from { (to - from).ceil() } else { 0.0 };
+        crate::buffer::granted(T::DTYPE, count as usize)
+            .map_err(|e| Error::new("arange", ErrorKind::Range(e.to_string())).at(&site))?;
+        Ok(Self::from(Tensor::arange(start, end, device).map_err(|e| refused("arange", e, &site))?))
     }
 
     /// A tensor filled with `value`, recorded: its memory is taken when it is first needed.

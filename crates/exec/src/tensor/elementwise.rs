@@ -157,7 +157,7 @@ impl LazyTensor {
             return Ok(());
         }
         let detail = format!("{:?} and {:?} differ; {broadcast} broadcasts", self.dims(), rhs.dims());
-        Self::refuse(op, ErrorKind::Shape(detail))
+        Self::refuse_on(op, ErrorKind::Shape(detail), &[self, rhs])
     }
 
     /// x·mul + add, any dtype. Multiplying by one and adding zero records nothing.

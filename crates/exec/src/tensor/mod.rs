@@ -181,12 +181,11 @@ impl LazyTensor {
         site: BuildSite,
     ) -> Result<Self> {
         let node = Node::record(op, Scalars::from_slice(scalars), inputs, device, site)?;
-        let (max_nodes, max_bytes) = config::pending_budget();
         let (nodes, bytes) = node.pending_estimate();
-        if nodes > max_nodes || bytes > max_bytes {
+        if config::over_budget(nodes, bytes) {
             // the estimate counts shared parts more than once: look before evaluating
             let (nodes, bytes) = node.count_pending();
-            if nodes > max_nodes || bytes > max_bytes {
+            if config::over_budget(nodes, bytes) {
                 config::count_budget_evaluation();
                 let tensor = Self { node };
                 crate::run::materialize(&[&tensor])?;
@@ -199,23 +198,34 @@ impl LazyTensor {
     /// The index of a dim, or an error at the caller's line.
     #[track_caller]
     pub(crate) fn dim_index<D: candle_core::shape::Dim>(&self, dim: D, op: &'static str) -> Result<usize> {
-        use candle_lazy_graph::{Error, ErrorKind};
         let site = BuildSite::here();
-        dim.to_index(self.shape(), op).map_err(|e| {
-            let detail = format!("{e} (shape {:?})", self.dims());
-            Error::new(op, ErrorKind::Range(detail)).at(&site).into()
-        })
+        dim.to_index(self.shape(), op).map_err(|e| self.no_such_dim(op, &e, &site))
     }
 
     /// The indices of dims, or an error at the caller's line.
     #[track_caller]
     pub(crate) fn dim_indices<D: candle_core::shape::Dims>(&self, dims: D, op: &'static str) -> Result<Vec<usize>> {
-        use candle_lazy_graph::{Error, ErrorKind};
         let site = BuildSite::here();
-        dims.to_indexes(self.shape(), op).map_err(|e| {
-            let detail = format!("{e} (shape {:?})", self.dims());
-            Error::new(op, ErrorKind::Range(detail)).at(&site).into()
-        })
+        dims.to_indexes(self.shape(), op).map_err(|e| self.no_such_dim(op, &e, &site))
+    }
+
+    fn no_such_dim(&self, op: &'static str, error: &candle_core::Error, site: &BuildSite) -> crate::error::Error {
+        use candle_lazy_graph::{Error, ErrorKind};
+        let detail = format!("{error} (shape {:?})", self.dims());
+        Error::new(op, ErrorKind::Range(detail)).on(&[self.node.meta()]).at(site).into()
+    }
+
+    /// A recording error of this crate's own checks on this tensor, at the caller's line.
+    #[track_caller]
+    pub(crate) fn refuse_here<T>(&self, op: &'static str, kind: candle_lazy_graph::ErrorKind) -> Result<T> {
+        Self::refuse_on(op, kind, &[self])
+    }
+
+    /// The same on several tensors.
+    #[track_caller]
+    pub(crate) fn refuse_on<T>(op: &'static str, kind: candle_lazy_graph::ErrorKind, on: &[&Self]) -> Result<T> {
+        let metas: SmallVec<[_; 4]> = on.iter().map(|t| t.node.meta()).collect();
+        Err(candle_lazy_graph::Error::new(op, kind).on(&metas).at(&BuildSite::here()).into())
     }
 
     /// A recording error of this crate's own checks, at the caller's line.

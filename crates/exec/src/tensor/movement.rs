@@ -18,8 +18,12 @@ impl LazyTensor {
         let (a, b) = (self.dims(), rhs.dims());
         let same_batch = a.len() >= 2 && a.len() == b.len() && a[..a.len() - 2] == b[..b.len() - 2];
         if !same_batch {
-            let detail = format!("{a:?} x {b:?}: the batch dims differ; broadcast_matmul broadcasts them");
-            return Self::refuse("matmul", ErrorKind::Shape(detail));
+            let detail = match (a, b) {
+                ([_, _, ..], [_, _, ..]) => "the batch dims differ; broadcast_matmul broadcasts them",
+                _ => "both sides need at least two dims; .unsqueeze(0) or .unsqueeze(1) makes a vector a matrix",
+            };
+            let detail = format!("{a:?} x {b:?}: {detail}");
+            return Self::refuse_on("matmul", ErrorKind::Shape(detail), &[self, rhs]);
         }
         Self::record(Op::Matmul, &[], &[self, rhs])
     }
@@ -60,9 +64,17 @@ impl LazyTensor {
             return Self::refuse("stack", ErrorKind::Shape("no tensors".into()));
         };
         let site = BuildSite::here();
-        let dim = dim
-            .to_index_plus_one(first.as_ref().shape(), "stack")
-            .map_err(|e| candle_lazy_graph::Error::new("stack", ErrorKind::Range(e.to_string())).at(&site))?;
+        let dim = dim.to_index_plus_one(first.as_ref().shape(), "stack").map_err(|e| {
+            let meta = first.as_ref().node().meta();
+            candle_lazy_graph::Error::new("stack", ErrorKind::Range(e.to_string())).on(&[meta]).at(&site)
+        })?;
+        for tensor in tensors {
+            if tensor.as_ref().dims() != first.as_ref().dims() {
+                let (a, b) = (first.as_ref(), tensor.as_ref());
+                let detail = format!("{:?} and {:?} differ; cat puts tensors behind one another", a.dims(), b.dims());
+                return Self::refuse_on("stack", ErrorKind::Shape(detail), &[a, b]);
+            }
+        }
         let mut parts = Vec::with_capacity(tensors.len());
         for tensor in tensors {
             parts.push(tensor.as_ref().unsqueeze(dim)?);
@@ -119,7 +131,7 @@ impl LazyTensor {
     pub fn slice_assign<R: RangeBounds<usize>>(&self, ranges: &[R], src: &Self) -> Result<Self> {
         if ranges.len() > self.rank() {
             let detail = format!("{} ranges for {:?}", ranges.len(), self.dims());
-            return Self::refuse("slice_assign", ErrorKind::Range(detail));
+            return Self::refuse_on("slice_assign", ErrorKind::Range(detail), &[self, src]);
         }
         let mut bounds = Vec::with_capacity(ranges.len());
         for (range, &size) in ranges.iter().zip(self.dims()) {
@@ -135,7 +147,7 @@ impl LazyTensor {
             };
             if start > end || end > size {
                 let detail = format!("range {start}..{end} of {:?}", self.dims());
-                return Self::refuse("slice_assign", ErrorKind::Range(detail));
+                return Self::refuse_on("slice_assign", ErrorKind::Range(detail), &[self, src]);
             }
             bounds.push((start, end));
         }
@@ -144,14 +156,18 @@ impl LazyTensor {
         let Some((&last, outer)) = restricted.split_last() else {
             if src.dims() != self.dims() {
                 let detail = format!("{:?} does not fit into {:?}", src.dims(), self.dims());
-                return Self::refuse("slice_assign", ErrorKind::Shape(detail));
+                return Self::refuse_on("slice_assign", ErrorKind::Shape(detail), &[self, src]);
             }
             return Ok(src.clone());
         };
         let mut inner = vec![self.clone()];
         for &d in outer {
             let (start, end) = bounds[d];
-            let part = inner.last().map_or_else(|| Ok(self.clone()), |t| t.narrow(d, start, end - start))?;
+            // no closure here: an error inside of one would name this line
+            let part = match inner.last() {
+                Some(whole) => whole.narrow(d, start, end - start)?,
+                None => self.clone(),
+            };
             inner.push(part);
         }
         let mut written = src.clone();

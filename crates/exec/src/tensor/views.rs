@@ -1,5 +1,6 @@
 //! Ops that move no data.
 
+use super::create::shape_for;
 use super::LazyTensor;
 use crate::error::Result;
 use candle_core::shape::{Dim, Dims as CandleDims, ShapeWithOneHole};
@@ -14,10 +15,8 @@ impl LazyTensor {
     #[track_caller]
     pub fn reshape<S: ShapeWithOneHole>(&self, shape: S) -> Result<Self> {
         let site = BuildSite::here();
-        let shape = shape.into_shape(self.elem_count()).map_err(|e| {
-            let detail = format!("{:?}: {e}", self.dims());
-            candle_lazy_graph::Error::new("reshape", ErrorKind::Shape(detail)).at(&site)
-        })?;
+        let shape = shape_for(shape, self.elem_count())
+            .map_err(|kind| candle_lazy_graph::Error::new("reshape", kind).on(&[self.node().meta()]).at(&site))?;
         self.reshape_dims(shape.dims())
     }
 
@@ -105,7 +104,7 @@ impl LazyTensor {
         let site = BuildSite::here();
         let dim = dim.to_index_plus_one(self.shape(), "unsqueeze").map_err(|e| {
             let detail = format!("{e} (shape {:?})", self.dims());
-            candle_lazy_graph::Error::new("unsqueeze", ErrorKind::Range(detail)).at(&site)
+            candle_lazy_graph::Error::new("unsqueeze", ErrorKind::Range(detail)).on(&[self.node().meta()]).at(&site)
         })?;
         let mut dims = self.dims().to_vec();
         dims.insert(dim, 1);
@@ -143,7 +142,7 @@ impl LazyTensor {
     pub fn t(&self) -> Result<Self> {
         let rank = self.rank();
         if rank < 2 {
-            return Self::refuse("t", ErrorKind::Shape(format!("needs two dims, got {:?}", self.dims())));
+            return self.refuse_here("t", ErrorKind::Shape(format!("needs two dims, got {:?}", self.dims())));
         }
         self.transpose(rank - 2, rank - 1)
     }
@@ -167,7 +166,7 @@ impl LazyTensor {
     /// When the index is out of range or there is no dim.
     #[track_caller]
     pub fn get(&self, i: usize) -> Result<Self> {
-        self.get_on_dim(0, i)
+        self.index_on("get", 0, i)
     }
 
     /// Index `i` of dim `dim`, which disappears.
@@ -176,7 +175,15 @@ impl LazyTensor {
     /// When the dim or the index is out of range.
     #[track_caller]
     pub fn get_on_dim<D: Dim>(&self, dim: D, i: usize) -> Result<Self> {
-        let dim = self.dim_index(dim, "get_on_dim")?;
+        self.index_on("get_on_dim", dim, i)
+    }
+
+    #[track_caller]
+    fn index_on<D: Dim>(&self, op: &'static str, dim: D, i: usize) -> Result<Self> {
+        let dim = self.dim_index(dim, op)?;
+        if i >= self.dims()[dim] {
+            return self.refuse_here(op, ErrorKind::Range(format!("index {i} of dim {dim} of {:?}", self.dims())));
+        }
         let mut dims = self.dims().to_vec();
         let part = self.narrow(dim, i, 1)?;
         dims.remove(dim);
@@ -191,11 +198,11 @@ impl LazyTensor {
     pub fn chunk<D: Dim>(&self, chunks: usize, dim: D) -> Result<Vec<Self>> {
         let dim = self.dim_index(dim, "chunk")?;
         if chunks == 0 {
-            return Self::refuse("chunk", ErrorKind::Range("0 chunks".into()));
+            return self.refuse_here("chunk", ErrorKind::Range("0 chunks".into()));
         }
         let size = self.dims()[dim];
         let (each, more) = (size / chunks, size % chunks);
-        let mut parts = Vec::with_capacity(chunks);
+        let mut parts = Vec::with_capacity(chunks.min(size));
         let mut start = 0;
         for i in 0..chunks.min(size) {
             let len = each + usize::from(i < more);
@@ -269,7 +276,7 @@ macro_rules! dims_n {
                 pub fn $name(&self) -> Result<$ty> {
                     match self.shape().$name() {
                         Ok(dims) => Ok(dims),
-                        Err(e) => Self::refuse(stringify!($name), ErrorKind::Shape(e.to_string())),
+                        Err(e) => self.refuse_here(stringify!($name), ErrorKind::Shape(e.to_string())),
                     }
                 }
             )*

@@ -147,6 +147,7 @@ struct Embeddings {
 }
 
 impl Embeddings {
+    #[track_caller]
     fn load(config: &BertConfig, vb: VarBuilder<'_>) -> Result<Self> {
         let hidden = config.hidden_size;
         Ok(Self {
@@ -184,6 +185,7 @@ struct Layer {
 }
 
 impl Layer {
+    #[track_caller]
     fn load(config: &BertConfig, activation: Activation, vb: VarBuilder<'_>) -> Result<Self> {
         let (hidden, ffn, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
         let attention = vb.pp("attention");
@@ -237,6 +239,7 @@ impl BertModel {
     /// # Errors
     /// [`Error::Config`] where the config contradicts itself or describes fewer blocks than the weights have,
     /// [`Error::MissingTensor`] and [`Error::TensorShape`] where it does not fit the weights.
+    #[track_caller]
     pub fn load(vb: VarBuilder<'_>, config: &BertConfig) -> Result<Self> {
         config.validate("the encoder")?;
         let (dtype, device) = (vb.dtype(), vb.device().clone());
@@ -303,10 +306,10 @@ impl BertModel {
             ));
         };
         if s == 0 {
-            return Err(Error::EmptyPrompt);
+            return Err(Error::empty_prompt());
         }
         if s > self.config.max_position_embeddings {
-            return Err(Error::PromptTooLong { len: s, context: self.config.max_position_embeddings });
+            return Err(Error::prompt_too_long(s, self.config.max_position_embeddings));
         }
         for (name, other) in [("token_type_ids", Some(token_type_ids)), ("attention_mask", attention_mask)] {
             if let Some(other) = other.filter(|other| other.dims() != ids.dims()) {
@@ -360,6 +363,7 @@ impl SentenceEncoder {
     ///
     /// # Errors
     /// As [`BertModel::load`].
+    #[track_caller]
     pub fn load(vb: VarBuilder<'_>, config: &BertConfig) -> Result<Self> {
         Ok(Self::new(BertModel::load(vb, config)?))
     }
@@ -387,18 +391,18 @@ impl SentenceEncoder {
         for text in texts {
             let ids = text.as_ref();
             if ids.is_empty() {
-                return Err(Error::EmptyPrompt);
+                return Err(Error::empty_prompt());
             }
             if let Some(&id) = ids.iter().find(|&&id| id as usize >= config.vocab_size) {
-                return Err(Error::TokenOutOfRange { id, vocab: config.vocab_size });
+                return Err(Error::token_out_of_range(id, config.vocab_size));
             }
             longest = longest.max(ids.len());
         }
         if longest == 0 {
-            return Err(Error::EmptyPrompt);
+            return Err(Error::empty_prompt());
         }
         if longest > config.max_position_embeddings {
-            return Err(Error::PromptTooLong { len: longest, context: config.max_position_embeddings });
+            return Err(Error::prompt_too_long(longest, config.max_position_embeddings));
         }
         let rows = texts.len();
         let mut ids = Vec::with_capacity(rows * longest);

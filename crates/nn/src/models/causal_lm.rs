@@ -31,6 +31,7 @@ struct Block {
 }
 
 impl Block {
+    #[track_caller]
     fn load(config: &CausalLmConfig, vb: VarBuilder<'_>) -> Result<Self> {
         let sizes = AttentionSizes {
             hidden: config.hidden_size,
@@ -75,15 +76,24 @@ impl Cache {
     ///
     /// # Errors
     /// [`Error::PromptTooLong`] where `capacity` exceeds the model's context, [`Error::Config`] where it is 0.
+    #[track_caller]
     pub fn new(config: &CausalLmConfig, capacity: usize, dtype: DType, device: &Device) -> Result<Self> {
         if capacity == 0 {
             return Err(Error::config("the cache", "a capacity of 0 positions holds nothing"));
         }
         if capacity > config.max_position_embeddings {
-            return Err(Error::PromptTooLong { len: capacity, context: config.max_position_embeddings });
+            return Err(Error::prompt_too_long(capacity, config.max_position_embeddings));
         }
         let rope = RopeTable::new(config.head_dim, config.rope_theta, &config.rope_scaling, capacity, dtype, device)?;
-        let blocks = (0..config.num_hidden_layers).map(|_| KvCache::new(capacity)).collect();
+        let mut blocks = Vec::new();
+        if blocks.try_reserve_exact(config.num_hidden_layers).is_err() {
+            let layers = config.num_hidden_layers;
+            return Err(Error::config(
+                "the cache",
+                format_args!("num_hidden_layers is {layers}: no memory for that many"),
+            ));
+        }
+        blocks.extend((0..config.num_hidden_layers).map(|_| KvCache::new(capacity)));
         Ok(Self { blocks, rope, capacity })
     }
 
@@ -135,6 +145,7 @@ impl CausalLm {
     /// # Errors
     /// [`Error::Config`] where the config contradicts itself or describes fewer blocks than the weights have,
     /// [`Error::MissingTensor`] and [`Error::TensorShape`] where it does not fit the weights.
+    #[track_caller]
     pub fn load(vb: VarBuilder<'_>, config: &CausalLmConfig) -> Result<Self> {
         config.validate("the model")?;
         let (dtype, device) = (vb.dtype(), vb.device().clone());
@@ -187,6 +198,7 @@ impl CausalLm {
     ///
     /// # Errors
     /// As [`Cache::new`].
+    #[track_caller]
     pub fn new_cache(&self, capacity: usize) -> Result<Cache> {
         Cache::new(&self.config, capacity, self.dtype, &self.device)
     }
@@ -198,6 +210,7 @@ impl CausalLm {
     ///
     /// # Errors
     /// [`Error::Module`] where there is no such map, or the factors do not fit it.
+    #[track_caller]
     pub fn set_lora(&mut self, path: &str, adapter: Option<LoraWeights>) -> Result<()> {
         match self.projection_mut(path) {
             Some(projection) => projection.set_adapter(adapter),
@@ -286,16 +299,15 @@ impl CausalLm {
             ));
         };
         if s == 0 {
-            return Err(Error::EmptyPrompt);
+            return Err(Error::empty_prompt());
         }
         if cache.blocks.len() != self.blocks.len() {
-            return Err(Error::Cache {
-                message: format!("made for {} blocks, the model has {}", cache.blocks.len(), self.blocks.len()),
-            });
+            let (made, has) = (cache.blocks.len(), self.blocks.len());
+            return Err(Error::cache(format_args!("made for {made} blocks, the model has {has}")));
         }
         let position = cache.position();
         if position.checked_add(s).is_none_or(|end| end > cache.capacity) {
-            return Err(Error::CacheFull { position, added: s, capacity: cache.capacity });
+            return Err(Error::cache_full(position, s, cache.capacity));
         }
         let recorded = self.blocks_forward(ids, position, s, cache);
         if recorded.is_err() {

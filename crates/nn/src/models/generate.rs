@@ -59,11 +59,12 @@ impl CausalLm {
     ///
     /// # Errors
     /// [`Error::EmptyPrompt`], [`Error::PromptTooLong`] where the prompt fills the context, [`Error::TokenOutOfRange`].
+    #[track_caller]
     pub fn generate(&self, prompt: &[u32], options: GenerateOptions) -> Result<Generation<'_>> {
         let context = self.config().max_position_embeddings;
         check_prompt(prompt, self.config().vocab_size)?;
         if prompt.len() >= context {
-            return Err(Error::PromptTooLong { len: prompt.len(), context });
+            return Err(Error::prompt_too_long(prompt.len(), context));
         }
         let capacity = prompt.len().saturating_add(options.max_new_tokens).min(context);
         let cache = self.new_cache(capacity)?;
@@ -80,12 +81,13 @@ impl CausalLm {
 }
 
 /// Refuses a prompt without tokens, and ids that the vocabulary does not have.
+#[track_caller]
 fn check_prompt(prompt: &[u32], vocab: usize) -> Result<()> {
     if prompt.is_empty() {
-        return Err(Error::EmptyPrompt);
+        return Err(Error::empty_prompt());
     }
     match prompt.iter().find(|&&id| id as usize >= vocab) {
-        Some(&id) => Err(Error::TokenOutOfRange { id, vocab }),
+        Some(&id) => Err(Error::token_out_of_range(id, vocab)),
         None => Ok(()),
     }
 }
@@ -196,8 +198,8 @@ mod tests {
 
     #[test]
     fn prompts_are_checked() {
-        assert!(matches!(check_prompt(&[], 10), Err(Error::EmptyPrompt)));
-        assert!(matches!(check_prompt(&[1, 10], 10), Err(Error::TokenOutOfRange { id: 10, vocab: 10 })));
+        assert!(matches!(check_prompt(&[], 10), Err(Error::EmptyPrompt { .. })));
+        assert!(matches!(check_prompt(&[1, 10], 10), Err(Error::TokenOutOfRange { id: 10, vocab: 10, .. })));
         assert!(check_prompt(&[1, 9], 10).is_ok());
     }
 }

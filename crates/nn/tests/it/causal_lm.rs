@@ -251,7 +251,7 @@ fn what_a_cache_has_no_room_for_is_refused_before_anything_changes() -> TestResu
     let mut cache = model.new_cache(5)?;
     model.forward(&row(&[1, 2, 3])?.into(), &mut cache)?.eval()?;
     let error = model.forward(&row(&[4, 5, 6])?.into(), &mut cache).map(|_| ());
-    assert!(matches!(error, Err(Error::CacheFull { position: 3, added: 3, capacity: 5 })), "{error:?}");
+    assert!(matches!(error, Err(Error::CacheFull { position: 3, added: 3, capacity: 5, .. })), "{error:?}");
     assert_eq!(cache.position(), 3);
     let want = model.forward(&row(&[1, 2, 3, 4, 5])?.into(), &mut model.new_cache(5)?)?.eval()?;
     close(&model.forward(&row(&[4, 5])?.into(), &mut cache)?.eval()?, &want, 2e-6)
@@ -277,13 +277,13 @@ fn ids_of_the_wrong_shape_and_foreign_caches_are_refused() -> TestResult {
     let model = CausalLm::load(builder(&decoder_vars(&config, 24)?), &config)?;
     let mut cache = model.new_cache(6)?;
     let empty = LazyTensor::zeros((1, 0), DType::U32, &Device::Cpu)?;
-    assert!(matches!(model.forward(&empty, &mut cache), Err(Error::EmptyPrompt)));
+    assert!(matches!(model.forward(&empty, &mut cache), Err(Error::EmptyPrompt { .. })));
     let flat = LazyTensor::zeros(3, DType::U32, &Device::Cpu)?;
     assert!(matches!(model.forward(&flat, &mut cache), Err(Error::Module { .. })));
     let other = CausalLmConfig { num_hidden_layers: 2, ..config.clone() };
     let mut foreign = Cache::new(&other, 6, DType::F32, &Device::Cpu)?;
     assert!(matches!(model.forward(&row(&[1])?.into(), &mut foreign), Err(Error::Cache { .. })));
-    assert!(matches!(model.new_cache(65), Err(Error::PromptTooLong { len: 65, context: 64 })));
+    assert!(matches!(model.new_cache(65), Err(Error::PromptTooLong { len: 65, context: 64, .. })));
     assert!(matches!(model.new_cache(0), Err(Error::Config { .. })));
     Ok(())
 }

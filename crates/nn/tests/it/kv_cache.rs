@@ -52,7 +52,7 @@ fn a_full_cache_names_position_and_capacity_and_stays_as_it_is() -> TestResult {
     let first = pair(&mut rng, &[1, 2, 3, 4])?;
     append(&mut cache, &first)?;
     let error = append(&mut cache, &pair(&mut rng, &[1, 2, 3, 4])?).map(|_| ());
-    assert!(matches!(error, Err(Error::CacheFull { position: 3, added: 3, capacity: 5 })), "{error:?}");
+    assert!(matches!(error, Err(Error::CacheFull { position: 3, added: 3, capacity: 5, .. })), "{error:?}");
     assert_eq!(cache.current_seq_len(), 3);
     let second = pair(&mut rng, &[1, 2, 2, 4])?;
     let (k, _) = append(&mut cache, &second)?;

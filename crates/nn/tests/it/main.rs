@@ -13,5 +13,6 @@ mod lora;
 mod model_dir;
 mod modules;
 mod safetensors;
+mod sites;
 #[cfg(feature = "tokenizers")]
 mod tokenizer;

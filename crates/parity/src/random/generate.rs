@@ -12,7 +12,8 @@ const MAX_ELEMENTS: usize = 4096;
 /// No number of a random graph is larger.
 const MAX_NUMBER: f64 = 1e3;
 
-const SHAPES: [&[usize]; 9] =
+/// The shapes that leaves have, unless [`generate_from`] is told others.
+pub const SHAPES: [&[usize]; 9] =
     [&[2, 3, 8], &[3, 8], &[8], &[2, 1, 8], &[8, 8], &[2, 2, 3, 8], &[2, 2, 3, 8], &[3, 4], &[]];
 
 struct Maker {
@@ -23,11 +24,18 @@ struct Maker {
 /// A random graph of at most `size` nodes in `dtype` (a float).
 #[must_use]
 pub fn generate(seed: u64, size: usize, dtype: DType) -> Program {
+    generate_from(seed, size, dtype, &SHAPES)
+}
+
+/// The same with leaves of these shapes. Equal seeds with shapes of the same pattern mostly give the same program at other
+/// sizes.
+#[must_use]
+pub fn generate_from(seed: u64, size: usize, dtype: DType, shapes: &[&[usize]]) -> Program {
     let program = Program { seed, dtype, steps: Vec::new(), known: Vec::new(), roots: Vec::new() };
     let mut maker = Maker { program, rng: Rng::named(seed, "random graph") };
     let leaves = 3 + maker.rng.below(4);
     for _ in 0..leaves {
-        let dims = SHAPES[maker.rng.below(SHAPES.len())];
+        let dims = shapes[maker.rng.below(shapes.len())];
         maker.leaf(dims, dtype, -2.0, 2.0);
     }
     // every third attempt or so does not fit; the bound ends the loop where nothing does
