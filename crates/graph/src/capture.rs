@@ -8,6 +8,7 @@
 //! use, and equal dims share a number. Offsets (the start of a narrow) are never shared, because nothing compares them.
 //! No pass sees a size, so a plan made at one length serves every other length of the same pattern.
 
+use crate::custom::CustomOp;
 use crate::decompose::{decompose, is_composite, Recorder};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hash::{FastHasher, FastMap};
@@ -52,6 +53,8 @@ pub enum LeafKind {
     Tensor,
     /// A buffer of the executor.
     Engine,
+    /// A quantised weight.
+    Quantized,
 }
 
 /// What a plan may know of a leaf besides its dims and dtype.
@@ -166,6 +169,8 @@ pub struct Bindings {
     pub sizes: Vec<usize>,
     /// The value of each scalar.
     pub params: Vec<f64>,
+    /// The custom ops; the scalar of an [`Op::Custom`] is an index into them.
+    pub customs: Vec<CustomOp>,
     /// The leaves.
     pub leaves: Vec<LeafBinding>,
     /// The devices, by index.
@@ -266,7 +271,7 @@ pub fn capture(roots: &[Arc<Node>], options: &CaptureOptions<'_>) -> std::result
             let Some(Frame { node, visit, expr, inputs }) = stack.pop() else {
                 break;
             };
-            let id = builder.op(&node, expr.op, expr.scalars, &inputs).map_err(CaptureFailure::Error)?;
+            let id = builder.op(&node, expr.op, expr.scalars, expr.custom, &inputs).map_err(CaptureFailure::Error)?;
             visits[visit].arena = id;
         }
     }
@@ -355,6 +360,15 @@ impl<'a> Builder<'a> {
                 Op::Narrow { dim: *dim, start: self.free_sym(*start), len: self.shared_sym(*len) }
             }
             Op::SliceAssign { dim, start } => Op::SliceAssign { dim: *dim, start: self.free_sym(*start) },
+            Op::Stride { dim, start, len, step } => Op::Stride {
+                dim: *dim,
+                start: self.free_sym(*start),
+                len: self.shared_sym(*len),
+                step: self.free_sym(*step),
+            },
+            Op::GroupNorm { groups, weight, bias } => {
+                Op::GroupNorm { groups: self.free_sym(*groups), weight: *weight, bias: *bias }
+            }
             Op::Attention { mask, causal, softcap, window: Some(window) } => {
                 Op::Attention { mask: *mask, causal: *causal, softcap: *softcap, window: Some(self.free_sym(*window)) }
             }
@@ -388,6 +402,10 @@ impl<'a> Builder<'a> {
                 let address = Arc::as_ptr(engine).cast::<u8>() as usize as u64;
                 (!address, LeafKey { kind: LeafKind::Engine, contiguous: engine.is_contiguous() })
             }
+            Value::Quantized(weight) => {
+                let address = Arc::as_ptr(weight).cast::<u8>() as usize as u64;
+                (!address, LeafKey { kind: LeafKind::Quantized, contiguous: true })
+            }
         };
         if let Some(&id) = self.leaf_ids.get(&identity) {
             if same_data(&self.bindings.recorded[id as usize], value) {
@@ -412,9 +430,25 @@ impl<'a> Builder<'a> {
     }
 
     /// Adds a recorded op, or its decomposition.
-    fn op(&mut self, node: &Arc<Node>, op: Op, scalars: Scalars, inputs: &[u32]) -> Result<u32> {
+    fn op(
+        &mut self,
+        node: &Arc<Node>,
+        op: Op,
+        mut scalars: Scalars,
+        custom: Option<CustomOp>,
+        inputs: &[u32],
+    ) -> Result<u32> {
         self.bindings.pending += 1;
         self.current = Some(node.clone());
+        if let Some(custom) = custom {
+            let known = self.bindings.customs.iter().position(|c| c.is(&custom));
+            let number = known.unwrap_or_else(|| {
+                self.bindings.customs.push(custom);
+                self.bindings.customs.len() - 1
+            });
+            // equal scalars are one node: two nodes merge only if they run the same object
+            scalars = Scalars::from_slice(&[number as f64]);
+        }
         if is_composite(&op) && (self.options.expand)(&op, node.dtype(), node.tracked(), node.device()) {
             return decompose(&op, &scalars, inputs, self).map_err(|e| e.at(node.site()));
         }
@@ -439,10 +473,15 @@ impl<'a> Builder<'a> {
         for scalar in &scalars {
             hasher.write_u64(scalar.to_bits());
         }
+        let device = match inputs.first() {
+            Some(&first) if op != Op::ToDevice => self.graph.nodes[first as usize].device,
+            _ => self.device(node.device()),
+        };
         let hash = hasher.finish();
         if let Some(candidates) = self.cons.get(&hash) {
             for &id in candidates {
-                if self.is_same(id, &op, &scalars, inputs, dtype, tracked) {
+                let same_device = self.graph.nodes[id as usize].device == device;
+                if same_device && self.is_same(id, &op, &scalars, inputs, dtype, tracked) {
                     return id;
                 }
             }
@@ -456,10 +495,6 @@ impl<'a> Builder<'a> {
             })
             .collect();
         let dims = dims.iter().map(|&d| self.shared_sym(d)).collect();
-        let device = match inputs.first() {
-            Some(&first) => self.graph.nodes[first as usize].device,
-            None => self.device(node.device()),
-        };
         let op = GOp::Op(self.symbolise(&op));
         self.graph.nodes.push(GNode { op, inputs: inputs.into(), params, dims, dtype, device, tracked });
         self.bindings.recorded.push(node.clone());
@@ -541,6 +576,7 @@ fn same_data(node: &Arc<Node>, value: &Value) -> bool {
     match (node.value(), value) {
         (Some(Value::Tensor(a)), Value::Tensor(b)) => a.id() == b.id(),
         (Some(Value::Engine(a)), Value::Engine(b)) => Arc::ptr_eq(&a, b),
+        (Some(Value::Quantized(a)), Value::Quantized(b)) => Arc::ptr_eq(&a, b),
         _ => false,
     }
 }

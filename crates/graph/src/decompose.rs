@@ -190,8 +190,47 @@ pub fn decompose<R: Recorder>(op: &Op, scalars: &[f64], inputs: &[R::Ref], into:
             dims.push(table[1]);
             r.reshape(&rows, &dims)
         }
+        Op::GroupNorm { groups, weight, bias } => group_norm(&mut r, scalars[0], inputs, *groups, *weight, *bias),
+        Op::CrossEntropy => {
+            let dtype = r.0.dtype(&inputs[0]);
+            let logits = r.widen(&inputs[0])?;
+            let n = r.0.dims(&logits)[0];
+            let log = r.0.push(Op::LogSoftmax { dim: 1 }, smallvec![], &[logits])?;
+            let targets = r.reshape(&inputs[1], &[n, 1])?;
+            let chosen = r.0.push(Op::Gather { dim: 1 }, smallvec![], &[log, targets])?;
+            let sum = Op::Reduce { op: ReduceOp::Sum, axes: 0b11, keepdim: false };
+            let sum = r.0.push(sum, smallvec![], &[chosen])?;
+            let y = r.affine(&sum, -1.0 / n as f64, 0.0)?;
+            r.cast(&y, dtype)
+        }
         other => invalid(other, "no composite"),
     }
+}
+
+fn group_norm<R: Recorder>(
+    r: &mut Rec<'_, R>,
+    eps: f64,
+    inputs: &[R::Ref],
+    groups: usize,
+    weight: bool,
+    bias: bool,
+) -> Result<R::Ref> {
+    let (x, dtype) = (r.widen(&inputs[0])?, r.0.dtype(&inputs[0]));
+    let dims = r.0.dims(&x);
+    let width: usize = dims[1..].iter().product::<usize>() / groups;
+    let rows = r.reshape(&x, &[dims[0], groups, width])?;
+    let rows = r.0.push(Op::LayerNorm { weight: false, bias: false }, smallvec![eps], &[rows])?;
+    let mut y = r.reshape(&rows, &dims)?;
+    // weight and bias belong to channels: dim 1
+    let mut channels: Dims = SmallVec::from_elem(1, dims.len() - 1);
+    channels[0] = dims[1];
+    let steps = [weight.then_some(BinaryOp::Mul), bias.then_some(BinaryOp::Add)];
+    for (op, vector) in steps.into_iter().flatten().zip(&inputs[1..]) {
+        let vector = r.widen(vector)?;
+        let vector = r.reshape(&vector, &channels)?;
+        y = r.binary(op, &y, &vector)?;
+    }
+    r.cast(&y, dtype)
 }
 
 /// x − max(x) along `dim`.

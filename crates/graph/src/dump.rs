@@ -15,6 +15,7 @@ pub fn dump(graph: &Graph, bindings: Option<&Bindings>) -> String {
                 let kind = match key.kind {
                     LeafKind::Tensor => "tensor",
                     LeafKind::Engine => "buffer",
+                    LeafKind::Quantized => "quantised",
                 };
                 format!("leaf({kind}{})", if key.contiguous { "" } else { ", strided" })
             }

@@ -7,7 +7,7 @@
 //! `max` and `min` over an empty dim are errors, and no op promotes a dtype.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::op::{Dims, Op, ReduceOp, UnaryOp};
+use crate::op::{BinaryOp, Dims, Op, ReduceOp, UnaryOp};
 use candle_core::DType;
 use smallvec::SmallVec;
 
@@ -246,7 +246,22 @@ fn infer_op(op: &Op, ctx: &Ctx<'_>) -> Result<OutMeta> {
             }
             out(Dims::from_slice(&[*queries, *keys]), *dtype)
         }
-        Op::Unary(_) | Op::Powf => {
+        Op::Arange { len, dtype } => {
+            ctx.known(*dtype)?;
+            out(Dims::from_slice(&[*len]), *dtype)
+        }
+        Op::Random { shape, dtype, .. } => {
+            ctx.ids(0)?;
+            if elem_count(ctx.dims(0)) != Some(1) {
+                return ctx.shape(format!("the key must be one integer, got {:?}", ctx.dims(0)));
+            }
+            if !dtype.is_float() {
+                return ctx.dtype(format!("random numbers are floating-point, not {}", dtype.as_str()));
+            }
+            ctx.known(*dtype)?;
+            out(shape.clone(), *dtype)
+        }
+        Op::Unary(_) | Op::Powf | Op::Elu => {
             let dtype = ctx.float(0)?;
             out(ctx.dims(0), dtype)
         }
@@ -254,7 +269,14 @@ fn infer_op(op: &Op, ctx: &Ctx<'_>) -> Result<OutMeta> {
             ctx.known(ctx.ty(0))?;
             out(ctx.dims(0), ctx.ty(0))
         }
-        Op::Binary(_) => {
+        Op::Clamp => {
+            let dtype = ctx.float(0)?;
+            out(ctx.dims(0), dtype)
+        }
+        Op::Binary(f) => {
+            if *f == BinaryOp::Pow {
+                ctx.float(0)?;
+            }
             let dims = ctx.broadcast(ctx.dims(0), ctx.dims(1))?;
             out(dims, ctx.same_dtype(0..2)?)
         }
@@ -279,6 +301,19 @@ fn infer_op(op: &Op, ctx: &Ctx<'_>) -> Result<OutMeta> {
             out(ctx.dims(0), *dtype)
         }
         Op::Reduce { op, axes, keepdim } => reduce(ctx, *op, *axes, *keepdim)?,
+        Op::ArgReduce { dim, keepdim, .. } => {
+            let d = ctx.dim_in(*dim, ctx.dims(0).len())?;
+            if ctx.dims(0)[d] == 0 {
+                return ctx.range(format!("no {} over the empty dim {dim} of {:?}", ctx.op, ctx.dims(0)));
+            }
+            let mut dims = Dims::from_slice(ctx.dims(0));
+            if *keepdim {
+                dims[d] = 1;
+            } else {
+                dims.remove(d);
+            }
+            out(dims, DType::U32)
+        }
         Op::Matmul => matmul(ctx)?,
         Op::Reshape { shape } => {
             if elem_count(shape) != elem_count(ctx.dims(0)) {
@@ -314,13 +349,26 @@ fn infer_op(op: &Op, ctx: &Ctx<'_>) -> Result<OutMeta> {
             dims[d] = *len;
             out(dims, ctx.ty(0))
         }
+        Op::Stride { dim, start, len, step } => {
+            let d = ctx.dim_in(*dim, ctx.dims(0).len())?;
+            let last = len.checked_sub(1).map_or(Some(0), |n| n.checked_mul(*step)).and_then(|n| n.checked_add(*start));
+            if *step == 0 || (*len > 0 && last.is_none_or(|last| last >= ctx.dims(0)[d])) {
+                return ctx.range(format!(
+                    "{len} indices from {start} in steps of {step} exceed dim {dim} of {:?}",
+                    ctx.dims(0)
+                ));
+            }
+            let mut dims = Dims::from_slice(ctx.dims(0));
+            dims[d] = *len;
+            out(dims, ctx.ty(0))
+        }
         Op::Broadcast { shape } => {
             if broadcast_shapes(ctx.dims(0), shape).as_deref() != Some(shape.as_slice()) {
                 return ctx.shape(format!("{:?} does not broadcast to {:?}", ctx.dims(0), shape.as_slice()));
             }
             out(shape.clone(), ctx.ty(0))
         }
-        Op::Contiguous | Op::Detach => out(ctx.dims(0), ctx.ty(0)),
+        Op::Contiguous | Op::Detach | Op::ToDevice => out(ctx.dims(0), ctx.ty(0)),
         Op::Concat { dim } => concat(ctx, *dim)?,
         Op::IndexSelect { dim } => {
             let d = ctx.dim_in(*dim, ctx.dims(0).len())?;
@@ -331,6 +379,45 @@ fn infer_op(op: &Op, ctx: &Ctx<'_>) -> Result<OutMeta> {
             let mut dims = Dims::from_slice(ctx.dims(0));
             dims[d] = *count;
             out(dims, ctx.ty(0))
+        }
+        Op::Gather { dim } => {
+            let d = ctx.dim_in(*dim, ctx.dims(0).len())?;
+            ctx.ids(1)?;
+            let (x, ids) = (ctx.dims(0), ctx.dims(1));
+            if x.len() != ids.len() || x.iter().zip(ids).enumerate().any(|(i, (a, b))| i != d && b > a) {
+                return ctx.shape(format!(
+                    "indices {ids:?} for {x:?}: the ranks must be equal, and outside dim {dim} no index dim larger"
+                ));
+            }
+            out(ids, ctx.ty(0))
+        }
+        Op::Scatter { dim, .. } => {
+            let d = ctx.dim_in(*dim, ctx.dims(0).len())?;
+            ctx.ids(1)?;
+            let (x, ids, src) = (ctx.dims(0), ctx.dims(1), ctx.dims(2));
+            let fits = x.len() == src.len() && x.iter().zip(src).enumerate().all(|(i, (a, b))| i == d || a == b);
+            if ids != src || !fits {
+                return ctx.shape(format!(
+                    "source {src:?} and indices {ids:?} for {x:?}: both need its shape, except for dim {dim}"
+                ));
+            }
+            ctx.same_dtype_pair(2, "the source")?;
+            out(x, ctx.ty(0))
+        }
+        Op::IndexAdd { dim } => {
+            let d = ctx.dim_in(*dim, ctx.dims(0).len())?;
+            ctx.ids(1)?;
+            let (x, ids, src) = (ctx.dims(0), ctx.dims(1), ctx.dims(2));
+            let fits = x.len() == src.len()
+                && x.iter().zip(src).enumerate().all(|(i, (a, b))| i == d || a == b)
+                && ids == [src[d]];
+            if !fits {
+                return ctx.shape(format!(
+                    "source {src:?} and indices {ids:?} for {x:?}: the source needs its shape, except for dim {dim}, and one index per slice"
+                ));
+            }
+            ctx.same_dtype_pair(2, "the source")?;
+            out(x, ctx.ty(0))
         }
         Op::SliceAssign { dim, start } => {
             let d = ctx.dim_in(*dim, ctx.dims(0).len())?;
@@ -378,7 +465,65 @@ fn infer_op(op: &Op, ctx: &Ctx<'_>) -> Result<OutMeta> {
             dims.push(*width);
             out(dims, ctx.ty(0))
         }
+        Op::GroupNorm { groups, weight, bias } => group_norm(ctx, *groups, *weight, *bias)?,
+        Op::CrossEntropy => {
+            let dtype = ctx.float(0)?;
+            ctx.ids(1)?;
+            let fits = matches!((ctx.dims(0), ctx.dims(1)), ([n, c], [m]) if n == m && *n > 0 && *c > 0);
+            if !fits {
+                return ctx.shape(format!(
+                    "logits {:?} and targets {:?}: needs (n, classes) and (n), neither empty",
+                    ctx.dims(0),
+                    ctx.dims(1)
+                ));
+            }
+            out(Dims::new(), dtype)
+        }
+        Op::QMatmul => qmatmul(ctx)?,
+        Op::Custom { arity, shape, dtype, .. } => {
+            ctx.known(*dtype)?;
+            if !(1..=3).contains(arity) {
+                return ctx.shape(format!("a custom op of {arity} inputs; Candle knows one to three"));
+            }
+            out(shape.clone(), *dtype)
+        }
     })
+}
+
+fn group_norm(ctx: &Ctx<'_>, groups: usize, weight: bool, bias: bool) -> Result<OutMeta> {
+    let dtype = ctx.float(0)?;
+    let [_, channels, _, ..] = ctx.dims(0) else {
+        return ctx.shape(format!("input {:?}: needs (batch, channels, …), three dims or more", ctx.dims(0)));
+    };
+    if groups == 0 || channels % groups != 0 {
+        return ctx.shape(format!("{channels} channels of {:?} do not split into {groups} groups", ctx.dims(0)));
+    }
+    let names = [weight.then_some("the weight"), bias.then_some("the bias")];
+    for (i, name) in names.into_iter().flatten().enumerate() {
+        if ctx.dims(i + 1) != [*channels] {
+            return ctx.shape(format!(
+                "{name} has shape {:?}, the input {:?} needs [{channels}]",
+                ctx.dims(i + 1),
+                ctx.dims(0)
+            ));
+        }
+        ctx.same_dtype_pair(i + 1, name)?;
+    }
+    Ok(out(ctx.dims(0), dtype))
+}
+
+/// The weight is a quantised leaf: it has a shape, and a dtype that says nothing.
+fn qmatmul(ctx: &Ctx<'_>) -> Result<OutMeta> {
+    let dtype = ctx.float(0)?;
+    let ([batch @ .., k], [n, k2]) = (ctx.dims(0), ctx.dims(1)) else {
+        return ctx.shape(format!("input {:?} and weight {:?}: needs (…, in) and (out, in)", ctx.dims(0), ctx.dims(1)));
+    };
+    if k != k2 {
+        return ctx.shape(format!("input {:?} has {k} features, the weight {:?} takes {k2}", ctx.dims(0), ctx.dims(1)));
+    }
+    let mut dims = Dims::from_slice(batch);
+    dims.push(*n);
+    Ok(out(dims, dtype))
 }
 
 fn reduce(ctx: &Ctx<'_>, op: ReduceOp, axes: u32, keepdim: bool) -> Result<OutMeta> {
@@ -386,10 +531,16 @@ fn reduce(ctx: &Ctx<'_>, op: ReduceOp, axes: u32, keepdim: bool) -> Result<OutMe
     if dims.len() < 32 && axes >> dims.len() != 0 {
         return ctx.range(format!("dims (bit mask {axes:#b}) of a tensor of shape {dims:?}"));
     }
-    let dtype = if op == ReduceOp::Mean { ctx.float(0)? } else { ctx.ty(0) };
+    let real = matches!(op, ReduceOp::Mean | ReduceOp::Var | ReduceOp::LogSumExp);
+    let dtype = if real { ctx.float(0)? } else { ctx.ty(0) };
     ctx.known(dtype)?;
     let reduced = |d: usize| axes & (1 << d) != 0;
-    if matches!(op, ReduceOp::Max | ReduceOp::Min) && (0..dims.len()).any(|d| reduced(d) && dims[d] == 0) {
+    if op == ReduceOp::Var && axes == 0 {
+        return ctx.range(format!("the variance of {dims:?} over no dims"));
+    }
+    if matches!(op, ReduceOp::Max | ReduceOp::Min | ReduceOp::LogSumExp)
+        && (0..dims.len()).any(|d| reduced(d) && dims[d] == 0)
+    {
         return ctx.range(format!("no {} over an empty dim of {dims:?}", op.name()));
     }
     let mut result: Dims = SmallVec::new();

@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 pub mod capture;
+pub mod custom;
 pub mod decompose;
 pub mod dump;
 pub mod error;
@@ -26,10 +27,13 @@ pub mod site;
 pub mod validate;
 
 pub use capture::{capture, Bindings, CaptureOptions, Captured, GNode, Graph, LeafKey, LeafKind, Sym};
+pub use custom::CustomOp;
 pub use decompose::{decompose, Recorder};
 pub use error::{describe, Error, ErrorKind, Result};
 pub use hash::{FastHasher, FastMap};
 pub use infer::{infer, Meta, OutMeta};
 pub use node::{live_nodes, EngineValue, Expr, Node, NodeId, Value};
-pub use op::{BinaryOp, CmpOp, Dims, Exactness, Op, OpClass, ReduceOp, Scalars, UnaryOp};
+pub use op::{
+    ArgOp, BinaryOp, CmpOp, Dims, Distribution, Exactness, Op, OpClass, ReduceOp, Scalars, ScatterOp, UnaryOp,
+};
 pub use site::{module_scope, BuildSite, ModuleScope};

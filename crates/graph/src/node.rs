@@ -4,10 +4,12 @@
 //! reach frees itself, and a node that becomes ready drops its op and its inputs. Building, reading and dropping are
 //! iterative: a chain of a million nodes needs no stack.
 
+use crate::custom::CustomOp;
 use crate::error::{Error, ErrorKind, Result};
 use crate::infer::{infer, Meta};
-use crate::op::{Op, Scalars};
+use crate::op::{Dims, Op, Scalars};
 use crate::site::BuildSite;
+use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Shape, Tensor};
 use parking_lot::Mutex;
 use smallvec::SmallVec;
@@ -74,6 +76,8 @@ pub enum Value {
     Tensor(Tensor),
     /// A buffer of the executor.
     Engine(Arc<dyn EngineValue>),
+    /// A quantised weight; only [`Op::QMatmul`] reads one.
+    Quantized(Arc<QTensor>),
 }
 
 /// An operation waiting for its inputs.
@@ -85,6 +89,8 @@ pub struct Expr {
     pub scalars: Scalars,
     /// Its inputs.
     pub inputs: SmallVec<[Arc<Node>; 3]>,
+    /// Which custom op [`Op::Custom`] means.
+    pub custom: Option<CustomOp>,
 }
 
 #[derive(Debug)]
@@ -129,7 +135,24 @@ impl Node {
         })
     }
 
-    /// Records `op` on `inputs`; `device` is used only by ops without inputs.
+    /// A ready node that holds a quantised weight, to be the second input of [`Op::QMatmul`].
+    #[must_use]
+    pub fn quantized(weight: Arc<QTensor>, site: BuildSite) -> Arc<Self> {
+        Arc::new(Self {
+            id: NodeId::next(),
+            shape: weight.shape().clone(),
+            dtype: DType::F32,
+            device: weight.device(),
+            tracked: false,
+            site,
+            pending_nodes: AtomicU64::new(0),
+            pending_bytes: AtomicU64::new(0),
+            state: Mutex::new(State::Ready(Value::Quantized(weight))),
+            _alive: Alive::new(),
+        })
+    }
+
+    /// Records `op` on `inputs`; `device` is used only by ops without inputs and by [`Op::ToDevice`].
     ///
     /// # Errors
     /// When shapes, dtypes or devices do not fit: the error names the op and `site`.
@@ -140,6 +163,28 @@ impl Node {
         device: Option<&Device>,
         site: BuildSite,
     ) -> Result<Arc<Self>> {
+        Self::record_expr(Expr { op, scalars, inputs, custom: None }, device, site)
+    }
+
+    /// Records a custom op, whose result has the shape and dtype that the caller states; both are checked when it runs.
+    ///
+    /// # Errors
+    /// When the number of inputs is not the op's, or the inputs are on different devices.
+    pub fn record_custom(
+        custom: CustomOp,
+        shape: &[usize],
+        dtype: DType,
+        inputs: SmallVec<[Arc<Node>; 3]>,
+        site: BuildSite,
+    ) -> Result<Arc<Self>> {
+        let op = Op::Custom { name: custom.name(), arity: custom.arity(), shape: Dims::from_slice(shape), dtype };
+        // the scalar is the op's number among the custom ops of a captured graph
+        let scalars = Scalars::from_slice(&[0.0]);
+        Self::record_expr(Expr { op, scalars, inputs, custom: Some(custom) }, None, site)
+    }
+
+    fn record_expr(expr: Expr, device: Option<&Device>, site: BuildSite) -> Result<Arc<Self>> {
+        let Expr { op, scalars, inputs, custom } = expr;
         let meta = {
             let metas: SmallVec<[Meta<'_>; 4]> = inputs.iter().map(|n| n.meta()).collect();
             infer(&op, &metas).map_err(|e| e.at(&site))?
@@ -148,7 +193,15 @@ impl Node {
             let detail = format!("takes {} scalars, got {}", op.scalar_count(), scalars.len());
             return Err(Error::new(op.name(), ErrorKind::Invalid(detail)).at(&site));
         }
+        let quantized = |n: &Arc<Node>| matches!(&*n.state.lock(), State::Ready(Value::Quantized(_)));
+        if let Some(i) = inputs.iter().position(quantized) {
+            if op != Op::QMatmul || i != 1 {
+                let detail = "a quantised weight is read by qmatmul alone; dequantise it first".into();
+                return Err(Error::new(op.name(), ErrorKind::Unsupported(detail)).at(&site));
+            }
+        }
         let device = match (inputs.first(), device) {
+            (Some(_), Some(device)) if op == Op::ToDevice => device.clone(),
             (Some(first), _) => first.device.clone(),
             (None, Some(device)) => device.clone(),
             (None, None) => Device::Cpu,
@@ -164,7 +217,7 @@ impl Node {
                 return Err(Error::new(op.name(), ErrorKind::Device(detail)).on(&metas).at(&site));
             }
         }
-        let tracked = !matches!(op, Op::Detach | Op::Compare(_) | Op::CompareScalar(_))
+        let tracked = !matches!(op, Op::Detach | Op::Compare(_) | Op::CompareScalar(_) | Op::Random { .. })
             && meta.dtype.is_float()
             && inputs.iter().any(|n| n.tracked);
         let own_bytes = meta.dims.iter().product::<usize>() * meta.dtype.size_in_bytes();
@@ -182,7 +235,7 @@ impl Node {
             site,
             pending_nodes,
             pending_bytes,
-            state: Mutex::new(State::Pending(Expr { op, scalars, inputs })),
+            state: Mutex::new(State::Pending(Expr { op, scalars, inputs, custom })),
             _alive: Alive::new(),
         }))
     }

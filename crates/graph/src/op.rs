@@ -2,13 +2,15 @@
 
 use candle_core::DType;
 use smallvec::SmallVec;
-use std::fmt;
 
 /// Dimensions of a shape: inline up to rank 6.
 pub type Dims<S = usize> = SmallVec<[S; 6]>;
 
 /// Run-time scalars of a node (a factor, an epsilon). They are parameters of a plan, never part of its key.
 pub type Scalars = SmallVec<[f64; 2]>;
+
+mod display;
+mod table;
 
 macro_rules! named_enum {
     ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident => $text:literal),+ $(,)? }) => {
@@ -90,6 +92,8 @@ named_enum! {
         Maximum => "maximum",
         /// The smaller one.
         Minimum => "minimum",
+        /// a to the power of b.
+        Pow => "pow",
     }
 }
 
@@ -122,6 +126,40 @@ named_enum! {
         Max => "max",
         /// The smallest element.
         Min => "min",
+        /// The unbiased variance: Σ(x − mean)²/(n − 1).
+        Var => "var",
+        /// log Σ exp(x), with the largest element taken out first.
+        LogSumExp => "log_sum_exp",
+    }
+}
+
+named_enum! {
+    /// Where along a dim an extreme element stands.
+    ArgOp {
+        /// The first largest element.
+        Max => "argmax",
+        /// The first smallest element.
+        Min => "argmin",
+    }
+}
+
+named_enum! {
+    /// Distributions of random numbers.
+    Distribution {
+        /// Evenly spread over lo ≤ x < up.
+        Uniform => "rand",
+        /// Normal with a mean and a standard deviation.
+        Normal => "randn",
+    }
+}
+
+named_enum! {
+    /// What a scatter does with the element that it meets.
+    ScatterOp {
+        /// Replaces it; of several sources for one place the last one counts.
+        Set => "scatter",
+        /// Adds to it.
+        Add => "scatter_add",
     }
 }
 
@@ -149,6 +187,23 @@ pub enum Op<S = usize> {
         /// A floating-point dtype.
         dtype: DType,
     },
+    /// start + i·step for i = 0…n−1. No inputs; scalars: start, step.
+    Arange {
+        /// The number of elements.
+        len: S,
+        /// The dtype.
+        dtype: DType,
+    },
+    /// Random numbers, a function of the key and of each element's place alone. Inputs: key (an integer tensor of one
+    /// element); scalars: lo and up, or mean and standard deviation.
+    Random {
+        /// The distribution.
+        dist: Distribution,
+        /// The shape.
+        shape: Dims<S>,
+        /// A floating-point dtype.
+        dtype: DType,
+    },
     /// An elementwise function. Inputs: x.
     Unary(UnaryOp),
     /// An elementwise function of two tensors. Inputs: a, b.
@@ -159,6 +214,10 @@ pub enum Op<S = usize> {
     Affine,
     /// xᵉ. Inputs: x; scalars: e.
     Powf,
+    /// x where it is not negative, else alpha·(eˣ − 1) (Clevert et al., arXiv:1511.07289, eq. 15). Inputs: x; scalars: alpha.
+    Elu,
+    /// min(max(x, low), high). Inputs: x; scalars: low, high.
+    Clamp,
     /// A comparison with a scalar. Inputs: x; scalars: the right-hand side.
     CompareScalar(CmpOp),
     /// Elementwise choice. Inputs: condition (u8, u32 or i64, non-zero is true), a, b.
@@ -172,6 +231,15 @@ pub enum Op<S = usize> {
         /// Bit d is set when dim d is reduced.
         axes: u32,
         /// Whether reduced dims stay as dims of size one.
+        keepdim: bool,
+    },
+    /// The place of an extreme element along one dim, as u32. Inputs: x.
+    ArgReduce {
+        /// Which extreme.
+        op: ArgOp,
+        /// The dim.
+        dim: u8,
+        /// Whether the dim stays as a dim of size one.
         keepdim: bool,
     },
     /// Matrix product with broadcast batch dims. Inputs: a (…, m, k), b (…, k, n).
@@ -195,6 +263,17 @@ pub enum Op<S = usize> {
         /// The number of indices.
         len: S,
     },
+    /// Every `step`-th index of one dim. Inputs: x.
+    Stride {
+        /// The dim.
+        dim: u8,
+        /// The first index.
+        start: S,
+        /// The number of indices.
+        len: S,
+        /// The distance of neighbours, at least 1.
+        step: S,
+    },
     /// Broadcast to a shape (numpy's rule). Inputs: x.
     Broadcast {
         /// The shape.
@@ -204,6 +283,8 @@ pub enum Op<S = usize> {
     Contiguous,
     /// The same tensor, cut from Candle's tape. Inputs: x.
     Detach,
+    /// The same tensor on the node's device. Inputs: x.
+    ToDevice,
     /// Tensors behind one another along a dim. Inputs: all parts.
     Concat {
         /// The dim.
@@ -211,6 +292,23 @@ pub enum Op<S = usize> {
     },
     /// Slices of one dim chosen by index. Inputs: x, ids (u8, u32 or i64, one-dimensional).
     IndexSelect {
+        /// The dim.
+        dim: u8,
+    },
+    /// Elements of one dim chosen one by one. Inputs: x, ids (x's rank; outside `dim` no larger than x; u8, u32 or i64).
+    Gather {
+        /// The dim.
+        dim: u8,
+    },
+    /// `x` with elements of `src` written or added where `ids` says. Inputs: x, ids, src (the shape of ids; outside `dim` x's).
+    Scatter {
+        /// Written or added.
+        op: ScatterOp,
+        /// The dim.
+        dim: u8,
+    },
+    /// `x` with the slices of `src` added to its slices that `ids` names. Inputs: x, ids (one dim), src.
+    IndexAdd {
         /// The dim.
         dim: u8,
     },
@@ -282,6 +380,32 @@ pub enum Op<S = usize> {
     },
     /// Rows of a table chosen by ids of any rank. Inputs: table (n, h), ids (u8, u32 or i64). Composite.
     Embedding,
+    /// Layer norm over groups of channels (Wu and He, arXiv:1803.08494, eq. 7). Inputs: x (b, c, …), w (c) if `weight`, b (c) if
+    /// `bias`; scalars: eps. Composite.
+    GroupNorm {
+        /// The number of groups, which divides c.
+        groups: S,
+        /// Whether a weight follows.
+        weight: bool,
+        /// Whether a bias follows.
+        bias: bool,
+    },
+    /// The mean over n of −log softmax(logits)[target]. Inputs: logits (n, c), targets (n; u8, u32 or i64). Composite.
+    CrossEntropy,
+    /// x·wᵀ with a quantised weight. Inputs: x (…, in), w (out, in), a quantised leaf.
+    QMatmul,
+    /// A custom op of Candle's, opaque here. The node says which; the captured scalar is its number in
+    /// [`crate::Bindings::customs`].
+    Custom {
+        /// Its name.
+        name: &'static str,
+        /// How many inputs it takes: one to three.
+        arity: u8,
+        /// The shape of its result, as the caller states it.
+        shape: Dims<S>,
+        /// The dtype of its result, as the caller states it.
+        dtype: DType,
+    },
 }
 
 /// How an op touches its data; what the passes and the lowering ask instead of matching on the enum.
@@ -302,6 +426,8 @@ pub enum OpClass {
     Contraction,
     /// A semantic composite; it decomposes into the others.
     Composite,
+    /// A custom op: nothing is known of it but its result's shape and dtype.
+    Opaque,
 }
 
 /// Whether the kernels of candle-lazy for this op may round differently than Candle's own.
@@ -314,261 +440,6 @@ pub enum Exactness {
     ExactWide,
     /// Another order of summation or another approximation; the error against f64 is bounded instead.
     Rounds,
-}
-
-impl<S> Op<S> {
-    /// The name in dumps, errors, reports and `docs/ops.md`.
-    #[must_use]
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Full { .. } => "full",
-            Self::CausalMask { .. } => "causal_mask",
-            Self::Unary(op) => op.name(),
-            Self::Binary(op) => op.name(),
-            Self::Compare(op) | Self::CompareScalar(op) => op.name(),
-            Self::Affine => "affine",
-            Self::Powf => "powf",
-            Self::Where => "where_cond",
-            Self::Cast(_) => "to_dtype",
-            Self::Reduce { op, .. } => op.name(),
-            Self::Matmul => "matmul",
-            Self::Reshape { .. } => "reshape",
-            Self::Permute { .. } => "permute",
-            Self::Narrow { .. } => "narrow",
-            Self::Broadcast { .. } => "broadcast_as",
-            Self::Contiguous => "contiguous",
-            Self::Detach => "detach",
-            Self::Concat { .. } => "cat",
-            Self::IndexSelect { .. } => "index_select",
-            Self::SliceAssign { .. } => "slice_assign",
-            Self::Softmax { .. } => "softmax",
-            Self::LogSoftmax { .. } => "log_softmax",
-            Self::RmsNorm { .. } => "rms_norm",
-            Self::LayerNorm { .. } => "layer_norm",
-            Self::Linear { .. } => "linear",
-            Self::Lora { .. } => "lora",
-            Self::Glu { .. } => "glu",
-            Self::Rope { .. } => "rope",
-            Self::Attention { .. } => "attention",
-            Self::Embedding => "embedding",
-        }
-    }
-
-    /// The class of the op.
-    #[must_use]
-    pub fn class(&self) -> OpClass {
-        match self {
-            Self::Full { .. } | Self::CausalMask { .. } => OpClass::Source,
-            Self::Unary(_)
-            | Self::Binary(_)
-            | Self::Compare(_)
-            | Self::CompareScalar(_)
-            | Self::Affine
-            | Self::Powf
-            | Self::Where
-            | Self::Cast(_) => OpClass::Elementwise,
-            Self::Reduce { .. } => OpClass::Reduction,
-            Self::Reshape { .. }
-            | Self::Permute { .. }
-            | Self::Narrow { .. }
-            | Self::Broadcast { .. }
-            | Self::Detach => OpClass::View,
-            Self::Contiguous | Self::Concat { .. } | Self::IndexSelect { .. } | Self::SliceAssign { .. } => {
-                OpClass::Movement
-            }
-            Self::Matmul => OpClass::Contraction,
-            Self::Softmax { .. }
-            | Self::LogSoftmax { .. }
-            | Self::RmsNorm { .. }
-            | Self::LayerNorm { .. }
-            | Self::Linear { .. }
-            | Self::Lora { .. }
-            | Self::Glu { .. }
-            | Self::Rope { .. }
-            | Self::Attention { .. }
-            | Self::Embedding => OpClass::Composite,
-        }
-    }
-
-    /// Whether swapping the two inputs gives the same result.
-    #[must_use]
-    pub fn is_commutative(&self) -> bool {
-        matches!(self, Self::Binary(BinaryOp::Add | BinaryOp::Mul) | Self::Compare(CmpOp::Eq | CmpOp::Ne))
-    }
-
-    /// How our kernel for this op relates to Candle's own, on the CPU.
-    #[must_use]
-    pub fn exactness(&self) -> Exactness {
-        match self {
-            Self::Full { .. }
-            | Self::CausalMask { .. }
-            | Self::Binary(_)
-            | Self::Compare(_)
-            | Self::CompareScalar(_)
-            | Self::Where
-            | Self::Cast(_)
-            | Self::Reshape { .. }
-            | Self::Permute { .. }
-            | Self::Narrow { .. }
-            | Self::Broadcast { .. }
-            | Self::Contiguous
-            | Self::Detach
-            | Self::Concat { .. }
-            | Self::IndexSelect { .. }
-            | Self::SliceAssign { .. }
-            | Self::Embedding
-            | Self::Reduce { op: ReduceOp::Max | ReduceOp::Min, .. } => Exactness::Exact,
-            Self::Unary(
-                UnaryOp::Neg
-                | UnaryOp::Abs
-                | UnaryOp::Sqr
-                | UnaryOp::Sqrt
-                | UnaryOp::Floor
-                | UnaryOp::Ceil
-                | UnaryOp::Round
-                | UnaryOp::Sign,
-            ) => Exactness::Exact,
-            // relu of −0 is +0 here and in Candle's f32 and f64, −0 in Candle's f16 and bf16
-            Self::Unary(UnaryOp::Recip | UnaryOp::Rsqrt | UnaryOp::Relu) | Self::Affine => Exactness::ExactWide,
-            Self::Unary(_)
-            | Self::Powf
-            | Self::Reduce { .. }
-            | Self::Matmul
-            | Self::Softmax { .. }
-            | Self::LogSoftmax { .. }
-            | Self::RmsNorm { .. }
-            | Self::LayerNorm { .. }
-            | Self::Linear { .. }
-            | Self::Lora { .. }
-            | Self::Glu { .. }
-            | Self::Rope { .. }
-            | Self::Attention { .. } => Exactness::Rounds,
-        }
-    }
-
-    /// The same op with every size mapped: from recorded sizes to symbols and back.
-    pub fn map_sizes<T>(&self, mut f: impl FnMut(&S) -> T) -> Op<T> {
-        match self {
-            Self::Full { shape, dtype } => Op::Full { shape: shape.iter().map(f).collect(), dtype: *dtype },
-            Self::CausalMask { queries, keys, window, dtype } => {
-                Op::CausalMask { queries: f(queries), keys: f(keys), window: window.as_ref().map(f), dtype: *dtype }
-            }
-            Self::Unary(op) => Op::Unary(*op),
-            Self::Binary(op) => Op::Binary(*op),
-            Self::Compare(op) => Op::Compare(*op),
-            Self::CompareScalar(op) => Op::CompareScalar(*op),
-            Self::Affine => Op::Affine,
-            Self::Powf => Op::Powf,
-            Self::Where => Op::Where,
-            Self::Cast(dtype) => Op::Cast(*dtype),
-            Self::Reduce { op, axes, keepdim } => Op::Reduce { op: *op, axes: *axes, keepdim: *keepdim },
-            Self::Matmul => Op::Matmul,
-            Self::Reshape { shape } => Op::Reshape { shape: shape.iter().map(f).collect() },
-            Self::Permute { perm } => Op::Permute { perm: perm.clone() },
-            Self::Narrow { dim, start, len } => Op::Narrow { dim: *dim, start: f(start), len: f(len) },
-            Self::Broadcast { shape } => Op::Broadcast { shape: shape.iter().map(f).collect() },
-            Self::Contiguous => Op::Contiguous,
-            Self::Detach => Op::Detach,
-            Self::Concat { dim } => Op::Concat { dim: *dim },
-            Self::IndexSelect { dim } => Op::IndexSelect { dim: *dim },
-            Self::SliceAssign { dim, start } => Op::SliceAssign { dim: *dim, start: f(start) },
-            Self::Softmax { dim } => Op::Softmax { dim: *dim },
-            Self::LogSoftmax { dim } => Op::LogSoftmax { dim: *dim },
-            Self::RmsNorm { weight } => Op::RmsNorm { weight: *weight },
-            Self::LayerNorm { weight, bias } => Op::LayerNorm { weight: *weight, bias: *bias },
-            Self::Linear { bias } => Op::Linear { bias: *bias },
-            Self::Lora { base } => Op::Lora { base: *base },
-            Self::Glu { act } => Op::Glu { act: *act },
-            Self::Rope { interleaved } => Op::Rope { interleaved: *interleaved },
-            Self::Attention { mask, causal, softcap, window } => {
-                Op::Attention { mask: *mask, causal: *causal, softcap: *softcap, window: window.as_ref().map(f) }
-            }
-            Self::Embedding => Op::Embedding,
-        }
-    }
-
-    /// The number of inputs, or `None` where it varies (concat).
-    #[must_use]
-    pub fn arity(&self) -> Option<usize> {
-        Some(match self {
-            Self::Full { .. } | Self::CausalMask { .. } => 0,
-            Self::Binary(_) | Self::Compare(_) | Self::Matmul => 2,
-            Self::IndexSelect { .. } | Self::SliceAssign { .. } | Self::Glu { .. } | Self::Embedding => 2,
-            Self::Where | Self::Rope { .. } => 3,
-            Self::Concat { .. } => return None,
-            Self::RmsNorm { weight } => 1 + usize::from(*weight),
-            Self::LayerNorm { weight, bias } => 1 + usize::from(*weight) + usize::from(*bias),
-            Self::Linear { bias } => 2 + usize::from(*bias),
-            Self::Lora { base } => 3 + usize::from(*base),
-            Self::Attention { mask, .. } => 3 + usize::from(*mask),
-            _ => 1,
-        })
-    }
-
-    /// The number of run-time scalars.
-    #[must_use]
-    pub fn scalar_count(&self) -> usize {
-        match self {
-            Self::Affine => 2,
-            Self::Full { .. }
-            | Self::Powf
-            | Self::CompareScalar(_)
-            | Self::RmsNorm { .. }
-            | Self::LayerNorm { .. }
-            | Self::Lora { .. } => 1,
-            Self::Attention { softcap, .. } => 1 + usize::from(*softcap),
-            _ => 0,
-        }
-    }
-}
-
-impl<S: fmt::Display> fmt::Display for Op<S> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let list = |dims: &[S]| dims.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        match self {
-            Self::Full { shape, dtype } => write!(f, "full([{}], {})", list(shape), dtype.as_str()),
-            Self::CausalMask { queries, keys, window, dtype } => match window {
-                Some(w) => write!(f, "causal_mask({queries}, {keys}, window {w}, {})", dtype.as_str()),
-                None => write!(f, "causal_mask({queries}, {keys}, {})", dtype.as_str()),
-            },
-            Self::Cast(dtype) => write!(f, "to_dtype({})", dtype.as_str()),
-            Self::CompareScalar(op) => write!(f, "{}_scalar", op.name()),
-            Self::Reduce { op, axes, keepdim } => {
-                let dims: Vec<u32> = (0..32).filter(|d| axes & (1 << d) != 0).collect();
-                write!(f, "{}({dims:?}{})", op.name(), if *keepdim { ", keepdim" } else { "" })
-            }
-            Self::Reshape { shape } => write!(f, "reshape([{}])", list(shape)),
-            Self::Permute { perm } => write!(f, "permute({:?})", perm.as_slice()),
-            Self::Narrow { dim, start, len } => write!(f, "narrow({dim}, {start}, {len})"),
-            Self::Broadcast { shape } => write!(f, "broadcast_as([{}])", list(shape)),
-            Self::Concat { dim } => write!(f, "cat({dim})"),
-            Self::IndexSelect { dim } => write!(f, "index_select({dim})"),
-            Self::SliceAssign { dim, start } => write!(f, "slice_assign({dim}, {start})"),
-            Self::Softmax { dim } => write!(f, "softmax({dim})"),
-            Self::LogSoftmax { dim } => write!(f, "log_softmax({dim})"),
-            Self::Glu { act } => write!(f, "glu({})", act.name()),
-            Self::Rope { interleaved } => {
-                write!(f, "rope({})", if *interleaved { "interleaved" } else { "half-split" })
-            }
-            Self::Attention { mask, causal, softcap, window } => {
-                let mut parts = Vec::new();
-                if *causal {
-                    parts.push("causal".to_string());
-                }
-                if *mask {
-                    parts.push("mask".to_string());
-                }
-                if *softcap {
-                    parts.push("softcap".to_string());
-                }
-                if let Some(window) = window {
-                    parts.push(format!("window {window}"));
-                }
-                write!(f, "attention({})", parts.join(", "))
-            }
-            other => f.write_str(other.name()),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 use crate::capture::{Bindings, GOp, Graph};
 use crate::error::{Error, ErrorKind, Result};
 use crate::infer::{infer, Meta};
-use crate::op::Dims;
+use crate::op::{Dims, Op};
 use smallvec::SmallVec;
 
 /// Checks topological order, indices, and that inference at the sizes of `bindings` agrees with every recorded shape and dtype.
@@ -29,7 +29,8 @@ pub fn validate(graph: &Graph, bindings: &Bindings) -> Result<()> {
         if op.scalar_count() != node.params.len() {
             return fail(format!("{} scalars instead of {}", node.params.len(), op.scalar_count()));
         }
-        if node.inputs.iter().any(|&input| graph.nodes[input as usize].device != node.device) {
+        let moves = *op == Op::ToDevice;
+        if !moves && node.inputs.iter().any(|&input| graph.nodes[input as usize].device != node.device) {
             return fail("an input is on another device".into());
         }
         let metas: SmallVec<[Meta<'_>; 4]> = node

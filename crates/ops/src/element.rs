@@ -6,7 +6,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 /// One of the seven element types that kernels read and write.
-pub(crate) trait Element: Copy + Default + Send + Sync + PartialEq + std::fmt::Debug + 'static {
+pub(crate) trait Element: Copy + Default + Send + Sync + PartialOrd + std::fmt::Debug + 'static {
     /// Candle's name for it.
     const DTYPE: DType;
     /// Bits of the integer range when it is an integer type.

@@ -262,6 +262,29 @@ impl Strided {
         }
     }
 
+    /// Keeps `len` elements of `dim` from `start` on, `step` apart.
+    ///
+    /// # Errors
+    /// `ShapeMismatch` if the dim does not exist, the step is 0 or an element would leave the dim.
+    pub fn stride(&self, dim: usize, start: usize, len: usize, step: usize) -> Result<Self> {
+        let last = len.saturating_sub(1).checked_mul(step).and_then(|n| n.checked_add(start));
+        match (self.dims.get(dim), last) {
+            (Some(&d), Some(last)) if step > 0 && (len == 0 || last < d) => {
+                let mut out = self.clone();
+                out.dims[dim] = len;
+                out.strides[dim] = self.strides[dim].saturating_mul(step);
+                if len > 0 {
+                    out.offset = out.offset.saturating_add(start.saturating_mul(self.strides[dim]));
+                }
+                Ok(out)
+            }
+            _ => Err(Error::shape(
+                "stride",
+                format!("dim {dim}, start {start}, len {len}, step {step} on {:?}", self.dims),
+            )),
+        }
+    }
+
     /// Broadcasts to `dims`, adding dims on the left; broadcast dims get stride 0.
     ///
     /// # Errors

@@ -230,7 +230,13 @@ impl Case {
     pub fn dtype(&self) -> DType {
         let float = self.inputs.iter().map(|i| i.dtype).find(|d| d.is_float());
         match (&self.op, float.or(self.inputs.first().map(|i| i.dtype))) {
-            (Op::Full { dtype, .. } | Op::CausalMask { dtype, .. }, _) => *dtype,
+            (
+                Op::Full { dtype, .. }
+                | Op::CausalMask { dtype, .. }
+                | Op::Arange { dtype, .. }
+                | Op::Random { dtype, .. },
+                _,
+            ) => *dtype,
             (_, Some(dtype)) => dtype,
             (_, None) => DType::F32,
         }

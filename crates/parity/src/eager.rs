@@ -2,7 +2,7 @@
 
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor, D};
-use candle_lazy_graph::{BinaryOp, CmpOp, Op, ReduceOp, UnaryOp};
+use candle_lazy_graph::{ArgOp, BinaryOp, CmpOp, Op, ReduceOp, ScatterOp, UnaryOp};
 use candle_nn::Module;
 
 /// The result of `op` on plain tensors, by Candle's own differentiable ops.
@@ -23,6 +23,7 @@ pub fn run(op: &Op, s: &[f64], x: &[Tensor]) -> Result<Tensor> {
             BinaryOp::Div => x[0].broadcast_div(&x[1])?,
             BinaryOp::Maximum => x[0].broadcast_maximum(&x[1])?,
             BinaryOp::Minimum => x[0].broadcast_minimum(&x[1])?,
+            BinaryOp::Pow => x[0].broadcast_pow(&x[1])?,
         },
         Op::Compare(f) => match f {
             CmpOp::Eq => x[0].broadcast_eq(&x[1])?,
@@ -54,6 +55,37 @@ pub fn run(op: &Op, s: &[f64], x: &[Tensor]) -> Result<Tensor> {
         Op::Permute { perm } => x[0].permute(perm.iter().map(|&d| at(d)).collect::<Vec<_>>())?,
         Op::Narrow { dim, start, len } => x[0].narrow(at(*dim), *start, *len)?,
         Op::Broadcast { shape } => x[0].broadcast_as(shape.to_vec())?,
+        Op::Elu => x[0].elu(s[0])?,
+        Op::Clamp => x[0].clamp(s[0], s[1])?,
+        Op::ArgReduce { op, dim, keepdim } => {
+            let (x, dim) = (x[0].contiguous()?, at(*dim));
+            match (op, keepdim) {
+                (ArgOp::Max, true) => x.argmax_keepdim(dim)?,
+                (ArgOp::Max, false) => x.argmax(dim)?,
+                (ArgOp::Min, true) => x.argmin_keepdim(dim)?,
+                (ArgOp::Min, false) => x.argmin(dim)?,
+            }
+        }
+        Op::Stride { dim, start, len, step } => {
+            let ids: Vec<u32> = (0..*len).map(|i| (start + i * step) as u32).collect();
+            x[0].contiguous()?.index_select(&Tensor::from_vec(ids, *len, &dev)?, at(*dim))?
+        }
+        Op::ToDevice => x[0].to_device(&dev)?,
+        Op::Gather { dim } => x[0].contiguous()?.gather(&x[1].contiguous()?, at(*dim))?,
+        Op::Scatter { op: ScatterOp::Set, dim } => {
+            x[0].contiguous()?.scatter(&x[1].contiguous()?, &x[2].contiguous()?, at(*dim))?
+        }
+        Op::Scatter { op: ScatterOp::Add, dim } => {
+            x[0].contiguous()?.scatter_add(&x[1].contiguous()?, &x[2].contiguous()?, at(*dim))?
+        }
+        Op::IndexAdd { dim } => x[0].contiguous()?.index_add(&x[1].contiguous()?, &x[2].contiguous()?, at(*dim))?,
+        Op::GroupNorm { groups, weight, bias } => {
+            let c = x[0].dim(1)?;
+            let w = if *weight { x[1].clone() } else { Tensor::ones(c, x[0].dtype(), &dev)? };
+            let b = if *bias { x[if *weight { 2 } else { 1 }].clone() } else { Tensor::zeros(c, x[0].dtype(), &dev)? };
+            candle_nn::GroupNorm::new(w, b, c, *groups, s[0])?.forward(&x[0])?
+        }
+        Op::CrossEntropy => candle_nn::loss::cross_entropy(&x[0], &x[1].contiguous()?)?,
         Op::Contiguous => x[0].contiguous()?,
         Op::Detach => x[0].detach(),
         Op::Concat { dim } => Tensor::cat(x, at(*dim))?,
@@ -178,6 +210,26 @@ fn reduce(f: ReduceOp, axes: u32, keepdim: bool, x: &Tensor) -> Result<Tensor> {
         ReduceOp::Sum => x.sum(dims)?,
         ReduceOp::Mean if keepdim => x.mean_keepdim(dims)?,
         ReduceOp::Mean => x.mean(dims)?,
+        ReduceOp::Var => match dims[..] {
+            [d] if keepdim => x.var_keepdim(d)?,
+            [d] => x.var(d)?,
+            _ => {
+                let n: usize = dims.iter().map(|&d| x.dims()[d]).product();
+                let squares = x.broadcast_sub(&x.mean_keepdim(dims.clone())?)?.sqr()?;
+                let sum = if keepdim { squares.sum_keepdim(dims)? } else { squares.sum(dims)? };
+                (sum / (n as f64 - 1.0))?
+            }
+        },
+        ReduceOp::LogSumExp => {
+            let y = x.log_sum_exp(dims.clone())?;
+            if keepdim {
+                let kept: Vec<usize> =
+                    x.dims().iter().enumerate().map(|(d, &n)| if dims.contains(&d) { 1 } else { n }).collect();
+                y.reshape(kept)?
+            } else {
+                y
+            }
+        }
         ReduceOp::Max | ReduceOp::Min => {
             let mut y = x.clone();
             for &d in &dims {

@@ -3,7 +3,9 @@
 use crate::{Error, Result};
 use candle_core::Device;
 use candle_lazy_exec::{AttentionOptions, LazyTensor};
-use candle_lazy_graph::{BinaryOp, BuildSite, CmpOp, Node, Op, ReduceOp, Scalars, UnaryOp};
+use candle_lazy_graph::{
+    ArgOp, BinaryOp, BuildSite, CmpOp, Distribution, Node, Op, ReduceOp, Scalars, ScatterOp, UnaryOp,
+};
 
 /// The result of `op` on `x`.
 ///
@@ -49,11 +51,14 @@ pub fn record(op: &Op, s: &[f64], x: &[LazyTensor]) -> Result<LazyTensor> {
                 (ReduceOp::Sum, false, _) => x[0].sum(dims)?,
                 (ReduceOp::Mean, true, _) => x[0].mean_keepdim(dims)?,
                 (ReduceOp::Mean, false, _) => x[0].mean(dims)?,
-                (ReduceOp::Max, true, [d]) => x[0].max_keepdim(*d)?,
-                (ReduceOp::Max, false, [d]) => x[0].max(*d)?,
-                (ReduceOp::Min, true, [d]) => x[0].min_keepdim(*d)?,
-                (ReduceOp::Min, false, [d]) => x[0].min(*d)?,
-                _ => as_node(op, s, x)?,
+                (ReduceOp::Max, true, _) => x[0].max_keepdim(dims)?,
+                (ReduceOp::Max, false, _) => x[0].max(dims)?,
+                (ReduceOp::Min, true, _) => x[0].min_keepdim(dims)?,
+                (ReduceOp::Min, false, _) => x[0].min(dims)?,
+                (ReduceOp::Var, true, _) => x[0].var_keepdim(dims)?,
+                (ReduceOp::Var, false, _) => x[0].var(dims)?,
+                (ReduceOp::LogSumExp, true, _) => x[0].log_sum_exp_keepdim(dims)?,
+                (ReduceOp::LogSumExp, false, _) => x[0].log_sum_exp(dims)?,
             }
         }
         Op::Matmul => x[0].broadcast_matmul(&x[1])?,
@@ -86,6 +91,30 @@ pub fn record(op: &Op, s: &[f64], x: &[LazyTensor]) -> Result<LazyTensor> {
             LazyTensor::attention(&x[0], &x[1], &x[2], mask.then(|| &x[3]), &options)?
         }
         Op::Embedding => x[0].embedding(&x[1])?,
+        Op::Arange { len, dtype } => LazyTensor::arange_recorded(s[0], s[1], *len, *dtype, &dev)?,
+        Op::Random { dist: Distribution::Uniform, shape, dtype } => {
+            LazyTensor::rand_from(&x[0], s[0], s[1], shape.to_vec(), *dtype)?
+        }
+        Op::Random { dist: Distribution::Normal, shape, dtype } => {
+            LazyTensor::randn_from(&x[0], s[0], s[1], shape.to_vec(), *dtype)?
+        }
+        Op::Elu => x[0].elu(s[0])?,
+        Op::Clamp => x[0].clamp(s[0], s[1])?,
+        Op::ArgReduce { op, dim, keepdim } => match (op, keepdim) {
+            (ArgOp::Max, true) => x[0].argmax_keepdim(usize::from(*dim))?,
+            (ArgOp::Max, false) => x[0].argmax(usize::from(*dim))?,
+            (ArgOp::Min, true) => x[0].argmin_keepdim(usize::from(*dim))?,
+            (ArgOp::Min, false) => x[0].argmin(usize::from(*dim))?,
+        },
+        Op::Gather { dim } => x[0].gather(&x[1], usize::from(*dim))?,
+        Op::Scatter { op: ScatterOp::Set, dim } => x[0].scatter(&x[1], &x[2], usize::from(*dim))?,
+        Op::Scatter { op: ScatterOp::Add, dim } => x[0].scatter_add(&x[1], &x[2], usize::from(*dim))?,
+        Op::IndexAdd { dim } => x[0].index_add(&x[1], &x[2], usize::from(*dim))?,
+        Op::GroupNorm { groups, weight, bias } => {
+            let b = if *weight { 2 } else { 1 };
+            x[0].group_norm(*groups, weight.then(|| &x[1]), bias.then(|| &x[b]), s[0])?
+        }
+        Op::CrossEntropy => x[0].cross_entropy(&x[1])?,
         _ => as_node(op, s, x)?,
     })
 }
@@ -138,5 +167,7 @@ fn binary(f: BinaryOp, a: &LazyTensor, b: &LazyTensor) -> Result<LazyTensor> {
         BinaryOp::Minimum if same => a.minimum(b)?,
         BinaryOp::Maximum => a.broadcast_maximum(b)?,
         BinaryOp::Minimum => a.broadcast_minimum(b)?,
+        BinaryOp::Pow if same => a.pow(b)?,
+        BinaryOp::Pow => a.broadcast_pow(b)?,
     })
 }

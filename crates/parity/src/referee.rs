@@ -4,7 +4,7 @@ use crate::reference::{self as r, Arr, AttentionSpec, Summed};
 use crate::value::ulp;
 use crate::{Error, Result};
 use candle_core::DType;
-use candle_lazy_graph::{BinaryOp, CmpOp, Op, ReduceOp, UnaryOp};
+use candle_lazy_graph::{ArgOp, BinaryOp, CmpOp, Distribution, Op, ReduceOp, ScatterOp, UnaryOp};
 
 /// What the result should be.
 #[derive(Debug, Clone)]
@@ -43,6 +43,13 @@ impl Judged {
             *m = m.max(i * factor);
         }
         judged
+    }
+
+    fn within_if(s: Summed, dtype: DType) -> Self {
+        if s.inner.is_some() {
+            return Self::within(s, dtype);
+        }
+        Self::summed(s)
     }
 
     /// The scale of every element: the largest magnitude of its row.
@@ -99,6 +106,7 @@ fn binary_of(f: BinaryOp) -> r::Binary {
         BinaryOp::Div => r::Binary::Div,
         BinaryOp::Maximum => r::Binary::Maximum,
         BinaryOp::Minimum => r::Binary::Minimum,
+        BinaryOp::Pow => r::Binary::Pow,
     }
 }
 
@@ -173,15 +181,71 @@ pub fn judge(op: &Op, s: &[f64], x: &[&Arr], dtype: DType) -> Result<Judged> {
                 ReduceOp::Mean => r::Reduction::Mean,
                 ReduceOp::Max => r::Reduction::Max,
                 ReduceOp::Min => r::Reduction::Min,
+                ReduceOp::Var => r::Reduction::Var,
+                ReduceOp::LogSumExp => r::Reduction::LogSumExp,
             };
-            Judged::summed(r::reduce(f, x[0], *axes, *keepdim)?)
+            let mut summed = r::reduce(f, x[0], *axes, *keepdim)?;
+            if let (r::Reduction::Var, Some(inner)) = (f, &mut summed.inner) {
+                // (d + e)² is off by 2de, which the inner magnitude holds, and by e²
+                let unit = ulp(if dtype == DType::F64 { dtype } else { DType::F32 }, 1.0);
+                let squared = r::variance_of_roundings(x[0], *axes, *keepdim)?;
+                inner.data.iter_mut().zip(&squared.data).for_each(|(i, s)| *i += unit * s);
+            }
+            Judged::within_if(summed, dtype)
         }
         Op::Matmul => Judged::summed(r::matmul(x[0], x[1])?),
         Op::Reshape { shape } => Judged::plain(r::reshape(x[0], shape)?),
         Op::Permute { perm } => Judged::plain(r::permute(x[0], &perm.iter().map(|&d| at(d)).collect::<Vec<_>>())),
         Op::Narrow { dim, start, len } => Judged::plain(r::narrow(x[0], at(*dim), *start, *len)),
         Op::Broadcast { shape } => Judged::plain(r::broadcast(x[0], shape)),
-        Op::Contiguous | Op::Detach => Judged::plain(x[0].clone()),
+        Op::Arange { len, dtype } => {
+            let data = (0..*len).map(|i| s[0] + i as f64 * s[1]).collect();
+            Judged::plain(integral(Arr { dims: vec![*len], data }, *dtype, true))
+        }
+        Op::Random { dist, shape, dtype } => {
+            let bits = match dtype {
+                DType::F64 => 53,
+                DType::F16 => 11,
+                DType::BF16 => 8,
+                _ => 24,
+            };
+            let key = x[0].data.first().copied().unwrap_or(0.0) as u64;
+            Judged::plain(r::random(key, *dist == Distribution::Normal, s[0], s[1], bits, shape))
+        }
+        Op::Elu => {
+            let value = x[0].map(|x| if x >= 0.0 { x } else { s[0] * libm::expm1(x) });
+            // eˣ − 1 is a difference
+            let magnitude = x[0].map(|x| if x >= 0.0 { x } else { s[0].abs() * (libm::exp(x) + 1.0) });
+            Judged { magnitude, ..Judged::plain(value) }
+        }
+        Op::Clamp => Judged::plain(x[0].map(|x| {
+            let raised = if x < s[0] { s[0] } else { x };
+            if raised > s[1] {
+                s[1]
+            } else {
+                raised
+            }
+        })),
+        Op::ArgReduce { op, dim, keepdim } => Judged::plain(r::arg_reduce(x[0], at(*dim), *op == ArgOp::Min, *keepdim)),
+        Op::Stride { dim, start, len, step } => Judged::plain(r::stride(x[0], at(*dim), *start, *len, *step)),
+        Op::Gather { dim } => Judged::plain(r::gather(x[0], x[1], at(*dim))?),
+        Op::Scatter { op: ScatterOp::Set, dim } => Judged::plain(r::scatter(x[0], x[1], x[2], at(*dim))?),
+        Op::Scatter { op: ScatterOp::Add, dim } => Judged::summed(r::scatter_add(x[0], x[1], x[2], at(*dim))?),
+        Op::IndexAdd { dim } => Judged::summed(r::index_add(x[0], x[1], x[2], at(*dim))?),
+        Op::GroupNorm { groups, weight, bias } => {
+            let b = if *weight { 2 } else { 1 };
+            let summed = r::group_norm(x[0], *groups, weight.then(|| x[1]), bias.then(|| x[b]), s[0])?;
+            let mut judged = Judged::within(summed, dtype);
+            // a row is a group, not its last dim
+            let width = x[0].dims[1..].iter().product::<usize>() / groups;
+            for row in judged.magnitude.data.chunks_mut(width.max(1)) {
+                let largest = row.iter().copied().fold(0.0, f64::max);
+                row.fill(largest);
+            }
+            judged
+        }
+        Op::CrossEntropy => Judged::within(r::cross_entropy(x[0], x[1])?, dtype),
+        Op::Contiguous | Op::Detach | Op::ToDevice => Judged::plain(x[0].clone()),
         Op::Concat { dim } => Judged::plain(r::concat(x, at(*dim))?),
         Op::IndexSelect { dim } => Judged::plain(r::index_select(x[0], x[1], at(*dim))?),
         Op::SliceAssign { dim, start } => Judged::plain(r::slice_assign(x[0], x[1], at(*dim), *start)),

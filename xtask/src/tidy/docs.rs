@@ -6,6 +6,8 @@ use super::Violation;
 
 const OPS: &str = "docs/ops.md";
 const ENUM: &str = "crates/graph/src/op.rs";
+/// Where the names of ops stand beside those of the enums.
+const TABLE: &str = "crates/graph/src/op/table.rs";
 
 /// What each op's section says, in this order.
 const FIELDS: &[&str] = &["Inputs", "Attributes", "Result", "Exactness", "Kernel", "Backward", "Eager twin"];
@@ -41,7 +43,11 @@ pub(super) fn ops_described(tree: &Tree) -> Vec<Violation> {
             found.push(Violation::new(CHECK, format_args!("{OPS}:{line}"), message));
         }
     }
-    for name in names(&source.text, &code) {
+    let table = tree.get(TABLE).map(|table| names(&table.text, &code_only(&table.text)));
+    if table.is_none() {
+        found.push(Violation::new(CHECK, TABLE, "this file is missing"));
+    }
+    for name in names(&source.text, &code).into_iter().chain(table.into_iter().flatten()) {
         if !docs.text.contains(&format!("`{name}`")) {
             found.push(Violation::new(CHECK, OPS, format_args!("the op `{name}` is not named")));
         }

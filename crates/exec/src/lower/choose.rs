@@ -24,14 +24,22 @@ pub enum Choice {
 /// Whether capture replaces a composite by its decomposition: where it is tracked by Candle's autograd, where the device has
 /// no kernels of ours, or where the caller wants to see the parts.
 #[must_use]
-pub fn expands(tracked: bool, device: &Device, options: &EvalOptions) -> bool {
-    tracked || options.decompose || options.replay || !has_kernels(device.location())
+pub fn expands(op: &Op, tracked: bool, device: &Device, options: &EvalOptions) -> bool {
+    // these two have no kernel of their own: their parts fuse
+    matches!(op, Op::GroupNorm { .. } | Op::CrossEntropy)
+        || tracked
+        || options.decompose
+        || options.replay
+        || !has_kernels(device.location())
 }
 
 pub(super) fn choose(graph: &Graph, node: &GNode, options: &EvalOptions) -> Choice {
     let Some(op) = node.op() else {
         return Choice::Leaf;
     };
+    if let Op::Custom { .. } = op {
+        return Choice::Kernel;
+    }
     let device = graph.devices.get(usize::from(node.device)).copied();
     let tracked = (node.tracked || tracked_input(graph, node)) && !fault::active("choose.untracked");
     if tracked || options.replay || !device.is_some_and(has_kernels) {
@@ -45,6 +53,9 @@ pub(super) fn choose(graph: &Graph, node: &GNode, options: &EvalOptions) -> Choi
     }
     match op {
         Op::Unary(_)
+        | Op::Elu
+        | Op::Clamp
+        | Op::QMatmul
         | Op::Binary(_)
         | Op::Compare(_)
         | Op::CompareScalar(_)
@@ -91,11 +102,16 @@ fn cast_class(from: DType, to: DType) -> Option<Class> {
 fn is_row(graph: &Graph, node: &GNode, op: &Op<Sym>) -> bool {
     let eligible = match op {
         Op::Reduce { op, .. } => {
-            matches!(op, ReduceOp::Sum | ReduceOp::Mean | ReduceOp::Max | ReduceOp::Min) && node.dtype.is_float()
+            // exhaustive, so that a new reduction is decided here
+            let served = match op {
+                ReduceOp::Sum | ReduceOp::Mean | ReduceOp::Max | ReduceOp::Min => true,
+                ReduceOp::Var | ReduceOp::LogSumExp => true,
+            };
+            served && node.dtype.is_float()
         }
         Op::Where => graph.nodes[node.inputs[0] as usize].dtype == DType::U8 && node.dtype.is_float(),
         Op::Compare(_) | Op::CompareScalar(_) => true,
-        Op::Unary(_) | Op::Binary(_) | Op::Affine | Op::Powf => node.dtype.is_float(),
+        Op::Unary(_) | Op::Binary(_) | Op::Affine | Op::Powf | Op::Elu | Op::Clamp => node.dtype.is_float(),
         Op::Softmax { .. }
         | Op::LogSoftmax { .. }
         | Op::RmsNorm { .. }

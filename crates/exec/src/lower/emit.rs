@@ -176,10 +176,19 @@ impl Emitter<'_> {
                 self.builder.binary(f, arg(0)?, e)
             }
             Op::Where if fault::active("emit.where_arms") => self.builder.select(arg(0)?, arg(2)?, arg(1)?),
+            Op::Elu => {
+                let alpha = self.rounded_param(node.params[0], node.dtype)?;
+                emit::elu(&mut self.builder, arg(0)?, alpha)
+            }
+            Op::Clamp => {
+                let low = self.rounded_param(node.params[0], node.dtype)?;
+                let high = self.rounded_param(node.params[1], node.dtype)?;
+                emit::clamp(&mut self.builder, arg(0)?, low, high)
+            }
             Op::Where => self.builder.select(arg(0)?, arg(1)?, arg(2)?),
             Op::Cast(_) => arg(0)?,
             Op::Reduce { axes: 0, .. } => arg(0)?,
-            Op::Reduce { op, .. } => self.reduce(*op, arg(0)?),
+            Op::Reduce { op, .. } => self.reduce(*op, arg(0)?).map_err(fail)?,
             Op::Softmax { .. } => emit::softmax(&mut self.builder, arg(0)?).map_err(fail)?,
             Op::LogSoftmax { .. } => emit::log_softmax(&mut self.builder, arg(0)?).map_err(fail)?,
             Op::RmsNorm { weight } => {
@@ -204,14 +213,16 @@ impl Emitter<'_> {
         Ok(self.rounded(reg, node.dtype))
     }
 
-    fn reduce(&mut self, op: ReduceOp, x: Reg) -> Reg {
-        match op {
+    fn reduce(&mut self, op: ReduceOp, x: Reg) -> candle_lazy_ops::Result<Reg> {
+        Ok(match op {
             ReduceOp::Sum => self.builder.reduce(ReduceFn::Sum, x),
             ReduceOp::Max => self.builder.reduce(ReduceFn::Max, x),
             ReduceOp::Min => self.builder.reduce(ReduceFn::Min, x),
             ReduceOp::Mean if fault::active("emit.mean_is_sum") => self.builder.reduce(ReduceFn::Sum, x),
             ReduceOp::Mean => emit::mean(&mut self.builder, x),
-        }
+            ReduceOp::Var => emit::var(&mut self.builder, x)?,
+            ReduceOp::LogSumExp => emit::log_sum_exp(&mut self.builder, x)?,
+        })
     }
 }
 
@@ -249,6 +260,7 @@ fn binary(op: BinaryOp) -> BinaryFn {
         BinaryOp::Div => BinaryFn::Div,
         BinaryOp::Maximum => BinaryFn::Max,
         BinaryOp::Minimum => BinaryFn::Min,
+        BinaryOp::Pow => BinaryFn::Pow,
     }
 }
 

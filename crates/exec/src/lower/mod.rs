@@ -83,9 +83,12 @@ fn single_step(graph: &Graph, choices: &[Choice], id: u32) -> Result<Step> {
 
 fn kernel_step(op: &Op<Sym>, node: &GNode) -> Result<StepKind> {
     Ok(match op {
-        Op::Reshape { .. } | Op::Permute { .. } | Op::Narrow { .. } | Op::Broadcast { .. } | Op::Detach => {
-            StepKind::View(op.clone())
-        }
+        Op::Reshape { .. }
+        | Op::Permute { .. }
+        | Op::Narrow { .. }
+        | Op::Stride { .. }
+        | Op::Broadcast { .. }
+        | Op::Detach => StepKind::View(op.clone()),
         Op::Contiguous => StepKind::Copy,
         Op::Matmul => StepKind::Matmul,
         Op::Linear { .. } => StepKind::Linear,
@@ -98,6 +101,14 @@ fn kernel_step(op: &Op<Sym>, node: &GNode) -> Result<StepKind> {
         Op::IndexSelect { dim } => StepKind::IndexSelect { dim: *dim },
         Op::Embedding => StepKind::IndexSelect { dim: 0 },
         Op::Concat { .. } if fault::active("lower.concat_dim") => StepKind::Concat { dim: 0 },
+        Op::ArgReduce { op, dim, .. } => StepKind::ArgReduce { op: *op, dim: *dim },
+        Op::Gather { dim } => StepKind::Gather { dim: *dim },
+        Op::Scatter { op, dim } => StepKind::Scatter { op: *op, dim: *dim },
+        Op::IndexAdd { dim } => StepKind::IndexAdd { dim: *dim },
+        Op::Arange { .. } => StepKind::Arange,
+        Op::Random { dist, .. } => StepKind::Random { dist: *dist },
+        Op::ToDevice => StepKind::ToDevice,
+        Op::Custom { .. } => StepKind::Custom(op.clone()),
         Op::Concat { dim } => StepKind::Concat { dim: *dim },
         Op::SliceAssign { dim, start } => StepKind::SliceAssign { dim: *dim, start: *start },
         Op::Full { .. } => StepKind::Full,

@@ -11,7 +11,7 @@ pub(crate) use cache::{lookup_or_make, PlanKey};
 pub(crate) use peak::peak_bytes;
 
 use candle_core::DType;
-use candle_lazy_graph::{Dims, Op, Sym};
+use candle_lazy_graph::{ArgOp, Dims, Distribution, Op, ScatterOp, Sym};
 use candle_lazy_ops::row::RowProgram;
 use smallvec::SmallVec;
 use std::fmt;
@@ -80,6 +80,41 @@ pub enum StepKind {
         /// The dim.
         dim: u8,
     },
+    /// The place of an extreme element.
+    ArgReduce {
+        /// Which extreme.
+        op: ArgOp,
+        /// The dim.
+        dim: u8,
+    },
+    /// Elements by index.
+    Gather {
+        /// The dim.
+        dim: u8,
+    },
+    /// Elements written or added by index.
+    Scatter {
+        /// Written or added.
+        op: ScatterOp,
+        /// The dim.
+        dim: u8,
+    },
+    /// Slices added by index.
+    IndexAdd {
+        /// The dim.
+        dim: u8,
+    },
+    /// Evenly spaced numbers.
+    Arange,
+    /// Random numbers for a key.
+    Random {
+        /// The distribution.
+        dist: Distribution,
+    },
+    /// A copy on another device.
+    ToDevice,
+    /// A custom op of Candle's.
+    Custom(Op<Sym>),
     /// Parts behind one another.
     Concat {
         /// The dim.
@@ -125,6 +160,14 @@ impl StepKind {
             Self::Rope { .. } => "rope",
             Self::Attention { .. } => "attention",
             Self::IndexSelect { .. } => "index_select",
+            Self::ArgReduce { op, .. } => op.name(),
+            Self::Gather { .. } => "gather",
+            Self::Scatter { op, .. } => op.name(),
+            Self::IndexAdd { .. } => "index_add",
+            Self::Arange => "arange",
+            Self::Random { dist } => dist.name(),
+            Self::ToDevice => "to_device",
+            Self::Custom(_) => "custom",
             Self::Concat { .. } => "cat",
             Self::SliceAssign { .. } => "slice_assign",
             Self::Full => "full",

@@ -1,7 +1,7 @@
 //! How much memory a plan needs, computed before it runs.
 
 use super::{Plan, StepKind};
-use candle_lazy_graph::Bindings;
+use candle_lazy_graph::{Bindings, Op};
 
 /// The largest number of bytes of the plan's own buffers that live at once at the sizes of `bindings`.
 ///
@@ -30,8 +30,10 @@ pub(crate) fn peak_bytes(plan: &Plan, bindings: &Bindings, donated: &[bool]) -> 
             };
             let o = match shared {
                 Some(o) => o,
-                // a view of a leaf needs no memory of ours
-                None if matches!(step.kind, StepKind::View(_)) && i == 0 => continue,
+                // a view of a leaf needs no memory of ours, but Candle's tensors have no steps: those are copied
+                None if matches!(&step.kind, StepKind::View(op) if !matches!(op, Op::Stride { .. })) && i == 0 => {
+                    continue;
+                }
                 None => {
                     owners.push((bytes as u64, 0));
                     live += bytes as u64;

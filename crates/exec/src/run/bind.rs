@@ -56,7 +56,7 @@ impl Lent {
         if let Some(i) = self.of_slot.remove(&slot) {
             self.loans[i].place = match value {
                 SlotValue::Buffer(value) => Place::Kept(value),
-                SlotValue::Foreign(_) | SlotValue::Empty => Place::Gone,
+                SlotValue::Foreign(_) | SlotValue::Quantized(_) | SlotValue::Empty => Place::Gone,
             };
         }
     }
@@ -79,7 +79,7 @@ impl Lent {
                         loan.node.settle(Value::Tensor(value.tensor));
                         continue;
                     }
-                    Some(SlotValue::Empty) | None => None,
+                    Some(SlotValue::Quantized(_) | SlotValue::Empty) | None => None,
                 },
             };
             if let Some(value) = value {
@@ -111,6 +111,7 @@ pub(super) fn leaves(plan: &Plan, bindings: &mut Bindings, lent: &mut Lent) -> R
         let donatable = plan.donatable.get(i).copied().unwrap_or(false);
         let value = match leaf.value {
             Value::Tensor(tensor) => SlotValue::foreign(tensor),
+            Value::Quantized(weight) => SlotValue::Quantized(weight),
             Value::Engine(shared) if donatable && leaf.exclusive => {
                 drop(shared);
                 match leaf.node.lend() {

@@ -4,9 +4,11 @@
 //! differentiates where it can be differentiated at all; none of its `no_bwd` fused ops is.
 
 use crate::error::{Error, Result};
-use candle_core::{Device, Tensor};
-use candle_lazy_graph::{BinaryOp, CmpOp, Op, ReduceOp, UnaryOp};
-use candle_lazy_ops::fault;
+use candle_core::quantized::QTensor;
+use candle_core::{DType, Device, Tensor};
+use candle_lazy_graph::{ArgOp, BinaryOp, CmpOp, CustomOp, Distribution, Op, ReduceOp, ScatterOp, UnaryOp};
+use candle_lazy_ops::view::SliceMut;
+use candle_lazy_ops::{fault, kernels};
 
 /// The values of an additive causal mask (queries, keys), row-major.
 pub(super) fn causal_mask_values(dims: &[usize], window: Option<usize>) -> Vec<f32> {
@@ -43,6 +45,40 @@ pub(super) fn apply(op: &Op, scalars: &[f64], x: &[Tensor], dims: &[usize], devi
         Op::Affine if fault::active("replay.affine") => at(0)?.affine(scalar(0)?, 0.0)?,
         Op::Affine => at(0)?.affine(scalar(0)?, scalar(1)?)?,
         Op::Powf => at(0)?.powf(scalar(0)?)?,
+        Op::Elu => at(0)?.elu(scalar(0)?)?,
+        Op::Clamp => at(0)?.clamp(scalar(0)?, scalar(1)?)?,
+        Op::Arange { len, dtype } => {
+            let mut values = vec![0f64; *len];
+            kernels::arange(&mut SliceMut::F64(&mut values), scalar(0)?, scalar(1)?).map_err(kernel_error)?;
+            Tensor::from_vec(values, dims, &Device::Cpu)?.to_dtype(*dtype)?.to_device(device)?
+        }
+        Op::Random { dist, dtype, .. } => random(at(0)?, *dist, [scalar(0)?, scalar(1)?], dims, *dtype, device)?,
+        Op::ArgReduce { op, dim, keepdim } => {
+            let (x, dim) = (at(0)?.contiguous()?, usize::from(*dim));
+            match (op, keepdim) {
+                (ArgOp::Max, true) => x.argmax_keepdim(dim)?,
+                (ArgOp::Max, false) => x.argmax(dim)?,
+                (ArgOp::Min, true) => x.argmin_keepdim(dim)?,
+                (ArgOp::Min, false) => x.argmin(dim)?,
+            }
+        }
+        Op::Stride { dim, start, len, step } => {
+            let ids: Vec<u32> = (0..*len).map(|i| (start + i * step) as u32).collect();
+            let ids = Tensor::from_vec(ids, *len, device)?;
+            at(0)?.contiguous()?.index_select(&ids, usize::from(*dim))?
+        }
+        Op::ToDevice => at(0)?.to_device(device)?,
+        Op::Gather { dim } => gather(at(0)?, at(1)?, usize::from(*dim))?,
+        Op::Scatter { op, dim } => {
+            let (ids, src) = (at(1)?.contiguous()?, at(2)?.contiguous()?);
+            match op {
+                ScatterOp::Set => at(0)?.contiguous()?.scatter(&ids, &src, usize::from(*dim))?,
+                ScatterOp::Add => at(0)?.contiguous()?.scatter_add(&ids, &src, usize::from(*dim))?,
+            }
+        }
+        Op::IndexAdd { dim } => {
+            at(0)?.contiguous()?.index_add(&at(1)?.contiguous()?, &at(2)?.contiguous()?, usize::from(*dim))?
+        }
         Op::Where => {
             let wide = |t: &Tensor| t.broadcast_as(dims);
             wide(at(0)?)?.where_cond(&wide(at(1)?)?, &wide(at(2)?)?)?
@@ -58,9 +94,89 @@ pub(super) fn apply(op: &Op, scalars: &[f64], x: &[Tensor], dims: &[usize], devi
         Op::Detach => at(0)?.detach(),
         Op::Concat { dim } => Tensor::cat(x, usize::from(*dim))?,
         Op::IndexSelect { dim } => at(0)?.contiguous()?.index_select(&at(1)?.contiguous()?, usize::from(*dim))?,
-        Op::SliceAssign { dim, start } => at(0)?.slice_scatter(at(1)?, usize::from(*dim), *start)?,
+        // Candle transposes twice where dim is not 0, and a result of an op is row-major
+        Op::SliceAssign { dim, start } => at(0)?.slice_scatter(at(1)?, usize::from(*dim), *start)?.contiguous()?,
         other => return Err(Error::Internal(format!("{} was not decomposed", other.name()))),
     })
+}
+
+fn kernel_error(error: candle_lazy_ops::Error) -> candle_core::Error {
+    candle_core::Error::wrap(error)
+}
+
+/// The same numbers on every device: they are made on the CPU.
+fn random(
+    key: &Tensor,
+    dist: Distribution,
+    [a, b]: [f64; 2],
+    dims: &[usize],
+    dtype: DType,
+    device: &Device,
+) -> Result<Tensor> {
+    let key = key.flatten_all()?.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+    let key = key.first().copied().unwrap_or(0) as u64;
+    let dist = match dist {
+        Distribution::Uniform => kernels::Distribution::Uniform,
+        Distribution::Normal => kernels::Distribution::Normal,
+    };
+    let count = dims.iter().product();
+    macro_rules! make {
+        ($variant:ident, $zero:expr) => {{
+            let mut values = vec![$zero; count];
+            kernels::random(key, dist, a, b, &mut SliceMut::$variant(&mut values)).map_err(kernel_error)?;
+            Tensor::from_vec(values, dims, device)?
+        }};
+    }
+    Ok(match dtype {
+        DType::F64 => make!(F64, 0f64),
+        DType::F16 => make!(F16, half::f16::ZERO),
+        DType::BF16 => make!(BF16, half::bf16::ZERO),
+        _ => make!(F32, 0f32),
+    })
+}
+
+/// Candle's gather reads wrong elements where an index dim other than `dim` is smaller than the source's: cut the source first.
+fn gather(x: &Tensor, ids: &Tensor, dim: usize) -> candle_core::Result<Tensor> {
+    let mut x = x.clone();
+    for d in (0..x.rank()).filter(|&d| d != dim) {
+        x = x.narrow(d, 0, ids.dim(d)?)?;
+    }
+    x.contiguous()?.gather(&ids.contiguous()?, dim)
+}
+
+/// x·wᵀ by Candle's quantised kernel, which has no backward: where x is tracked, by a product with the dequantised weight.
+pub(super) fn qmatmul(x: &[Tensor], weight: &QTensor, dims: &[usize]) -> Result<Tensor> {
+    let [x] = x else {
+        return Err(Error::Internal("qmatmul takes one tensor and one quantised weight".into()));
+    };
+    let dtype = x.dtype();
+    if x.track_op() {
+        let w = weight.dequantize(x.device())?.to_dtype(dtype)?.t()?;
+        let rows = x.elem_count() / x.dim(candle_core::D::Minus1)?.max(1);
+        let flat = x.reshape((rows, x.dim(candle_core::D::Minus1)?))?;
+        return Ok(flat.matmul(&w)?.reshape(dims)?);
+    }
+    let native = match dtype {
+        DType::F32 | DType::F16 => dtype,
+        _ => DType::F32,
+    };
+    let x = x.to_dtype(native)?.contiguous()?;
+    let x = if x.rank() == 1 { x.unsqueeze(0)? } else { x };
+    if dims.contains(&0) {
+        return Ok(Tensor::zeros(dims, dtype, x.device())?);
+    }
+    Ok(x.apply_op1_no_bwd(weight)?.reshape(dims)?.to_dtype(dtype)?)
+}
+
+/// A custom op, differentiable if it has a backward.
+pub(super) fn custom(customs: &[CustomOp], params: &[f64], x: &[Tensor]) -> Result<Tensor> {
+    let op = params.first().and_then(|&i| customs.get(i as usize));
+    match (op, x) {
+        (Some(CustomOp::One(op)), [a]) => Ok(a.apply_op1_arc(op.clone())?),
+        (Some(CustomOp::Two(op)), [a, b]) => Ok(a.apply_op2_arc(b, op.clone())?),
+        (Some(CustomOp::Three(op)), [a, b, c]) => Ok(a.apply_op3_arc(b, c, op.clone())?),
+        _ => Err(Error::Internal("a custom op with other inputs than recorded".into())),
+    }
 }
 
 /// Candle's matmul takes at most two batch dims, and only such that one stride walks through both.
@@ -129,6 +245,8 @@ fn binary(f: BinaryOp, a: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {
         BinaryOp::Div => a.broadcast_div(b),
         BinaryOp::Maximum => a.broadcast_maximum(b),
         BinaryOp::Minimum => a.broadcast_minimum(b),
+        // exp(b·log a): not a number for a < 0, where the row program has one
+        BinaryOp::Pow => a.broadcast_pow(b),
     }
 }
 
@@ -148,7 +266,7 @@ fn reduce(f: ReduceOp, x: &Tensor, axes: u32, keepdim: bool) -> candle_core::Res
     if dims.is_empty() {
         return Ok(x.clone());
     }
-    if x.elem_count() == 0 && matches!(f, ReduceOp::Max | ReduceOp::Min) {
+    if x.elem_count() == 0 && matches!(f, ReduceOp::Max | ReduceOp::Min | ReduceOp::LogSumExp) {
         // Candle refuses; inference only lets results without elements through
         let keep = |d: &usize| {
             if dims.contains(d) {
@@ -167,6 +285,29 @@ fn reduce(f: ReduceOp, x: &Tensor, axes: u32, keepdim: bool) -> candle_core::Res
         (ReduceOp::Sum, false) => x.sum(dims),
         (ReduceOp::Mean, true) => x.mean_keepdim(dims),
         (ReduceOp::Mean, false) => x.mean(dims),
+        (ReduceOp::Var, _) => {
+            let n: usize = dims.iter().map(|&d| x.dims()[d]).product();
+            let squares = x.broadcast_sub(&x.mean_keepdim(dims.clone())?)?.sqr()?;
+            let sum = if keepdim { squares.sum_keepdim(dims)? } else { squares.sum(dims)? };
+            // of nothing there is no variance
+            sum / if n == 0 { f64::NAN } else { n as f64 - 1.0 }
+        }
+        (ReduceOp::LogSumExp, _) => {
+            let mut max = x.clone();
+            for &d in &dims {
+                max = max.max_keepdim(d)?;
+            }
+            // an infinite largest element is not taken out, or its row would not be a number
+            let zeros = max.zeros_like()?;
+            max = max.abs()?.lt(f64::INFINITY)?.where_cond(&max, &zeros)?;
+            let sum = x.broadcast_sub(&max)?.exp()?.sum_keepdim(dims.clone())?;
+            let y = (sum.log()? + max)?;
+            if keepdim {
+                return Ok(y);
+            }
+            let kept: Vec<usize> = (0..x.rank()).filter(|d| !dims.contains(d)).map(|d| x.dims()[d]).collect();
+            y.reshape(kept)
+        }
         (ReduceOp::Max | ReduceOp::Min, _) => {
             // Candle reduces one dim at a time; from the last one, so that earlier indices stay
             let mut y = x.clone();

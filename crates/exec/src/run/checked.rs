@@ -13,7 +13,7 @@ use crate::plan::{self, PlanKey};
 use crate::report::EvalReport;
 use crate::tensor::LazyTensor;
 use candle_core::Tensor;
-use candle_lazy_graph::{Captured, FastMap, Graph, Node, NodeId};
+use candle_lazy_graph::{Captured, FastMap, Graph, Node, NodeId, Op};
 use std::sync::Arc;
 
 /// Evaluates all tensors and checks every recorded node on the way against eager execution.
@@ -42,6 +42,10 @@ fn judge_all(roots: &[Arc<Node>]) -> Result<FastMap<NodeId, Tensor>> {
     let recorded = recorded(roots);
     let mut values = every_value(&recorded, &EvalOptions { cache: false, ..EvalOptions::default() })?;
     for (node, expr) in &recorded.pending {
+        // Candle's own kernels on both sides: there is nothing to compare with
+        if matches!(expr.op, Op::Custom { .. } | Op::QMatmul) {
+            continue;
+        }
         let mut inputs = Vec::with_capacity(expr.inputs.len());
         for input in &expr.inputs {
             inputs.push(match values.get(&input.id()) {

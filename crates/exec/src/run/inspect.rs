@@ -75,6 +75,7 @@ pub(super) fn ready_tensor(node: &Arc<Node>) -> Result<Tensor> {
         let seen = *LENT.lock();
         match node.value() {
             Some(Value::Tensor(tensor)) => return Ok(tensor),
+            Some(Value::Quantized(weight)) => return Ok(weight.dequantize(node.device())?),
             Some(Value::Engine(shared)) => {
                 return Ok(slots::to_tensor(bind::buffer_value(shared)?, node.shape().dims())?.0);
             }

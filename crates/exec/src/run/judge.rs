@@ -48,6 +48,8 @@ pub(super) fn judge(node: &Node, expr: &Expr, inputs: &[Tensor], planned: &Tenso
         return Err(failed(Error::Internal(message)));
     }
     let exact = match expr.op.exactness() {
+        // other numbers in another dtype: both sides make them with one generator
+        _ if matches!(expr.op, Op::Random { .. }) => true,
         Exactness::Exact => true,
         Exactness::ExactWide => matches!(dtype, DType::F32 | DType::F64),
         _ => false,
@@ -240,6 +242,7 @@ fn widened(op: Op) -> Op {
         Op::Full { shape, dtype } => Op::Full { shape, dtype: wide(dtype) },
         Op::CausalMask { queries, keys, window, dtype } => Op::CausalMask { queries, keys, window, dtype: wide(dtype) },
         Op::Cast(dtype) => Op::Cast(wide(dtype)),
+        Op::Arange { len, dtype } => Op::Arange { len, dtype: wide(dtype) },
         other => other,
     }
 }
@@ -333,9 +336,13 @@ fn magnitude(
             (again(&[a, b])? + carried)?
         }
         (Op::Where, [choice, ..], [_, a, b, ..]) => again(&[choice.clone(), a.clone(), b.clone()])?,
-        (Op::IndexSelect { .. }, [_, ids, ..], [m, ..]) => again(&[m.clone(), ids.clone()])?,
+        (Op::IndexSelect { .. } | Op::Gather { .. }, [_, ids, ..], [m, ..]) => again(&[m.clone(), ids.clone()])?,
+        (Op::Scatter { .. } | Op::IndexAdd { .. }, [_, ids, ..], [to, _, from]) => {
+            (own + again(&[to.clone(), ids.clone(), from.clone()])?)?
+        }
         (
             Op::Reshape { .. }
+            | Op::Stride { .. }
             | Op::Permute { .. }
             | Op::Narrow { .. }
             | Op::Broadcast { .. }

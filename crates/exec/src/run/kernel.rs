@@ -7,7 +7,7 @@ use crate::buffer::{granted, Buffer};
 use crate::error::{Error, Result};
 use crate::plan::{CandleReason, Output, Step, StepKind};
 use crate::report::EvalReport;
-use candle_lazy_graph::{Bindings, Dims, Op, Sym};
+use candle_lazy_graph::{ArgOp, Bindings, Dims, Distribution, Op, ScatterOp, Sym};
 use candle_lazy_ops::fault;
 use candle_lazy_ops::kernels::{self, AttentionParams};
 use candle_lazy_ops::row::{BinaryFn, Class, RowProgram};
@@ -58,6 +58,8 @@ pub(super) fn run_step(
             *counts.entry(op.name()).or_default() += 1;
             return candle_op(&ctx, op, slots);
         }
+        StepKind::Custom(op) => candle_op(&ctx, op, slots)?,
+        StepKind::ToDevice => candle_op(&ctx, &Op::ToDevice, slots)?,
         StepKind::SliceAssign { dim, start } => slice_assign(&ctx, *dim, *start, slots, lent, report)?,
         StepKind::Row { program, domain, axes } => {
             let dims = bindings.dims(domain);
@@ -136,6 +138,32 @@ fn single_output(ctx: &Ctx<'_>, slots: &mut [SlotValue]) -> Result<()> {
             StepKind::IndexSelect { dim } => {
                 kernels::index_select(at(0)?, at(1)?, usize::from(*dim), &mut out).map_err(kernel_error)
             }
+            StepKind::ArgReduce { op, dim } => {
+                kernels::arg_reduce(at(0)?, usize::from(*dim), *op == ArgOp::Min, &mut out).map_err(kernel_error)
+            }
+            StepKind::Gather { dim } => {
+                kernels::gather(at(0)?, at(1)?, usize::from(*dim), &mut out).map_err(kernel_error)
+            }
+            StepKind::Scatter { op, dim } => {
+                let how = match op {
+                    ScatterOp::Set => kernels::Scatter::Set,
+                    ScatterOp::Add => kernels::Scatter::Add,
+                };
+                kernels::scatter(at(0)?, at(1)?, at(2)?, usize::from(*dim), how, &mut out).map_err(kernel_error)
+            }
+            StepKind::IndexAdd { dim } => {
+                kernels::index_add(at(0)?, at(1)?, at(2)?, usize::from(*dim), &mut out).map_err(kernel_error)
+            }
+            StepKind::Arange => kernels::arange(&mut out, ctx.param(0)?, ctx.param(1)?).map_err(kernel_error),
+            StepKind::Random { dist } => {
+                let mut key = [0i64];
+                kernels::cast(at(0)?, &mut SliceMut::I64(&mut key)).map_err(kernel_error)?;
+                let dist = match dist {
+                    Distribution::Uniform => kernels::Distribution::Uniform,
+                    Distribution::Normal => kernels::Distribution::Normal,
+                };
+                kernels::random(key[0] as u64, dist, ctx.param(0)?, ctx.param(1)?, &mut out).map_err(kernel_error)
+            }
             StepKind::Concat { dim } => {
                 let whole = Strided::contiguous(&dims);
                 let mut start = 0;
@@ -165,7 +193,12 @@ fn single_output(ctx: &Ctx<'_>, slots: &mut [SlotValue]) -> Result<()> {
             }
             StepKind::Cast => kernels::cast(at(0)?, &mut out).map_err(kernel_error),
             StepKind::Copy => kernels::copy_into(at(0)?, &mut out, &Strided::contiguous(&dims)).map_err(kernel_error),
-            StepKind::View(_) | StepKind::Row { .. } | StepKind::SliceAssign { .. } | StepKind::Candle { .. } => {
+            StepKind::View(_)
+            | StepKind::Row { .. }
+            | StepKind::SliceAssign { .. }
+            | StepKind::ToDevice
+            | StepKind::Custom(_)
+            | StepKind::Candle { .. } => {
                 Err(Error::Internal(format!("{} fills no single buffer", ctx.step.kind.name())))
             }
         }
@@ -235,6 +268,7 @@ fn view(ctx: &Ctx<'_>, op: &Op<Sym>, slots: &mut [SlotValue], report: &mut EvalR
                     let start = start - fault::one_if("view.narrow").min(start);
                     Some(value.layout.narrow(usize::from(*dim), start, len).map_err(kernel_error)?)
                 }
+                Op::Stride { .. } => Some(strided(ctx, op, &value.layout)?),
                 Op::Broadcast { .. } => Some(value.layout.broadcast_to(&dims).map_err(kernel_error)?),
                 Op::Detach => Some(value.layout.clone()),
                 other => return Err(Error::Internal(format!("{} is no view", other.name()))),
@@ -242,7 +276,9 @@ fn view(ctx: &Ctx<'_>, op: &Op<Sym>, slots: &mut [SlotValue], report: &mut EvalR
             layout.map(|layout| SlotValue::Buffer(Engine { buffer: value.buffer.clone(), layout }))
         }
         Some(SlotValue::Foreign(value)) => foreign_view(ctx, op, &value.tensor, &dims)?.map(SlotValue::foreign),
-        Some(SlotValue::Empty) | None => return Err(Error::Internal(format!("slot ${input} is empty"))),
+        Some(SlotValue::Quantized(_) | SlotValue::Empty) | None => {
+            return Err(Error::Internal(format!("slot ${input} is empty")));
+        }
     };
     let result = match result {
         Some(result) => {
@@ -250,14 +286,18 @@ fn view(ctx: &Ctx<'_>, op: &Op<Sym>, slots: &mut [SlotValue], report: &mut EvalR
             result
         }
         None => {
-            // the strides cannot express the new shape
+            // the strides, or Candle's views, cannot express the new shape
             let mut buffer = Buffer::take(output.dtype, dims.iter().product())?;
             with_views(slots, &[input], |v| {
                 let Some(x) = v.first() else {
                     return Err(Error::Internal("reshape lacks its input".into()));
                 };
+                let x = match op {
+                    Op::Stride { .. } => View { data: x.data, layout: strided(ctx, op, &x.layout)? },
+                    _ => x.clone(),
+                };
                 let whole = Strided::contiguous(x.dims());
-                kernels::copy_into(x, &mut buffer.slice_mut(), &whole).map_err(kernel_error)
+                kernels::copy_into(&x, &mut buffer.slice_mut(), &whole).map_err(kernel_error)
             })?;
             *report.kernels.entry("contiguous").or_default() += 1;
             SlotValue::buffer(buffer, &dims)
@@ -269,6 +309,14 @@ fn view(ctx: &Ctx<'_>, op: &Op<Sym>, slots: &mut [SlotValue], report: &mut EvalR
     Ok(())
 }
 
+fn strided(ctx: &Ctx<'_>, op: &Op<Sym>, layout: &Strided) -> Result<Strided> {
+    let Op::Stride { dim, start, len, step } = op else {
+        return Err(Error::Internal(format!("{} has no step", op.name())));
+    };
+    let size = |s: &Sym| ctx.bindings.size(*s);
+    layout.stride(usize::from(*dim), size(start), size(len), size(step)).map_err(kernel_error)
+}
+
 /// A view of a Candle tensor is Candle's own view: no data moves, and a result that is a view of the user's tensor shares it.
 fn foreign_view(
     ctx: &Ctx<'_>,
@@ -278,6 +326,7 @@ fn foreign_view(
 ) -> Result<Option<candle_core::Tensor>> {
     Ok(Some(match op {
         Op::Reshape { .. } if !tensor.is_contiguous() => return Ok(None),
+        Op::Stride { .. } => return Ok(None),
         Op::Reshape { .. } => tensor.reshape(dims.as_slice())?,
         Op::Permute { perm } => {
             let mut perm: Vec<usize> = perm.iter().map(|&d| usize::from(d)).collect();
@@ -300,8 +349,12 @@ fn foreign_view(
 fn candle_op(ctx: &Ctx<'_>, op: &Op<Sym>, slots: &mut [SlotValue]) -> Result<()> {
     let output = ctx.output(0)?;
     let mut inputs: SmallVec<[candle_core::Tensor; 4]> = SmallVec::new();
+    let mut weight = None;
     for &slot in &ctx.step.inputs {
-        inputs.push(slot_tensor(slots, slot)?);
+        match slots.get(slot as usize) {
+            Some(SlotValue::Quantized(w)) => weight = Some(w.clone()),
+            _ => inputs.push(slot_tensor(slots, slot)?),
+        }
     }
     let op = op.map_sizes(|s| ctx.bindings.size(*s));
     let params = (0..ctx.step.params.len()).map(|i| ctx.param(i)).collect::<Result<SmallVec<[f64; 2]>>>()?;
@@ -309,7 +362,23 @@ fn candle_op(ctx: &Ctx<'_>, op: &Op<Sym>, slots: &mut [SlotValue]) -> Result<()>
     let recorded = ctx.bindings.recorded.get(ctx.step.origin as usize);
     let device = recorded.map_or(candle_core::Device::Cpu, |n| n.device().clone());
     granted(output.dtype, dims.iter().product())?;
-    let result = candle::apply(&op, &params, &inputs, &dims, &device)?;
+    let result = match (&op, weight) {
+        (Op::QMatmul, Some(weight)) => candle::qmatmul(&inputs, &weight, &dims)?,
+        (Op::Custom { .. }, _) => candle::custom(&ctx.bindings.customs, &params, &inputs)?,
+        _ => candle::apply(&op, &params, &inputs, &dims, &device)?,
+    };
+    if let Op::Custom { name, .. } = &op {
+        if result.dims() != dims.as_slice() || result.dtype() != output.dtype {
+            // the user's statement, not a defect of this library
+            return Err(Error::Candle(candle_core::Error::Msg(format!(
+                "custom op {name} gave {} {:?}, {} {:?} was stated",
+                result.dtype().as_str(),
+                result.dims(),
+                output.dtype.as_str(),
+                dims.as_slice()
+            ))));
+        }
+    }
     if result.dims() != dims.as_slice() || result.dtype() != output.dtype {
         return Err(Error::Internal(format!(
             "{} gave {} {:?}, inference said {} {:?}",

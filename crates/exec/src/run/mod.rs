@@ -152,8 +152,8 @@ enum Ran {
 fn capture_waiting(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Captured> {
     loop {
         let seen = *LENT.lock();
-        let expand = |_: &candle_lazy_graph::Op, _, tracked: bool, device: &candle_core::Device| {
-            lower::expands(tracked, device, options)
+        let expand = |op: &candle_lazy_graph::Op, _, tracked: bool, device: &candle_core::Device| {
+            lower::expands(op, tracked, device, options)
         };
         match capture(roots, &CaptureOptions { expand: &expand }) {
             Ok(captured) => {
@@ -194,6 +194,7 @@ fn tensor_of(node: &Arc<Node>) -> Result<Tensor> {
         let seen = *LENT.lock();
         match node.value() {
             Some(Value::Tensor(tensor)) => return Ok(tensor),
+            Some(Value::Quantized(weight)) => return Ok(weight.dequantize(node.device())?),
             Some(Value::Engine(shared)) => {
                 let ours = shared.as_any().downcast_ref::<Engine>();
                 if ours.is_none_or(|v| v.layout.elem_count() != dims.iter().product::<usize>()) {
@@ -343,7 +344,9 @@ fn values(
                 Value::Tensor(slots::to_tensor(value, &dims)?.0)
             }
             SlotValue::Buffer(value) => Value::Engine(Arc::new(value)),
-            SlotValue::Empty => return Err(Error::Internal(format!("output slot ${slot} is empty"))),
+            SlotValue::Quantized(_) | SlotValue::Empty => {
+                return Err(Error::Internal(format!("output slot ${slot} is empty")));
+            }
         };
         if uses.get(&slot).copied().unwrap_or(0) > 1 {
             done.insert(slot, value.clone());

@@ -3,6 +3,7 @@
 use super::Engine;
 use crate::buffer::Buffer;
 use crate::error::{Error, Result};
+use candle_core::quantized::QTensor;
 use candle_core::{Device, Storage, Tensor};
 use candle_lazy_ops::storage::cpu_slice;
 use candle_lazy_ops::view::{Strided, View};
@@ -38,6 +39,8 @@ pub(super) enum SlotValue {
     Foreign(Foreign),
     /// A buffer of the engine.
     Buffer(Engine),
+    /// A quantised weight.
+    Quantized(Arc<QTensor>),
 }
 
 impl SlotValue {
@@ -108,6 +111,9 @@ pub(super) fn with_views<R>(
                 }
                 View::new(slice, layout)
             }
+            Some(SlotValue::Quantized(_)) => {
+                return Err(Error::Internal("a quantised weight as the operand of a kernel".into()));
+            }
             Some(SlotValue::Empty) | None => return Err(Error::Internal(format!("slot ${slot} is empty"))),
         };
         views.push(view.map_err(kernel_error)?);
@@ -142,6 +148,10 @@ pub(super) fn slot_tensor(slots: &mut [SlotValue], slot: u32) -> Result<Tensor> 
     };
     match std::mem::take(place) {
         SlotValue::Empty => Err(Error::Internal(format!("slot ${slot} is empty"))),
+        SlotValue::Quantized(weight) => {
+            *place = SlotValue::Quantized(weight);
+            Err(Error::Internal("a quantised weight as the operand of an op".into()))
+        }
         SlotValue::Foreign(value) => {
             let tensor = value.tensor.clone();
             *place = SlotValue::Foreign(value);

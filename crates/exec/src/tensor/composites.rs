@@ -76,6 +76,28 @@ impl LazyTensor {
         Self::record(op, &[eps], &inputs)
     }
 
+    /// Layer norm over groups of channels (arXiv:1803.08494, eq. 7): x (b, c, …) of rank 3 or more, c split into `groups`, the mean
+    /// and the biased variance taken over each group and everything behind it; weight and bias (c).
+    ///
+    /// # Errors
+    /// When c does not split into the groups, or weight or bias have another shape or dtype.
+    #[track_caller]
+    pub fn group_norm(&self, groups: usize, weight: Option<&Self>, bias: Option<&Self>, eps: f64) -> Result<Self> {
+        let op = Op::GroupNorm { groups, weight: weight.is_some(), bias: bias.is_some() };
+        let inputs: smallvec::SmallVec<[&Self; 3]> = std::iter::once(self).chain(weight).chain(bias).collect();
+        Self::record(op, &[eps], &inputs)
+    }
+
+    /// The mean over n of −log softmax(self)\[target\]: logits (n, classes), targets (n; u8, u32 or i64); a scalar of the logits'
+    /// dtype. f16 and bf16 compute in f32 and round once.
+    ///
+    /// # Errors
+    /// When the shapes do not fit or are empty. A target out of range is an error when the value is computed.
+    #[track_caller]
+    pub fn cross_entropy(&self, targets: &Self) -> Result<Self> {
+        Self::record(Op::CrossEntropy, &[], &[self, targets])
+    }
+
     /// x·weightᵀ + bias: (…, in) with weight (out, in) and bias (out) gives (…, out).
     ///
     /// # Errors

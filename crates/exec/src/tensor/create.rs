@@ -92,6 +92,65 @@ impl LazyTensor {
         Ok(Self::from(Tensor::arange(start, end, device).map_err(|e| refused("arange", e, &site))?))
     }
 
+    /// The numbers from `start` to before `end`, `step` apart: a leaf of one dim.
+    ///
+    /// # Errors
+    /// When the step is 0 or Candle cannot make the tensor.
+    #[track_caller]
+    pub fn arange_step<T: WithDType>(start: T, end: T, step: T, device: &Device) -> Result<Self> {
+        if step == T::zero() {
+            let detail = format!("a step of 0 from {start} to {end}");
+            return Self::refuse("arange", candle_lazy_graph::ErrorKind::Range(detail));
+        }
+        Ok(Self::from(Tensor::arange_step(start, end, step, device)?))
+    }
+
+    /// start + i·step for `len` numbers, computed in f64 and rounded once: recorded, so that another length makes no new plan.
+    ///
+    /// # Errors
+    /// When the dtype is not supported or the length too large.
+    #[track_caller]
+    pub fn arange_recorded(start: f64, step: f64, len: usize, dtype: DType, device: &Device) -> Result<Self> {
+        Self::record_on(Op::Arange { len, dtype }, &[start, step], &[], Some(device))
+    }
+
+    #[track_caller]
+    fn index_pairs(n: usize, device: &Device) -> Result<(Self, Self)> {
+        // f64 holds every index that a dim can have
+        let index = Self::arange_recorded(0.0, 1.0, n, DType::F64, device)?;
+        Ok((index.reshape((n, 1))?, index.reshape((1, n))?))
+    }
+
+    /// The lower triangle, diagonal included, of an n × n matrix of ones; zeros above.
+    ///
+    /// # Errors
+    /// When the dtype is not supported or the size too large.
+    #[track_caller]
+    pub fn tril2(n: usize, dtype: DType, device: &Device) -> Result<Self> {
+        let (row, column) = Self::index_pairs(n, device)?;
+        column.broadcast_le(&row)?.to_dtype(dtype)
+    }
+
+    /// The upper triangle, diagonal included, of an n × n matrix of ones; zeros below.
+    ///
+    /// # Errors
+    /// As [`LazyTensor::tril2`].
+    #[track_caller]
+    pub fn triu2(n: usize, dtype: DType, device: &Device) -> Result<Self> {
+        let (row, column) = Self::index_pairs(n, device)?;
+        column.broadcast_ge(&row)?.to_dtype(dtype)
+    }
+
+    /// The n × n identity matrix.
+    ///
+    /// # Errors
+    /// As [`LazyTensor::tril2`].
+    #[track_caller]
+    pub fn eye(n: usize, dtype: DType, device: &Device) -> Result<Self> {
+        let (row, column) = Self::index_pairs(n, device)?;
+        column.broadcast_eq(&row)?.to_dtype(dtype)
+    }
+
     /// A tensor filled with `value`, recorded: its memory is taken when it is first needed.
     ///
     /// # Errors

@@ -80,8 +80,7 @@ binary! {
     sub, broadcast_sub => Op::Binary(BinaryOp::Sub), "a − b.";
     mul, broadcast_mul => Op::Binary(BinaryOp::Mul), "a·b.";
     div, broadcast_div => Op::Binary(BinaryOp::Div), "a/b.";
-    maximum, broadcast_maximum => Op::Binary(BinaryOp::Maximum), "The larger of a and b.";
-    minimum, broadcast_minimum => Op::Binary(BinaryOp::Minimum), "The smaller of a and b.";
+    pow, broadcast_pow => Op::Binary(BinaryOp::Pow), "aᵇ, float; unlike Candle's also of a negative a and a whole b.";
 }
 
 /// The right-hand side of a comparison: a tensor or a number.
@@ -150,7 +149,76 @@ compare! {
     ge, broadcast_ge => Ge, "a ≥ b.";
 }
 
+macro_rules! extreme {
+    ($($name:ident, $broadcast:ident => $op:ident, $doc:literal, $bounds:expr;)*) => {
+        impl LazyTensor {
+            $(
+                #[doc = $doc]
+                /// The right-hand side is a tensor of the same shape and dtype, or a number.
+                ///
+                /// # Errors
+                /// When shapes, dtypes or devices differ.
+                #[track_caller]
+                pub fn $name<'a>(&self, rhs: impl Into<TensorOrScalar<'a>>) -> Result<Self> {
+                    match rhs.into() {
+                        TensorOrScalar::Tensor(rhs) => {
+                            self.same_shape(rhs, stringify!($name), stringify!($broadcast))?;
+                            Self::record(Op::Binary(BinaryOp::$op), &[], &[self, rhs])
+                        }
+                        TensorOrScalar::Scalar(value) if self.dtype().is_float() => {
+                            let bounds: fn(f64) -> [f64; 2] = $bounds;
+                            Self::record(Op::Clamp, &bounds(value), &[self])
+                        }
+                        TensorOrScalar::Scalar(value) => {
+                            let rhs = Self::full(value, (), self.dtype(), self.device())?;
+                            Self::record(Op::Binary(BinaryOp::$op), &[], &[self, &rhs])
+                        }
+                    }
+                }
+
+                #[doc = $doc]
+                /// The shapes broadcast.
+                ///
+                /// # Errors
+                /// When the shapes do not broadcast, or dtypes or devices differ.
+                #[track_caller]
+                pub fn $broadcast(&self, rhs: &Self) -> Result<Self> {
+                    Self::record(Op::Binary(BinaryOp::$op), &[], &[self, rhs])
+                }
+            )*
+        }
+    };
+}
+
+extreme! {
+    maximum, broadcast_maximum => Maximum, "The larger of a and b.", |v| [v, f64::INFINITY];
+    minimum, broadcast_minimum => Minimum, "The smaller of a and b.", |v| [f64::NEG_INFINITY, v];
+}
+
 impl LazyTensor {
+    /// min(max(x, min), max); the bounds are tensors of this shape and dtype or numbers.
+    ///
+    /// # Errors
+    /// When shapes, dtypes or devices differ.
+    #[track_caller]
+    pub fn clamp<'a>(&self, min: impl Into<TensorOrScalar<'a>>, max: impl Into<TensorOrScalar<'a>>) -> Result<Self> {
+        match (min.into(), max.into()) {
+            (TensorOrScalar::Scalar(min), TensorOrScalar::Scalar(max)) if self.dtype().is_float() => {
+                Self::record(Op::Clamp, &[min, max], &[self])
+            }
+            (min, max) => self.maximum(min)?.minimum(max),
+        }
+    }
+
+    /// x where it is not negative, else alpha·(eˣ − 1) (arXiv:1511.07289, eq. 15).
+    ///
+    /// # Errors
+    /// When the dtype is not floating-point.
+    #[track_caller]
+    pub fn elu(&self, alpha: f64) -> Result<Self> {
+        Self::record(Op::Elu, &[alpha], &[self])
+    }
+
     #[track_caller]
     fn same_shape(&self, rhs: &Self, op: &'static str, broadcast: &str) -> Result<()> {
         if self.dims() == rhs.dims() {

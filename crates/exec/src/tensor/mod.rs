@@ -5,14 +5,19 @@
 
 mod composites;
 mod create;
+mod custom;
 mod elementwise;
+mod indexing;
 mod movement;
 mod operators;
+mod random;
 mod read;
 mod reduce;
 mod views;
 
 pub use composites::AttentionOptions;
+pub use elementwise::TensorOrScalar;
+pub use random::RandomKey;
 
 use crate::config;
 use crate::error::Result;
@@ -180,7 +185,11 @@ impl LazyTensor {
         device: Option<&Device>,
         site: BuildSite,
     ) -> Result<Self> {
-        let node = Node::record(op, Scalars::from_slice(scalars), inputs, device, site)?;
+        Self::within_budget(Node::record(op, Scalars::from_slice(scalars), inputs, device, site)?)
+    }
+
+    /// A handle on a new node; evaluated at once where the pending graph passed its budget.
+    pub(crate) fn within_budget(node: Arc<Node>) -> Result<Self> {
         let (nodes, bytes) = node.pending_estimate();
         if config::over_budget(nodes, bytes) {
             // the estimate counts shared parts more than once: look before evaluating

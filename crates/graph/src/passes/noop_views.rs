@@ -27,15 +27,15 @@ pub(super) fn run(graph: &Graph) -> Rewritten {
 fn changes_nothing(r: &Rewriter, op: &Op<crate::Sym>, node: &GNode, x: u32) -> bool {
     let input = r.node(x);
     match op {
-        // a narrow to the full length begins at zero: inference checked start + len
-        Op::Reshape { .. } | Op::Broadcast { .. } | Op::Narrow { .. } => input.dims == node.dims,
+        // a narrow to the full length begins at zero, in steps of one: inference checked where it ends
+        Op::Reshape { .. } | Op::Broadcast { .. } | Op::Narrow { .. } | Op::Stride { .. } => input.dims == node.dims,
         Op::Permute { perm } => perm.iter().enumerate().all(|(i, &d)| i == usize::from(d)),
         Op::Cast(dtype) => input.dtype == *dtype,
         Op::Detach => !input.tracked,
         Op::Contiguous => match &input.op {
             GOp::Leaf(key) => key.contiguous,
-            // every op but a view gives row-major results
-            GOp::Op(op) => op.class() != OpClass::View,
+            // every op gives row-major results but a view, and a copy to another device, which keeps its strides
+            GOp::Op(op) => op.class() != OpClass::View && *op != Op::ToDevice,
         },
         _ => false,
     }

@@ -168,3 +168,17 @@ pub fn fill(out: &mut SliceMut<'_>, value: f64) -> Result<()> {
     each_dtype!(SliceMut, out, v => set(v, value));
     Ok(())
 }
+
+/// Sets element i to start + i·step, computed in f64 and converted once.
+///
+/// # Errors
+/// None at present; `Result` for symmetry with the other kernels.
+pub fn arange(out: &mut SliceMut<'_>, start: f64, step: f64) -> Result<()> {
+    fn set<E: Element>(out: &mut [E], start: f64, step: f64) {
+        for (i, v) in out.iter_mut().enumerate() {
+            *v = E::from_f64(start + i as f64 * step);
+        }
+    }
+    each_dtype!(SliceMut, out, v => set(v, start, step));
+    Ok(())
+}

@@ -28,7 +28,7 @@ pub fn index_select(src: &View<'_>, ids: &View<'_>, dim: usize, out: &mut SliceM
     let (left, right) = (count(&dims[..dim]), count(&dims[dim + 1..]));
     let total = left.saturating_mul(n_ids).saturating_mul(right);
     check_out(OP, out, src.dtype(), total)?;
-    let ids = read_ids(ids, size)?;
+    let ids = read_ids(OP, ids, size)?;
     if total == 0 {
         return Ok(());
     }
@@ -70,12 +70,12 @@ pub fn index_select(src: &View<'_>, ids: &View<'_>, dim: usize, out: &mut SliceM
 }
 
 /// The indices, checked; `None` where Candle writes zeros.
-fn read_ids(ids: &View<'_>, size: usize) -> Result<Vec<Option<usize>>> {
+pub(super) fn read_ids(op: &'static str, ids: &View<'_>, size: usize) -> Result<Vec<Option<usize>>> {
     let max = match ids.data {
         Slice::U8(_) => i64::from(u8::MAX),
         Slice::U32(_) => i64::from(u32::MAX),
         Slice::I64(_) => i64::MAX,
-        _ => return Err(Error::dtype(OP, format!("ids must be u8, u32 or i64, got {}", ids.dtype().as_str()))),
+        _ => return Err(Error::dtype(op, format!("ids must be u8, u32 or i64, got {}", ids.dtype().as_str()))),
     };
     let mut flat = vec![0i64; ids.layout.elem_count()];
     super::cast(ids, &mut SliceMut::I64(&mut flat))?;
@@ -87,7 +87,7 @@ fn read_ids(ids: &View<'_>, size: usize) -> Result<Vec<Option<usize>>> {
             }
             match usize::try_from(index) {
                 Ok(i) if i < size => Ok(Some(i)),
-                _ => Err(Error::IndexOutOfRange { op: OP, index, size, position }),
+                _ => Err(Error::IndexOutOfRange { op, index, size, position }),
             }
         })
         .collect()

@@ -2,21 +2,27 @@
 //!
 //! Nothing here panics on bad operands: they give an [`crate::Error`] that names the operation and the shapes.
 
+mod arg;
 mod attention;
 mod copy;
 mod dot;
 mod index;
 mod lora;
 mod matmul;
+mod random;
 mod rope;
+mod scatter;
 
+pub use arg::arg_reduce;
 pub(crate) use attention::visible;
 pub use attention::{attention, AttentionParams};
-pub use copy::{cast, copy_into, fill};
+pub use copy::{arange, cast, copy_into, fill};
 pub use index::index_select;
 pub use lora::lora;
 pub use matmul::matmul;
+pub use random::{philox, random, Distribution};
 pub use rope::rope;
+pub use scatter::{gather, index_add, scatter, Scatter};
 
 use crate::error::{Error, Result};
 use crate::view::SliceMut;

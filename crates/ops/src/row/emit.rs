@@ -48,6 +48,59 @@ pub fn log_softmax(b: &mut Builder, x: Reg) -> Result<Reg> {
     Ok(b.binary(B::Sub, shifted, log))
 }
 
+/// The unbiased variance over the row: Σ(x − mean)²/(n − 1); NaN for a row of one element, as Candle's.
+///
+/// # Errors
+/// `InvalidProgram` if `x` has no value per element.
+pub fn var(b: &mut Builder, x: Reg) -> Result<Reg> {
+    vec_arg(b, "var", x)?;
+    let m = mean(b, x);
+    let centred = b.binary(B::Sub, x, m);
+    let sqr = b.unary(U::Sqr, centred);
+    let sum = b.reduce(ReduceFn::Sum, sqr);
+    let n = b.row_len();
+    let one = b.binary(B::Div, n, n);
+    let rest = b.binary(B::Sub, n, one);
+    Ok(b.binary(B::Div, sum, rest))
+}
+
+/// max x + log Σ exp(x - max x) over the row. A row whose largest element is −∞ gives −∞, one with +∞ gives +∞ (Candle gives NaN).
+///
+/// # Errors
+/// `InvalidProgram` if `x` has no value per element.
+pub fn log_sum_exp(b: &mut Builder, x: Reg) -> Result<Reg> {
+    vec_arg(b, "log-sum-exp", x)?;
+    let max = b.reduce(ReduceFn::Max, x);
+    // max − max is 0 for a finite number and NaN else: an infinite largest element is not taken out
+    let zero = b.binary(B::Sub, max, max);
+    let finite = b.binary(B::Eq, zero, zero);
+    let nothing = b.binary(B::Sub, finite, finite);
+    let pivot = b.select(finite, max, nothing);
+    let shifted = b.binary(B::Sub, x, pivot);
+    let e = b.unary(U::Exp, shifted);
+    let sum = b.reduce(ReduceFn::Sum, e);
+    let log = b.unary(U::Log, sum);
+    Ok(b.binary(B::Add, log, pivot))
+}
+
+/// x where it is not negative, else alpha·(eˣ − 1) (Clevert et al. 2016).
+pub fn elu(b: &mut Builder, x: Reg, alpha: Reg) -> Reg {
+    let e = b.unary(U::Exp, x);
+    // programs have no constants: 0 and 1 come from a number that is finite and not 0
+    let n = b.row_len();
+    let (zero, one) = (b.binary(B::Sub, n, n), b.binary(B::Div, n, n));
+    let shifted = b.binary(B::Sub, e, one);
+    let low = b.binary(B::Mul, shifted, alpha);
+    let positive = b.binary(B::Ge, x, zero);
+    b.select(positive, x, low)
+}
+
+/// min(max(x, low), high).
+pub fn clamp(b: &mut Builder, x: Reg, low: Reg, high: Reg) -> Reg {
+    let raised = b.binary(B::Max, x, low);
+    b.binary(B::Min, raised, high)
+}
+
 /// x / √(mean(x²) + eps), then times the weight if there is one (Zhang & Sennrich 2019).
 ///
 /// # Errors

@@ -49,9 +49,11 @@ pub(super) fn add(t: &mut Table) {
         for dtype in FLOATS {
             for (a, b) in pairs {
                 let right = if f == BinaryOp::Div { Domain::Positive } else { Domain::Any };
-                t.laid_out(&Op::Binary(f), &[], &[(a, dtype, Domain::Any), (b, dtype, right)]);
+                // Candle's power is exp(b·log a)
+                let left = if f == BinaryOp::Pow { Domain::Positive } else { Domain::Any };
+                t.laid_out(&Op::Binary(f), &[], &[(a, dtype, left), (b, dtype, right)]);
             }
-            if t.extent != Extent::Smoke {
+            if t.extent != Extent::Smoke && f != BinaryOp::Pow {
                 let special = (&[3usize, 41][..], dtype, Domain::Special);
                 t.laid_out(&Op::Binary(f), &[], &[special, special]);
             }

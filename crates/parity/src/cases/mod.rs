@@ -4,6 +4,7 @@ mod composite;
 mod contraction;
 mod elementwise;
 mod movement;
+mod placed;
 
 use crate::case::{Case, Domain, InputSpec, Layout};
 use candle_core::DType;
@@ -34,6 +35,7 @@ pub fn cases(extent: Extent) -> Vec<Case> {
     movement::add(&mut table);
     contraction::add(&mut table);
     composite::add(&mut table);
+    placed::add(&mut table);
     table.cases
 }
 

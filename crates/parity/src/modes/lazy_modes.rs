@@ -151,6 +151,8 @@ fn rounds_once(subject: &Subject) -> Result<Option<Cell>> {
         // the product is rounded before the bias is added; f16 products are the library's own
         Op::Linear { bias } => bias || dtype == DType::F16,
         Op::Matmul => dtype == DType::F16,
+        // other bits in another dtype
+        Op::Random { .. } => true,
         _ => false,
     };
     if case.op.exactness() != Exactness::Rounds || !half(dtype) || !halves || twice {

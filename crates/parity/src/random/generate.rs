@@ -174,6 +174,8 @@ impl Maker {
             BinaryOp::Div => return None,
             BinaryOp::Maximum => (k.low.max(o.low), k.high.max(o.high)),
             BinaryOp::Minimum => (k.low.min(o.low), k.high.min(o.high)),
+            BinaryOp::Pow if k.low > 0.05 && o.low.abs().max(o.high.abs()) < 4.0 => ends(f64::powf),
+            BinaryOp::Pow => return None,
         };
         self.push(Op::Binary(f), &[], &[i, j], bounds)
     }
@@ -185,7 +187,11 @@ impl Maker {
         let n = count as f64;
         let bounds = match f {
             ReduceOp::Sum => ((k.low * n).min(k.low), (k.high * n).max(k.high)),
-            _ => (k.low, k.high),
+            // over one element not a number
+            ReduceOp::Var if count < 2 => return None,
+            ReduceOp::Var => (0.0, (k.high - k.low).powi(2)),
+            ReduceOp::LogSumExp => (k.low, k.high + n.max(1.0).ln()),
+            ReduceOp::Mean | ReduceOp::Max | ReduceOp::Min => (k.low, k.high),
         };
         let keepdim = self.rng.below(2) == 0;
         self.push(Op::Reduce { op: f, axes, keepdim }, &[], &[i], bounds)

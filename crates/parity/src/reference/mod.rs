@@ -5,8 +5,10 @@
 
 mod attention;
 mod contraction;
+mod double;
 mod elementwise;
 mod movement;
+mod placed;
 mod reduce;
 mod rows;
 
@@ -14,8 +16,9 @@ pub use attention::{attention, causal_mask, AttentionSpec};
 pub use contraction::{linear, lora, matmul};
 pub use elementwise::{binary, compare, select, unary, Binary, Compare, Unary};
 pub use movement::{broadcast, concat, embedding, index_select, narrow, permute, reshape, slice_assign};
-pub use reduce::{reduce, Reduction};
-pub use rows::{glu, layer_norm, log_softmax, rms_norm, rope, softmax};
+pub use placed::{arg_reduce, gather, index_add, random, scatter, scatter_add, stride};
+pub use reduce::{reduce, variance_of_roundings, Reduction};
+pub use rows::{cross_entropy, glu, group_norm, layer_norm, log_softmax, rms_norm, rope, softmax};
 
 /// A row-major array of f64.
 #[derive(Debug, Clone, PartialEq)]

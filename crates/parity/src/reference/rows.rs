@@ -1,5 +1,6 @@
 //! Composites over rows: softmax, norms, gated units, rotary embedding.
 
+use super::double::Double;
 use super::elementwise::unary_at;
 use super::{bad, strides, Acc, Arr, Result, Summed, Unary};
 
@@ -59,10 +60,10 @@ pub fn rms_norm(x: &Arr, w: Option<&Arr>, eps: f64) -> Result<Arr> {
         return bad("a norm needs a dim");
     };
     Ok(along(x, last, |row| {
-        let mut acc = Acc::default();
-        row.iter().for_each(|&x| acc.add_product(x, x));
-        let root = libm::sqrt(acc.value() / row.len() as f64 + eps);
-        row.iter().enumerate().map(|(i, x)| x / root * w.map_or(1.0, |w| w.data[i])).collect()
+        let squares = row.iter().fold(Double::from(0.0), |sum, &x| sum + Double::from(x) * x.into());
+        let root = (squares / Double::from(row.len() as f64) + eps.into()).sqrt();
+        let weight = |i: usize| w.map_or(1.0, |w| w.data[i]);
+        row.iter().enumerate().map(|(i, &x)| (Double::from(x) / root * weight(i).into()).round()).collect()
     }))
 }
 
@@ -72,30 +73,70 @@ pub fn rms_norm(x: &Arr, w: Option<&Arr>, eps: f64) -> Result<Arr> {
 /// # Errors
 /// For a scalar.
 pub fn layer_norm(x: &Arr, w: Option<&Arr>, b: Option<&Arr>, eps: f64) -> Result<Summed> {
-    let Some(last) = x.dims.len().checked_sub(1) else {
+    let Some(&n) = x.dims.last() else {
         return bad("a norm needs a dim");
     };
-    // (x − mean)·factor, with the difference as given
-    let scaled = |difference: fn(f64, f64) -> f64| {
-        along(x, last, |row| {
-            let n = row.len() as f64;
-            let mean = sum(row.iter().copied()) / n;
-            let mut acc = Acc::default();
-            row.iter().for_each(|&x| acc.add_product(x - mean, x - mean));
-            let root = libm::sqrt(acc.value() / n + eps);
-            let weight = |i: usize| w.map_or(1.0, |w| w.data[i]);
-            row.iter().enumerate().map(|(i, x)| difference(*x, mean) / root * weight(i)).collect()
-        })
+    let at = |v: Option<&Arr>, flat: usize, none: f64| v.map_or(none, |v| v.data[flat % n.max(1)]);
+    Ok(normed(x, n, eps, |flat| (at(w, flat, 1.0), at(b, flat, 0.0))))
+}
+
+/// Rows of `n` elements centred, divided by the root of their variance plus eps, and scaled and shifted by what `affine` says for
+/// each element.
+fn normed(x: &Arr, n: usize, eps: f64, affine: impl Fn(usize) -> (f64, f64)) -> Summed {
+    let (mut value, mut magnitude, mut inner) = (Vec::new(), Vec::new(), Vec::new());
+    for (r, row) in x.data.chunks(n.max(1)).enumerate() {
+        let count = Double::from(row.len() as f64);
+        let zero = Double::from(0.0);
+        let mean = row.iter().fold(zero, |sum, &x| sum + x.into()) / count;
+        let squares = row.iter().fold(zero, |sum, &x| sum + (Double::from(x) - mean) * (Double::from(x) - mean));
+        let root = (squares / count + eps.into()).sqrt();
+        for (i, &x) in row.iter().enumerate() {
+            let (w, b) = affine(r * n + i);
+            let y = (Double::from(x) - mean) / root * w.into();
+            value.push((y + b.into()).round());
+            magnitude.push(y.round().abs() + b.abs());
+            inner.push((x.abs() + mean.round().abs()) / root.round() * w.abs() + b.abs());
+        }
+    }
+    let arr = |data| Arr { dims: x.dims.clone(), data };
+    Summed { value: arr(value), magnitude: arr(magnitude), inner: Some(arr(inner)) }
+}
+
+/// Layer norm over groups of channels of x (b, c, …), then w and b per channel.
+///
+/// # Errors
+/// When the channels do not split.
+pub fn group_norm(x: &Arr, groups: usize, w: Option<&Arr>, b: Option<&Arr>, eps: f64) -> Result<Summed> {
+    let channels = match x.dims[..] {
+        [_, channels, ..] if groups > 0 && channels % groups == 0 => channels,
+        _ => return bad(format!("{groups} groups of {:?}", x.dims)),
     };
-    let n = x.dims[last].max(1);
-    let bias = |i: usize| b.map_or(0.0, |b| b.data[i % n]);
-    let plus = |y: &Arr, f: fn(f64) -> f64| Arr {
-        dims: y.dims.clone(),
-        data: y.data.iter().enumerate().map(|(i, &y)| f(y) + f(bias(i))).collect(),
+    let behind: usize = x.dims[2..].iter().product();
+    let channel = |flat: usize| flat / behind.max(1) % channels;
+    let at = |v: Option<&Arr>, flat: usize, none: f64| v.map_or(none, |v| v.data[channel(flat)]);
+    Ok(normed(x, channels / groups * behind, eps, |flat| (at(w, flat, 1.0), at(b, flat, 0.0))))
+}
+
+/// The mean of −log softmax(logits)[target]; the inner magnitude has max|logit| where the largest one cancels.
+///
+/// # Errors
+/// When a target is out of range.
+pub fn cross_entropy(logits: &Arr, targets: &Arr) -> Result<Summed> {
+    let (n, classes) = match logits.dims[..] {
+        [n, classes] => (n, classes),
+        _ => return bad(format!("logits {:?}", logits.dims)),
     };
-    let y = scaled(|x, mean| x - mean);
-    let inner = scaled(|x, mean| x.abs() + mean.abs());
-    Ok(Summed { value: plus(&y, |v| v), magnitude: plus(&y, f64::abs), inner: Some(plus(&inner, f64::abs)) })
+    let log = log_softmax(logits, 1);
+    let (mut total, mut inner) = (Acc::default(), 0.0);
+    for (row, &target) in targets.data.iter().enumerate() {
+        if target < 0.0 || target >= classes as f64 {
+            return bad(format!("target {target} of {classes}"));
+        }
+        total.add(-log.data[row * classes + target as usize]);
+        inner += logits.data[row * classes..][..classes].iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+    }
+    let scalar = |x: f64| Arr { dims: Vec::new(), data: vec![x / n as f64] };
+    Ok(Summed { value: scalar(total.value()), magnitude: scalar(total.magnitude()), inner: Some(scalar(inner)) })
 }
 
 /// act(gate)·up.
