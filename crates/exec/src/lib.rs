@@ -26,4 +26,4 @@ pub use config::EvalOptions;
 pub use error::{Error, Result};
 pub use report::EvalReport;
 pub use run::{eval_all, eval_all_with, eval_all_with_report, materialize};
-pub use tensor::{AttentionOptions, LazyTensor};
+pub use tensor::{AttentionOptions, IndexOp, LazyTensor, Module, ModuleT, TensorIndexer};

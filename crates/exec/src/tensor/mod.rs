@@ -3,9 +3,13 @@
 //! Names and argument order are Candle's. Every op validates at once, so an error names the line that wrote it; nothing is
 //! computed until a value is asked for.
 
+mod candle_names;
 mod composites;
+mod convert;
 mod create;
 mod elementwise;
+mod index;
+mod module;
 mod movement;
 mod operators;
 mod read;
@@ -13,6 +17,8 @@ mod reduce;
 mod views;
 
 pub use composites::AttentionOptions;
+pub use index::{IndexOp, TensorIndexer};
+pub use module::{Module, ModuleT};
 
 use crate::config;
 use crate::error::Result;
