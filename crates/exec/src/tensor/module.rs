@@ -5,16 +5,33 @@ use crate::error::Result;
 
 /// A function from one tensor to one, with weights inside; the lazy twin of `candle_core::Module`.
 ///
-/// `forward` records; nothing is computed before the result, or something made from it, is evaluated. It is
-/// `#[track_caller]`, also in implementations that do not say so: a module that records directly names the line that
-/// called it.
+/// `forward` records; nothing is computed before the result, or something made from it, is evaluated. The ops of a module
+/// name the lines of its own `forward`; with `#[track_caller]` on an implementation, as on those of this library, they name
+/// the line that called it.
 pub trait Module {
     /// Records the module applied to `xs`.
     ///
     /// # Errors
     /// Where shape, dtype or device of `xs` do not fit.
-    #[track_caller]
+    // no #[track_caller] here: it would hold for every implementation, and the user's lines would never be named
     fn forward(&self, xs: &LazyTensor) -> Result<LazyTensor>;
+
+    /// `forward`, for modules behind a pointer: the caller's line reaches an implementation that asks for it.
+    ///
+    /// # Errors
+    /// As [`Module::forward`].
+    #[doc(hidden)]
+    #[track_caller]
+    fn forward_at_caller(&self, xs: &LazyTensor) -> Result<LazyTensor> {
+        self.forward(xs)
+    }
+}
+
+impl Module for Box<dyn Module> {
+    #[track_caller]
+    fn forward(&self, xs: &LazyTensor) -> Result<LazyTensor> {
+        (**self).forward_at_caller(xs)
+    }
 }
 
 impl<F: Fn(&LazyTensor) -> Result<LazyTensor>> Module for F {
@@ -24,6 +41,7 @@ impl<F: Fn(&LazyTensor) -> Result<LazyTensor>> Module for F {
 }
 
 impl<M: Module> Module for Option<&M> {
+    #[track_caller]
     fn forward(&self, xs: &LazyTensor) -> Result<LazyTensor> {
         match self {
             None => Ok(xs.clone()),
@@ -38,11 +56,11 @@ pub trait ModuleT {
     ///
     /// # Errors
     /// As [`Module::forward`].
-    #[track_caller]
     fn forward_t(&self, xs: &LazyTensor, train: bool) -> Result<LazyTensor>;
 }
 
 impl<M: Module> ModuleT for M {
+    #[track_caller]
     fn forward_t(&self, xs: &LazyTensor, _train: bool) -> Result<LazyTensor> {
         self.forward(xs)
     }
@@ -75,10 +93,28 @@ mod tests {
 
     struct Wide;
 
+    /// The line of the op in `Wide`.
+    const WIDE: u32 = line!() + 5;
+
     impl Module for Wide {
         fn forward(&self, xs: &LazyTensor) -> Result<LazyTensor> {
-            xs.broadcast_add(&LazyTensor::ones((7, 1), xs.dtype(), xs.device())?)
+            let rows = LazyTensor::ones((7, 1), xs.dtype(), xs.device())?;
+            xs.broadcast_add(&rows)
         }
+    }
+
+    /// A module that names its caller, as those of the library do.
+    struct Native;
+
+    impl Module for Native {
+        #[track_caller]
+        fn forward(&self, xs: &LazyTensor) -> Result<LazyTensor> {
+            xs.narrow(0, 5, 1)
+        }
+    }
+
+    fn line_of(result: Result<LazyTensor>) -> u32 {
+        result.unwrap_err().site().unwrap().location().line()
     }
 
     #[test]
@@ -92,10 +128,15 @@ mod tests {
     }
 
     #[test]
-    fn an_error_in_a_module_names_the_line_that_wrote_the_op() {
+    fn an_error_names_the_line_of_the_users_module_or_of_its_caller() {
         let x = LazyTensor::zeros((3, 2), DType::F32, &Device::Cpu).unwrap();
-        let error = x.apply(&Wide).unwrap_err();
-        let site = error.site().unwrap();
-        assert!(site.location().file().ends_with("module.rs"), "{error}");
+        assert_eq!(line_of(x.apply(&Wide)), WIDE);
+        assert_eq!(line_of(x.apply(&Native)), line!());
+        assert_eq!(line_of(x.apply(&Some(&Native))), line!());
+        assert_eq!(line_of(x.apply_t(&Native, true)), line!());
+        let boxed: [Box<dyn Module>; 2] = [Box::new(Wide), Box::new(Native)];
+        assert_eq!(line_of(boxed[0].forward(&x)), WIDE);
+        assert_eq!(line_of(boxed[1].forward(&x)), line!());
+        assert_eq!(line_of(x.apply(&boxed[1])), line!());
     }
 }

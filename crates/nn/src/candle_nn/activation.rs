@@ -2,7 +2,7 @@
 
 use super::ops;
 use super::var_builder::VarBuilder;
-use crate::candle::{bail, Module, Result, Tensor};
+use crate::candle::{Error, Module, Result, Tensor};
 use candle_nn::Init;
 
 /// An elementwise activation, with Candle's variants and their names in configs.
@@ -103,7 +103,8 @@ impl Module for PReLU {
         } else {
             let (channels, weights) = (xs.dim(1)?, self.weight.elem_count());
             if channels != weights {
-                bail!("prelu: {weights} weights for {channels} channels, input {:?}", xs.dims())
+                let message = format!("prelu: {weights} weights for {channels} channels, input {:?}", xs.dims());
+                return Err(Error::Msg(message).at_caller());
             }
             let mut shape = vec![1; xs.rank()];
             if let Some(channel) = shape.get_mut(1) {

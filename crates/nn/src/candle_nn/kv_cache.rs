@@ -6,8 +6,14 @@
 
 mod rotating;
 
-use crate::candle::{bail, Error, Result, Tensor};
+use crate::candle::{Error, Result, Tensor};
 pub use rotating::{RotatingCache, RotatingKvCache};
+
+/// An error at the caller's line.
+#[track_caller]
+fn refuse<T>(message: String) -> Result<T> {
+    Err(Error::Msg(format!("kv cache: {message}")).at_caller())
+}
 
 /// Zeros of `like`'s shape with `len` along `dim`. Made now, not recorded: recorded, the equal buffers of all layers would be
 /// one node, and all but one of the layers would have to copy it.
@@ -16,7 +22,7 @@ fn zeros(like: &Tensor, dim: usize, len: usize) -> Result<Tensor> {
     let mut shape = like.dims().to_vec();
     match shape.get_mut(dim) {
         Some(size) => *size = len,
-        None => bail!("kv cache: dim {dim} of {:?}", like.dims()),
+        None => return refuse(format!("dim {dim} of {:?}", like.dims())),
     }
     let buffer = Tensor::zeros(shape, like.dtype(), like.device())?;
     candle_lazy_exec::materialize(&[&buffer])?;
@@ -30,8 +36,7 @@ fn check(buffer: &Tensor, src: &Tensor, dim: usize) -> Result<()> {
     let (held, new): (Vec<usize>, Vec<usize>) = (other_dims(buffer), other_dims(src));
     if held != new || buffer.dtype() != src.dtype() {
         let (b, s) = (buffer, src);
-        let message = format!("kv cache: holds {:?} ({:?}), got {:?} ({:?})", b.dims(), b.dtype(), s.dims(), s.dtype());
-        return Err(Error::Msg(message).at_caller());
+        return refuse(format!("holds {:?} ({:?}), got {:?} ({:?})", b.dims(), b.dtype(), s.dims(), s.dtype()));
     }
     Ok(())
 }
@@ -48,7 +53,7 @@ impl Buffer {
     #[track_caller]
     fn ready(&mut self, src: &Tensor, dim: usize, len: usize) -> Result<&Tensor> {
         if self.lost {
-            bail!("kv cache: an earlier append failed while it wrote; reset the cache and start over")
+            return refuse("an earlier append failed while it wrote; reset the cache and start over".into());
         }
         let buffer = match self.data.take() {
             Some(buffer) => buffer,
@@ -62,7 +67,9 @@ impl Buffer {
     #[track_caller]
     fn write(&mut self, src: &Tensor, dim: usize, at: usize) -> Result<()> {
         // the handle is moved out: while this cache held on to it, the engine could not write in place
-        let Some(buffer) = self.data.take() else { bail!("kv cache: no buffer") };
+        let Some(buffer) = self.data.take() else {
+            return refuse("no buffer".into());
+        };
         self.lost = true;
         self.data = Some(buffer.slice_set_owned(src, dim, at)?);
         self.lost = false;
@@ -141,7 +148,7 @@ impl Cache {
         self.buffer.ready(src, self.dim, self.capacity)?;
         if self.len + added > self.capacity {
             if self.grow_by == 0 {
-                bail!("kv cache: made for 0 positions")
+                return refuse("made for 0 positions".into());
             }
             let more = (self.len + added - self.capacity).div_ceil(self.grow_by) * self.grow_by;
             let tail = zeros(src, self.dim, more)?;
@@ -222,7 +229,7 @@ impl KvCache {
         self.v.append(v)?;
         match (self.k.current_data()?, self.v.current_data()?) {
             (Some(k), Some(v)) => Ok((k, v)),
-            _ => bail!("kv cache: nothing is held after an append"),
+            _ => refuse("nothing is held after an append".into()),
         }
     }
 

@@ -1,7 +1,7 @@
 //! Functions on tensors.
 
 use crate::candle::shape::Dim;
-use crate::candle::{bail, Module, ModuleT, Result, Tensor, D};
+use crate::candle::{Error, Module, ModuleT, Result, Tensor, D};
 
 /// exp(x − max)/sum over `dim`.
 ///
@@ -117,7 +117,7 @@ pub(super) fn exponential_below_zero(xs: &Tensor, alpha: f64) -> Result<Tensor> 
 #[track_caller]
 pub fn dropout(xs: &Tensor, drop_p: f32) -> Result<Tensor> {
     if !(0. ..1.).contains(&drop_p) {
-        bail!("dropout probability has to be in [0, 1), got {drop_p}")
+        return Err(Error::Msg(format!("dropout: a probability of {drop_p}; it lies in 0..1")).at_caller());
     }
     let random = Tensor::from(candle_core::Tensor::rand(0f32, 1f32, xs.shape(), xs.device())?);
     let mask = (random.ge(drop_p)?.to_dtype(xs.dtype())? * (1.0 / (1.0 - f64::from(drop_p))))?;

@@ -3,7 +3,7 @@
 //! As Candle's, these take cosines and sines (t, d/2) or (b, t, d/2) with t at least the sequence length: the first rows are
 //! used.
 
-use crate::candle::{bail, Result, Tensor};
+use crate::candle::{Error, Result, Tensor};
 
 /// The first `seq_len` rows of a table that fits, or an error.
 #[track_caller]
@@ -11,19 +11,23 @@ fn rows(table: &Tensor, (batch, seq_len, width): (usize, usize, usize)) -> Resul
     let (t, d) = match *table.dims() {
         [t, d] => (t, d),
         [b, t, d] if b == batch => (t, d),
-        _ => bail!("rope: cos and sin have two dims, or three with the batch of {batch}, got {:?}", table.dims()),
+        _ => {
+            let dims = table.dims();
+            let message = format!("rope: cos and sin have two dims, or three with the batch of {batch}, got {dims:?}");
+            return Err(Error::Msg(message).at_caller());
+        }
     };
     if d * 2 != width || seq_len > t {
-        bail!("rope: cos and sin {:?} do not fit {seq_len} positions of width {width}", table.dims())
+        let dims = table.dims();
+        let message = format!("rope: cos and sin {dims:?} do not fit {seq_len} positions of width {width}");
+        return Err(Error::Msg(message).at_caller());
     }
     table.narrow(table.rank() - 2, 0, seq_len)
 }
 
 #[track_caller]
 fn fitting(sizes: (usize, usize, usize), cos: &Tensor, sin: &Tensor) -> Result<(Tensor, Tensor)> {
-    let cos = rows(cos, sizes).map_err(crate::candle::Error::at_caller)?;
-    let sin = rows(sin, sizes).map_err(crate::candle::Error::at_caller)?;
-    Ok((cos, sin))
+    Ok((rows(cos, sizes)?, rows(sin, sizes)?))
 }
 
 /// Pairs (i, i + d/2): xs (b, h, t, d).

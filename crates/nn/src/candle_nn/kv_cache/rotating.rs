@@ -1,7 +1,7 @@
 //! Caches of a fixed length, in which new positions take the place of the oldest.
 
-use super::Buffer;
-use crate::candle::{bail, Device, Result, Tensor};
+use super::{refuse, Buffer};
+use crate::candle::{Device, Result, Tensor};
 
 /// A ring of positions.
 #[derive(Debug, Clone)]
@@ -76,7 +76,7 @@ impl RotatingCache {
     #[track_caller]
     pub fn append(&mut self, src: &Tensor) -> Result<Tensor> {
         if self.capacity == 0 {
-            bail!("kv cache: made for 0 positions")
+            return refuse("made for 0 positions".into());
         }
         let added = src.dim(self.dim)?;
         self.buffer.ready(src, self.dim, self.capacity)?;
@@ -97,7 +97,7 @@ impl RotatingCache {
         self.seen += added;
         match self.current_data()? {
             Some(data) => Ok(data),
-            None => bail!("kv cache: nothing is held after an append"),
+            None => refuse("nothing is held after an append".into()),
         }
     }
 
