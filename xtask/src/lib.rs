@@ -4,6 +4,7 @@
 
 pub mod demo;
 pub mod fetch;
+pub mod port;
 pub mod progress;
 pub mod tidy;
 pub mod verify;

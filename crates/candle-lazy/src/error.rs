@@ -93,7 +93,8 @@ fn of_exec(error: &candle_lazy_exec::Error) -> Option<Class> {
     match error {
         E::Record(error) => of_graph(error),
         E::Candle(error) => of_candle(error),
-        E::Run { source, .. } => of_any(source.as_ref()),
+        E::Run { source, .. } | E::Other(source) => of_any(source.as_ref()),
+        E::Context { inner, .. } | E::WithPath { inner, .. } | E::At { inner, .. } => of_exec(inner),
         _ => None,
     }
 }
@@ -118,6 +119,8 @@ fn of_any(error: &(dyn StdError + Send + Sync + 'static)) -> Option<Class> {
         of_ops(error)
     } else if let Some(error) = error.downcast_ref::<candle_lazy_graph::Error>() {
         of_graph(error)
+    } else if let Some(error) = error.downcast_ref::<candle_lazy_nn::Error>() {
+        of_nn(error)
     } else {
         error.downcast_ref::<candle_lazy_exec::Error>().and_then(of_exec)
     }

@@ -7,6 +7,7 @@
 //! | [`graph`] | the recorded program: ops, shape inference, capture, passes |
 //! | [`exec`] | [`LazyTensor`](exec::LazyTensor), plans, the plan cache, reports |
 //! | [`nn`] | modules, models, weights |
+//! | [`candle`], [`candle_nn`] | Candle's own names on lazy tensors, for models written for Candle |
 //!
 //! Functions of the layers return their own layer's error; `?` turns each of them into the one [`Error`] here.
 #![doc = include_str!("../README.md")]
@@ -21,4 +22,5 @@ pub use error::{Error, Result};
 pub use candle_lazy_exec as exec;
 pub use candle_lazy_graph as graph;
 pub use candle_lazy_nn as nn;
+pub use candle_lazy_nn::{candle, candle_nn};
 pub use candle_lazy_ops as ops;

@@ -3,6 +3,7 @@
 use candle_core::DType;
 use candle_lazy_graph::BuildSite;
 use std::fmt;
+use std::path::PathBuf;
 
 /// The result of recording or evaluating.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -57,6 +58,36 @@ pub enum Error {
     /// A defect of this library.
     #[error("internal error: {0}")]
     Internal(String),
+    /// A message of the user's program, as `candle::bail!` makes it.
+    #[error("{0}")]
+    Msg(String),
+    /// An error of the user's program or of a layer above.
+    #[error(transparent)]
+    Other(Box<dyn std::error::Error + Send + Sync>),
+    /// An error and what was being done.
+    #[error("{context}\n{inner}")]
+    Context {
+        /// What was being done.
+        context: String,
+        /// The error.
+        inner: Box<Error>,
+    },
+    /// An error and the file that it is about.
+    #[error("path: {path:?} {inner}")]
+    WithPath {
+        /// The file.
+        path: PathBuf,
+        /// The error.
+        inner: Box<Error>,
+    },
+    /// An error that does not come from an op, and the line of the user's program.
+    #[error("{inner}, at {site}")]
+    At {
+        /// The error.
+        inner: Box<Error>,
+        /// The line that asked for what failed.
+        site: Box<BuildSite>,
+    },
 }
 
 /// One of the ops that ran as one step.
@@ -128,6 +159,7 @@ impl From<Error> for candle_core::Error {
     fn from(error: Error) -> Self {
         match error {
             Error::Candle(error) => error,
+            Error::Msg(message) => candle_core::Error::Msg(message),
             other => candle_core::Error::wrap(other),
         }
     }
@@ -139,6 +171,7 @@ impl Error {
     pub fn as_record(&self) -> Option<&candle_lazy_graph::Error> {
         match self {
             Self::Record(error) => Some(error),
+            Self::Context { inner, .. } | Self::WithPath { inner, .. } | Self::At { inner, .. } => inner.as_record(),
             _ => None,
         }
     }
@@ -148,9 +181,101 @@ impl Error {
     pub fn site(&self) -> Option<&BuildSite> {
         match self {
             Self::Record(error) => error.site.as_deref(),
-            Self::Run { site, .. } | Self::Panic { site, .. } => Some(site),
+            Self::Run { site, .. } | Self::Panic { site, .. } | Self::At { site, .. } => Some(site),
             Self::Differs(difference) => Some(&difference.site),
-            Self::Candle(_) | Self::Memory { .. } | Self::Internal(_) => None,
+            Self::Context { inner, .. } | Self::WithPath { inner, .. } => inner.site(),
+            Self::Candle(_) | Self::Memory { .. } | Self::Internal(_) | Self::Msg(_) | Self::Other(_) => None,
         }
+    }
+}
+
+/// The constructors of `candle_core::Error` under their names, so that ported code makes its errors as before.
+impl Error {
+    /// An error that says what `error` says.
+    pub fn wrap(error: impl std::fmt::Display + Send + Sync + 'static) -> Self {
+        Self::Msg(error.to_string())
+    }
+
+    /// An error with this message.
+    pub fn msg(message: impl std::fmt::Display) -> Self {
+        Self::Msg(message.to_string())
+    }
+
+    /// An error with the debug form of `message`.
+    pub fn debug(message: impl std::fmt::Debug) -> Self {
+        Self::Msg(format!("{message:?}"))
+    }
+
+    /// The same error. Candle adds a backtrace here; errors of this crate name the user's line instead.
+    #[must_use]
+    pub fn bt(self) -> Self {
+        self
+    }
+
+    /// The same error, naming the file that it is about.
+    #[must_use]
+    pub fn with_path<P: AsRef<std::path::Path>>(self, path: P) -> Self {
+        Self::WithPath { path: path.as_ref().to_path_buf(), inner: Box::new(self) }
+    }
+
+    /// The same error, saying what was being done.
+    #[must_use]
+    pub fn context(self, context: impl std::fmt::Display + Send + Sync + 'static) -> Self {
+        Self::Context { context: context.to_string(), inner: Box::new(self) }
+    }
+
+    /// The same error, naming the caller's line unless it names one already.
+    #[track_caller]
+    #[must_use]
+    pub fn at_caller(self) -> Self {
+        if self.site().is_some() {
+            return self;
+        }
+        Self::At { inner: Box::new(self), site: Box::new(BuildSite::here()) }
+    }
+}
+
+macro_rules! through_candle {
+    ($($error:ty),+ $(,)?) => {
+        $(impl From<$error> for Error {
+            fn from(error: $error) -> Self {
+                Self::Candle(error.into())
+            }
+        })+
+    };
+}
+
+through_candle!(std::io::Error, std::num::ParseIntError, std::num::TryFromIntError, std::string::FromUtf8Error,);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_say_what_was_being_done_and_keep_the_line() {
+        let inner = candle_lazy_graph::Error::new("add", candle_lazy_graph::ErrorKind::Shape("x".into()))
+            .at(&BuildSite::here());
+        let line = line!() - 1;
+        let error = Error::from(inner).context("loading").with_path("w.gguf").at_caller();
+        assert_eq!(error.site().map(|site| site.location().line()), Some(line));
+        assert_eq!(error.as_record().map(|error| error.op), Some("add"));
+        let text = error.to_string();
+        assert!(text.starts_with("path: \"w.gguf\" loading\nadd: shape mismatch"), "{text}");
+    }
+
+    #[test]
+    fn an_error_without_a_line_gets_the_callers() {
+        let line = line!() + 1;
+        let error = Error::msg("nothing there").at_caller();
+        assert!(error.to_string().starts_with("nothing there, at "), "{error}");
+        assert_eq!(error.site().map(|site| site.location().line()), Some(line));
+    }
+
+    #[test]
+    fn messages_and_candles_errors_pass_through() {
+        assert!(matches!(candle_core::Error::from(Error::msg("m")), candle_core::Error::Msg(m) if m == "m"));
+        assert!(matches!(Error::from(std::io::Error::other("gone")), Error::Candle(candle_core::Error::Io(_))));
+        assert_eq!(Error::wrap("a").to_string(), "a");
+        assert_eq!(Error::debug("a").bt().to_string(), "\"a\"");
     }
 }

@@ -28,4 +28,4 @@ pub use report::EvalReport;
 pub use run::{
     eval_all, eval_all_checked, eval_all_with, eval_all_with_report, first_nonfinite, materialize, NonFinite,
 };
-pub use tensor::{AttentionOptions, LazyTensor, RandomKey, TensorOrScalar};
+pub use tensor::{AttentionOptions, IndexOp, LazyTensor, Module, ModuleT, RandomKey, TensorIndexer, TensorOrScalar};

@@ -190,7 +190,6 @@ fn views_and_reductions_refuse_dims_and_shapes() {
         "dims4", ["f32 [2, 3]"]: a.dims4();
         "dims5", ["f32 [2, 3]"]: a.dims5();
         "contiguous", ["8 dims"]: f(&[1; 9]).contiguous();
-        "detach", ["i32"]: of(&[2], DType::I32).detach();
         "permute", ["8 dims"]: f(&[1; 9]).transpose(0, 8);
     }
     assert_eq!(a.chunk(usize::MAX, 0).unwrap().len(), 2, "as many chunks as there are");
@@ -280,7 +279,7 @@ fn making_and_reading_refuse_with_the_line_too() {
         "from_slice", ["u8 [3]"]: LazyTensor::from_slice(&[1u8; 3], ((), huge, 3), &CPU);
         "arange", ["f32"]: LazyTensor::arange(0f32, 1e9, &CPU);
         "arange", ["f32"]: LazyTensor::arange(0f32, f32::INFINITY, &CPU);
-        "full", ["memory"]: LazyTensor::full(1.0, Shape::from((huge, 4)), DType::F32, &CPU);
+        "full", ["memory"]: LazyTensor::filled(1.0, Shape::from((huge, 4)), DType::F32, &CPU);
         "full", ["i32"]: LazyTensor::zeros(3, DType::I32, &CPU);
         "full", ["i16"]: LazyTensor::ones(3, DType::I16, &CPU);
         "full", ["i32"]: of(&[2], DType::I32).zeros_like();
@@ -314,7 +313,7 @@ fn what_fails_while_running_names_line_op_operands_and_module() {
     // memory that no system grants
     // beyond the budget of pending bytes it is evaluated at once, and so refused where it is recorded
     let line = line!() + 1;
-    let text = LazyTensor::full(1.0, 1usize << 50, DType::F64, &CPU).map(|_| ()).unwrap_err().to_string();
+    let text = LazyTensor::filled(1.0, 1usize << 50, DType::F64, &CPU).map(|_| ()).unwrap_err().to_string();
     assert!(text.contains(&format!("tests/errors.rs:{line}")) && text.contains("bytes of memory"), "{text}");
     // integers that Candle divides by zero: a panic there, an error here
     let ints = LazyTensor::new(&[1u32, 2], &CPU).unwrap();

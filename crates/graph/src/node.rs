@@ -240,6 +240,27 @@ impl Node {
         }))
     }
 
+    /// Records [`Op::Detach`] on `input`: the one op that no input can make fail.
+    #[must_use]
+    pub fn detached(input: &Arc<Node>, site: BuildSite) -> Arc<Self> {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let own_bytes = input.shape.elem_count() * input.dtype.size_in_bytes();
+        let inputs = SmallVec::from_iter([input.clone()]);
+        let expr = Expr { op: Op::Detach, scalars: Scalars::new(), inputs, custom: None };
+        Arc::new(Self {
+            id: NodeId::next(),
+            shape: input.shape.clone(),
+            dtype: input.dtype,
+            device: input.device.clone(),
+            tracked: false,
+            site,
+            pending_nodes: AtomicU64::new(load(&input.pending_nodes).saturating_add(1)),
+            pending_bytes: AtomicU64::new(load(&input.pending_bytes).saturating_add(own_bytes as u64)),
+            state: Mutex::new(State::Pending(expr)),
+            _alive: Alive::new(),
+        })
+    }
+
     /// The node's own number.
     #[must_use]
     pub fn id(&self) -> NodeId {

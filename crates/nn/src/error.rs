@@ -241,6 +241,17 @@ impl From<candle_core::Error> for Error {
     }
 }
 
+impl From<Error> for candle_lazy_exec::Error {
+    /// For `?` in ported code, whose error is the engine's: what came from there goes back unchanged.
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Exec(error) => *error,
+            Error::Candle(error) => Self::Candle(*error),
+            other => Self::Other(Box::new(other)),
+        }
+    }
+}
+
 impl Error {
     /// An I/O error with the path it happened at.
     pub(crate) fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | building blocks | [`Linear`], [`Embedding`], [`RmsNorm`], [`LayerNorm`], [`Mlp`], [`FeedForward`], [`LoraLinear`], [`KvCache`] |
 //! | models | [`models::bert`] (sentence encoders), [`models::causal_lm`] (Llama, Mistral, Qwen2) |
+//! | ported models | [`candle`] and [`candle_nn`]: the names that models written for Candle import |
 //! | weights | [`weights`]: safetensors and GGUF behind Candle's `VarBuilder` |
 //! | a model on disk | [`ModelDir`] |
 //! | text | `tokenizer` (feature `tokenizers`) |
@@ -30,6 +31,8 @@ mod norm;
 mod rope;
 mod scope;
 
+pub mod candle;
+pub mod candle_nn;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod models;
@@ -51,4 +54,5 @@ pub use norm::{layer_norm, rms_norm, LayerNorm, RmsNorm};
 pub use rope::{RopeScaling, RopeTable};
 
 pub use candle_lazy_exec::LazyTensor;
-pub use candle_nn::VarBuilder;
+// the crate, not the module of this name
+pub use ::candle_nn::VarBuilder;

@@ -18,7 +18,7 @@ pub fn record(op: &Op, s: &[f64], x: &[LazyTensor]) -> Result<LazyTensor> {
     }
     let dev = Device::Cpu;
     Ok(match op {
-        Op::Full { shape, dtype } => LazyTensor::full(s[0], shape.to_vec(), *dtype, &dev)?,
+        Op::Full { shape, dtype } => LazyTensor::filled(s[0], shape.to_vec(), *dtype, &dev)?,
         Op::CausalMask { queries, keys, window, dtype } => {
             LazyTensor::causal_mask(*queries, *keys, *window, *dtype, &dev)?
         }
@@ -67,7 +67,7 @@ pub fn record(op: &Op, s: &[f64], x: &[LazyTensor]) -> Result<LazyTensor> {
         Op::Narrow { dim, start, len } => x[0].narrow(usize::from(*dim), *start, *len)?,
         Op::Broadcast { shape } => x[0].broadcast_as(shape.to_vec())?,
         Op::Contiguous => x[0].contiguous()?,
-        Op::Detach => x[0].detach()?,
+        Op::Detach => x[0].detach(),
         Op::Concat { dim } => LazyTensor::cat(x, usize::from(*dim))?,
         Op::IndexSelect { dim } => x[0].index_select(&x[1], usize::from(*dim))?,
         Op::SliceAssign { dim, start } => x[0].slice_scatter(&x[1], usize::from(*dim), *start)?,

@@ -5,7 +5,7 @@
 
 mod adapter;
 mod answers;
-mod sources;
+pub(crate) mod sources;
 mod table;
 
 use candle_lazy_parity::models::{compare_models, CompareOptions};
@@ -31,7 +31,7 @@ pub struct DemoArgs {
 
 /// Why the demo ends with exit code 1.
 #[derive(Debug, thiserror::Error)]
-enum Error {
+pub(crate) enum Error {
     #[error(transparent)]
     Library(#[from] candle_lazy::Error),
     #[error("the comparison with eager Candle failed: {0}")]

@@ -8,16 +8,16 @@ use std::path::{Path, PathBuf};
 
 /// A model and whether it is the published one, whose answers are known.
 #[derive(Debug)]
-pub(super) struct Source {
-    pub(super) dir: ModelDir,
-    pub(super) published: bool,
+pub(crate) struct Source {
+    pub(crate) dir: ModelDir,
+    pub(crate) published: bool,
 }
 
 /// The two models of the demo.
 #[derive(Debug)]
-pub(super) struct Models {
-    pub(super) encoder: Source,
-    pub(super) decoder: Source,
+pub(crate) struct Models {
+    pub(crate) encoder: Source,
+    pub(crate) decoder: Source,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,7 +27,7 @@ enum Role {
 }
 
 /// Opens the user's models, and fetches what they do not have.
-pub(super) fn open(dirs: &[PathBuf]) -> Result<Models, Error> {
+pub(crate) fn open(dirs: &[PathBuf]) -> Result<Models, Error> {
     let encoder = source(dirs, Role::Encoder, &ALL_MINILM_L6_V2)?;
     let decoder = source(dirs, Role::Decoder, &SMOLLM2_135M_INSTRUCT)?;
     Ok(Models { encoder, decoder })

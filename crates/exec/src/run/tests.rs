@@ -197,7 +197,7 @@ fn an_untracked_part_still_uses_kernels_and_detach_cuts() {
     let (loss, report) = y.eval_with_report().unwrap();
     assert!(report.kernels.contains_key("row"), "{report}");
     assert!(loss.backward().unwrap().get(var.as_tensor()).is_some());
-    let cut = LazyTensor::from(var.as_tensor()).detach().unwrap().exp().unwrap();
+    let cut = LazyTensor::from(var.as_tensor()).detach().exp().unwrap();
     assert!(!cut.track_op() && !cut.eval().unwrap().track_op());
 }
 
@@ -300,7 +300,7 @@ fn threads_share_graphs_while_a_variable_is_set() {
 fn many_threads_write_the_same_cache_step() {
     let mut cache = LazyTensor::zeros((64, 8), DType::F32, &CPU).unwrap();
     for step in 0..20 {
-        let row = LazyTensor::full(step as f64, (1, 8), DType::F32, &CPU).unwrap();
+        let row = LazyTensor::full(step as f32, (1, 8), &CPU).unwrap();
         cache = cache.slice_set_owned(&row, 0, step).unwrap();
         std::thread::scope(|scope| {
             for _ in 0..4 {

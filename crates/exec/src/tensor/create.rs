@@ -151,12 +151,27 @@ impl LazyTensor {
         column.broadcast_eq(&row)?.to_dtype(dtype)
     }
 
-    /// A tensor filled with `value`, recorded: its memory is taken when it is first needed.
+    /// A tensor filled with `value`, of the value's dtype, recorded: its memory is taken when it is first needed.
     ///
     /// # Errors
     /// When the dtype is not supported or the shape is too large.
     #[track_caller]
-    pub fn full<S: Into<Shape>>(value: f64, shape: S, dtype: DType, device: &Device) -> Result<Self> {
+    pub fn full<D: WithDType, S: Into<Shape>>(value: D, shape: S, device: &Device) -> Result<Self> {
+        let wide = value.to_f64();
+        let exact = D::from_f64(wide) == value || wide.is_nan();
+        if !exact {
+            // an integer that f64 does not hold
+            return Self::new(value, device)?.broadcast_as(shape);
+        }
+        Self::filled(wide, shape, D::DTYPE, device)
+    }
+
+    /// A tensor of `dtype` filled with `value`; see [`LazyTensor::full`].
+    ///
+    /// # Errors
+    /// As [`LazyTensor::full`].
+    #[track_caller]
+    pub fn filled<S: Into<Shape>>(value: f64, shape: S, dtype: DType, device: &Device) -> Result<Self> {
         let shape = shape.into();
         let op = Op::Full { shape: Dims::from_slice(shape.dims()), dtype };
         Self::record_on(op, &[value], &[], Some(device))
@@ -168,7 +183,7 @@ impl LazyTensor {
     /// As [`LazyTensor::full`].
     #[track_caller]
     pub fn zeros<S: Into<Shape>>(shape: S, dtype: DType, device: &Device) -> Result<Self> {
-        Self::full(0.0, shape, dtype, device)
+        Self::filled(0.0, shape, dtype, device)
     }
 
     /// A tensor of ones; see [`LazyTensor::full`].
@@ -177,7 +192,7 @@ impl LazyTensor {
     /// As [`LazyTensor::full`].
     #[track_caller]
     pub fn ones<S: Into<Shape>>(shape: S, dtype: DType, device: &Device) -> Result<Self> {
-        Self::full(1.0, shape, dtype, device)
+        Self::filled(1.0, shape, dtype, device)
     }
 
     /// Zeros of this tensor's shape, dtype and device.

@@ -170,7 +170,7 @@ macro_rules! extreme {
                             Self::record(Op::Clamp, &bounds(value), &[self])
                         }
                         TensorOrScalar::Scalar(value) => {
-                            let rhs = Self::full(value, (), self.dtype(), self.device())?;
+                            let rhs = Self::filled(value, (), self.dtype(), self.device())?;
                             Self::record(Op::Binary(BinaryOp::$op), &[], &[self, &rhs])
                         }
                     }

@@ -184,7 +184,7 @@ impl LazyTensor {
         let wide = candle_core::DType::F64;
         let places = Self::arange_recorded(0.0, 1.0, depth, wide, self.device())?;
         let hit = self.to_dtype(wide)?.unsqueeze(self.rank())?.broadcast_eq(&places)?;
-        let value = |v: f64| Self::full(v, (), dtype, self.device());
+        let value = |v: f64| Self::filled(v, (), dtype, self.device());
         hit.where_cond(&value(on)?, &value(off)?)
     }
 

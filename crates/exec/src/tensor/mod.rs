@@ -3,11 +3,15 @@
 //! Names and argument order are Candle's. Every op validates at once, so an error names the line that wrote it; nothing is
 //! computed until a value is asked for.
 
+mod candle_names;
 mod composites;
+mod convert;
 mod create;
 mod custom;
 mod elementwise;
+mod index;
 mod indexing;
+mod module;
 mod movement;
 mod operators;
 mod random;
@@ -17,6 +21,8 @@ mod views;
 
 pub use composites::AttentionOptions;
 pub use elementwise::TensorOrScalar;
+pub use index::{IndexOp, TensorIndexer};
+pub use module::{Module, ModuleT};
 pub use random::RandomKey;
 
 use crate::config;

@@ -254,13 +254,12 @@ impl LazyTensor {
         Self::record(Op::Contiguous, &[], &[self])
     }
 
-    /// The same values, without the history that Candle's autograd follows.
-    ///
-    /// # Errors
-    /// None for a tensor that could be recorded. Candle's `detach` cannot fail and returns no `Result`.
+    /// The same values, without the history that Candle's autograd follows. It cannot fail, and does not count towards the
+    /// pending budget by itself.
     #[track_caller]
-    pub fn detach(&self) -> Result<Self> {
-        Self::record(Op::Detach, &[], &[self])
+    #[must_use]
+    pub fn detach(&self) -> Self {
+        Self::from_node(candle_lazy_graph::Node::detached(self.node(), BuildSite::here()))
     }
 }
 
@@ -285,6 +284,7 @@ macro_rules! dims_n {
 }
 
 dims_n! {
+    dims0 => ();
     dims1 => usize;
     dims2 => (usize, usize);
     dims3 => (usize, usize, usize);

@@ -434,7 +434,7 @@ impl SentenceEncoder {
         }
         let norm = mean.sqr()?.sum_keepdim(1)?.sqrt()?;
         // The floor that PyTorch's `normalize` has: a zero vector stays zero instead of becoming NaN.
-        let floor = LazyTensor::full(1e-12, norm.shape().clone(), norm.dtype(), norm.device())?;
+        let floor = LazyTensor::filled(1e-12, norm.shape().clone(), norm.dtype(), norm.device())?;
         Ok(mean.broadcast_div(&norm.maximum(&floor)?)?)
     }
 

@@ -12,6 +12,7 @@ mod kv_cache;
 mod lora;
 mod model_dir;
 mod modules;
+mod ported;
 mod safetensors;
 mod sites;
 #[cfg(feature = "tokenizers")]

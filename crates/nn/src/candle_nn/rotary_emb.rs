@@ -1,0 +1,82 @@
+//! Rotary position embedding (arXiv:2104.09864, eq. 34).
+//!
+//! As Candle's, these take cosines and sines (t, d/2) or (b, t, d/2) with t at least the sequence length: the first rows are
+//! used.
+
+use crate::candle::{Error, Result, Tensor};
+
+/// The first `seq_len` rows of a table that fits, or an error.
+#[track_caller]
+fn rows(table: &Tensor, (batch, seq_len, width): (usize, usize, usize)) -> Result<Tensor> {
+    let (t, d) = match *table.dims() {
+        [t, d] => (t, d),
+        [b, t, d] if b == batch => (t, d),
+        _ => {
+            let dims = table.dims();
+            let message = format!("rope: cos and sin have two dims, or three with the batch of {batch}, got {dims:?}");
+            return Err(Error::Msg(message).at_caller());
+        }
+    };
+    if d * 2 != width || seq_len > t {
+        let dims = table.dims();
+        let message = format!("rope: cos and sin {dims:?} do not fit {seq_len} positions of width {width}");
+        return Err(Error::Msg(message).at_caller());
+    }
+    table.narrow(table.rank() - 2, 0, seq_len)
+}
+
+#[track_caller]
+fn fitting(sizes: (usize, usize, usize), cos: &Tensor, sin: &Tensor) -> Result<(Tensor, Tensor)> {
+    Ok((rows(cos, sizes)?, rows(sin, sizes)?))
+}
+
+/// Pairs (i, i + d/2): xs (b, h, t, d).
+///
+/// # Errors
+/// When the shapes do not fit or the dtypes differ.
+#[track_caller]
+pub fn rope(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let (b, _, t, d) = xs.dims4()?;
+    let (cos, sin) = fitting((b, t, d), cos, sin)?;
+    xs.rope(&cos, &sin)
+}
+
+/// Pairs (2i, 2i + 1): xs (b, h, t, d).
+///
+/// # Errors
+/// As [`rope`].
+#[track_caller]
+pub fn rope_i(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let (b, _, t, d) = xs.dims4()?;
+    let (cos, sin) = fitting((b, t, d), cos, sin)?;
+    xs.rope_i(&cos, &sin)
+}
+
+/// Pairs (i, i + d/2) with positions before heads: xs (b, t, h, d).
+///
+/// # Errors
+/// As [`rope`].
+#[track_caller]
+pub fn rope_thd(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let (b, t, _, d) = xs.dims4()?;
+    let (cos, sin) = fitting((b, t, d), cos, sin)?;
+    xs.transpose(1, 2)?.rope(&cos, &sin)?.transpose(1, 2)
+}
+
+/// The same as [`rope`], which has a gradient as it is.
+///
+/// # Errors
+/// As [`rope`].
+#[track_caller]
+pub fn rope_slow(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    rope(xs, cos, sin)
+}
+
+/// The same as [`rope_i`], which has a gradient as it is.
+///
+/// # Errors
+/// As [`rope`].
+#[track_caller]
+pub fn rope_i_slow(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    rope_i(xs, cos, sin)
+}
