@@ -108,7 +108,7 @@ fn step(c: &mut Choices<'_>, pool: &[LazyTensor]) -> Result<LazyTensor> {
         42 => x.narrow(dim, c.below(5), c.below(5))?,
         43 => x.broadcast_as(SHAPES[c.below(SHAPES.len())])?,
         44 => x.contiguous()?,
-        45 => x.detach()?,
+        45 => x.detach(),
         46 => LazyTensor::cat(&[&x, &pick(c)?], dim)?,
         47 => LazyTensor::stack(&[&x, &pick(c)?], dim)?,
         48 => x.index_select(&pick(c)?, dim)?,
@@ -135,7 +135,7 @@ fn step(c: &mut Choices<'_>, pool: &[LazyTensor]) -> Result<LazyTensor> {
             LazyTensor::attention(&x, &k, &v, mask.as_ref(), &options)?
         }
         64 => {
-            LazyTensor::full(f64::from(c.byte()), SHAPES[c.below(SHAPES.len())], DTYPES[c.below(DTYPES.len())], &CPU)?
+            LazyTensor::filled(f64::from(c.byte()), SHAPES[c.below(SHAPES.len())], DTYPES[c.below(DTYPES.len())], &CPU)?
         }
         65 => LazyTensor::causal_mask(c.below(5), c.below(5), Some(c.below(3)), DTYPES[c.below(DTYPES.len())], &CPU)?,
         66 => x.squeeze(dim)?,

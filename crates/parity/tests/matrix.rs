@@ -32,13 +32,15 @@ macro_rules! ops {
 ops! {
     unary_that_are_exact: "neg", "abs", "sqr", "sqrt", "relu", "floor", "ceil", "round", "sign", "recip", "rsqrt";
     unary_that_round: "exp", "log", "sin", "cos", "tanh", "erf", "gelu", "gelu_erf", "silu", "sigmoid", "powf", "affine";
-    binary: "add", "sub", "mul", "div", "maximum", "minimum";
+    binary: "add", "sub", "mul", "div", "maximum", "minimum", "pow", "elu", "clamp";
     comparisons_and_choices: "eq", "ne", "lt", "le", "gt", "ge", "where_cond";
     casts: "to_dtype";
-    sources: "full", "causal_mask";
-    reductions: "sum", "mean", "max", "min";
-    views: "reshape", "permute", "narrow", "broadcast_as", "contiguous", "detach";
+    sources: "full", "causal_mask", "arange", "rand", "randn";
+    reductions: "sum", "mean", "max", "min", "var", "log_sum_exp", "argmax", "argmin";
+    views: "reshape", "permute", "narrow", "broadcast_as", "contiguous", "detach", "stride", "to_device";
     movement: "cat", "index_select", "slice_assign", "embedding";
+    placed: "gather", "scatter", "scatter_add", "index_add";
+    groups_and_losses: "group_norm", "cross_entropy";
     products: "matmul", "linear", "lora";
     rows: "softmax", "log_softmax", "rms_norm", "layer_norm", "glu";
     rope: "rope";

@@ -329,6 +329,21 @@ fn magnitude(
             (own + carried)?
         }
         (Op::Reduce { op: ReduceOp::Sum | ReduceOp::Mean, .. }, [x, ..], [m, ..]) => again(&[(x.abs()? + m)?])?,
+        (Op::Reduce { op: ReduceOp::Var, axes, keepdim }, [x, ..], [m, ..]) => {
+            // (d + e)² is off by 2de + e², where e is a rounding of what was subtracted: in units of f32, the coarsest arithmetic
+            let reduced = |op, keepdim, x: &Tensor, dims: &[usize]| {
+                let op = Op::Reduce { op, axes: *axes, keepdim };
+                candle::apply(&op, &[], std::slice::from_ref(x), dims, device)
+            };
+            let kept: Vec<usize> =
+                x.dims().iter().enumerate().map(|(d, &n)| if axes & (1 << d) != 0 { 1 } else { n }).collect();
+            let mean = reduced(ReduceOp::Mean, true, x, &kept)?;
+            let spread = (x.abs()?.broadcast_add(&mean.abs()?)? + m)?;
+            let linear = (x.broadcast_sub(&mean)?.abs()? * &spread)?;
+            let errors = ((linear * 2.0)? + (spread.sqr()? * 2f64.powi(-23))?)?;
+            let count = x.elem_count() / kept.iter().product::<usize>().max(1);
+            (own + (reduced(ReduceOp::Sum, *keepdim, &errors, dims)? / (count as f64 - 1.0))?)?
+        }
         (Op::Reduce { .. }, _, [m, ..]) => (own + again(std::slice::from_ref(m))?)?,
         (Op::Matmul, [a, b, ..], [ma, mb, ..]) => {
             let (a, b) = (a.abs()?, b.abs()?);

@@ -3,6 +3,7 @@
 use super::{check_out, PARALLEL};
 use crate::element::Element;
 use crate::error::{Error, Result};
+use crate::fault;
 use crate::row::space::Space;
 use crate::view::{each_dtype, Dims, SliceMut, Strided, View};
 use candle_core::DType;
@@ -47,11 +48,13 @@ fn scan<E: Element>(data: &[E], space: &Space, (size, step): (usize, usize), sma
         return;
     };
     let stride = from.row.single().unwrap_or(0);
+    let smallest = smallest != fault::active("arg_reduce.other");
+    let last = fault::active("arg_reduce.last");
     let place = |base: usize| {
         let (mut best, mut at) = (data[base], 0);
         for i in 1..size {
             let v = data[base + i * step];
-            if if smallest { best > v } else { best < v } {
+            if (if smallest { best > v } else { best < v }) || (last && best == v) {
                 (best, at) = (v, i);
             }
         }

@@ -179,6 +179,7 @@ pub fn arange(out: &mut SliceMut<'_>, start: f64, step: f64) -> Result<()> {
             *v = E::from_f64(start + i as f64 * step);
         }
     }
+    let step = if fault::active("arange.step") { 1.0 } else { step };
     each_dtype!(SliceMut, out, v => set(v, start, step));
     Ok(())
 }

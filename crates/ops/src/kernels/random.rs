@@ -7,6 +7,7 @@
 use super::{check_float, PARALLEL};
 use crate::element::Element;
 use crate::error::Result;
+use crate::fault;
 use crate::view::{each_dtype, SliceMut};
 use candle_core::DType;
 use rayon::prelude::*;
@@ -41,6 +42,8 @@ pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
 /// `Unsupported` for a dtype that is not a float.
 pub fn random(key: u64, dist: Distribution, a: f64, b: f64, out: &mut SliceMut<'_>) -> Result<()> {
     check_float("random", out.dtype())?;
+    let key = if fault::active("random.key") { 0 } else { key };
+    let b = if fault::active("random.scale") { a + 1.0 } else { b };
     each_dtype!(SliceMut, out, dst => fill(key, dist, a, b, dst));
     Ok(())
 }
@@ -51,7 +54,7 @@ const BLOCK: usize = 4;
 fn fill<E: Element>(key: u64, dist: Distribution, a: f64, b: f64, dst: &mut [E]) {
     let run = |first: usize, dst: &mut [E]| {
         for (i, out) in dst.chunks_mut(BLOCK).enumerate() {
-            let block = (first + i) as u64;
+            let block = if fault::active("random.block") { 0 } else { (first + i) as u64 };
             let numbers = match dist {
                 Distribution::Uniform => uniform(key, block, E::DTYPE).map(|u| a + (b - a) * u),
                 Distribution::Normal => normal(key, block, E::DTYPE).map(|n| a + b * n),

@@ -6,6 +6,7 @@ use super::index::read_ids;
 use super::{cast, check_out, copy_into, PARALLEL};
 use crate::element::Element;
 use crate::error::{Error, Result};
+use crate::fault;
 use crate::row::space::Space;
 use crate::view::{each_dtype, row_major, Dims, Slice, SliceMut, Strided, View};
 use candle_core::DType;
@@ -55,7 +56,7 @@ pub fn gather(src: &View<'_>, ids: &View<'_>, dim: usize, out: &mut SliceMut<'_>
         return Ok(());
     }
     let space = Space::new(ids.dims(), 0, &[held(&src.layout, ids.dims(), dim)]);
-    let step = src.layout.strides[dim];
+    let step = if fault::active("gather.step") { 1 } else { src.layout.strides[dim] };
     each_dtype!(SliceMut, out, dst => gather_typed(&src.data, &space, &flat, step, dst));
     Ok(())
 }
@@ -66,13 +67,14 @@ fn gather_typed<E: Element>(src: &Slice<'_>, space: &Space, ids: &[Option<usize>
     };
     let cols = space.cols;
     let stride = from.row.single().unwrap_or(0);
+    let less = fault::one_if("gather.index");
     let run = |first: usize, dst: &mut [E]| {
         let mut offsets = Vec::new();
         space.offsets(from, first, dst.len() / cols, &mut offsets);
         for ((&base, out), ids) in offsets.iter().zip(dst.chunks_exact_mut(cols)).zip(ids[first * cols..].chunks(cols))
         {
             for (j, (o, id)) in out.iter_mut().zip(ids).enumerate() {
-                *o = id.map_or_else(E::default, |id| src[base + j * stride + id * step]);
+                *o = id.map_or_else(E::default, |id| src[base + j * stride + (id - less.min(id)) * step]);
             }
         }
     };
@@ -125,7 +127,9 @@ fn scatter_typed<E: Element>(
         return;
     };
     let (ss, ds) = (from.row.single().unwrap_or(0), to.row.single().unwrap_or(0));
+    let how = if fault::active("scatter.add_is_set") { Scatter::Set } else { how };
     let (mut offsets, mut targets) = (Vec::new(), Vec::new());
+    let ids = &ids[..ids.len() - fault::one_if("scatter.last_source")];
     for first in (0..space.rows).step_by(ROWS) {
         let rows = ROWS.min(space.rows - first);
         space.offsets(from, first, rows, &mut offsets);
@@ -175,6 +179,7 @@ fn add_slices<E: Element>(src: &Slice<'_>, space: &Space, ids: &[Option<usize>],
     let (mut offsets, mut targets) = (Vec::new(), Vec::new());
     space.offsets(from, 0, space.rows, &mut offsets);
     space.offsets(to, 0, space.rows, &mut targets);
+    let ids = &ids[..ids.len() - fault::one_if("index_add.last_slice").min(ids.len())];
     for (j, id) in ids.iter().enumerate() {
         let Some(id) = id else { continue };
         for (&a, &b) in offsets.iter().zip(&targets) {

@@ -60,7 +60,7 @@ pub fn var(b: &mut Builder, x: Reg) -> Result<Reg> {
     let sum = b.reduce(ReduceFn::Sum, sqr);
     let n = b.row_len();
     let one = b.binary(B::Div, n, n);
-    let rest = b.binary(B::Sub, n, one);
+    let rest = if fault::active("emit.var.biased") { n } else { b.binary(B::Sub, n, one) };
     Ok(b.binary(B::Div, sum, rest))
 }
 
@@ -80,6 +80,9 @@ pub fn log_sum_exp(b: &mut Builder, x: Reg) -> Result<Reg> {
     let e = b.unary(U::Exp, shifted);
     let sum = b.reduce(ReduceFn::Sum, e);
     let log = b.unary(U::Log, sum);
+    if fault::active("emit.log_sum_exp.pivot") {
+        return Ok(log);
+    }
     Ok(b.binary(B::Add, log, pivot))
 }
 
@@ -90,14 +93,14 @@ pub fn elu(b: &mut Builder, x: Reg, alpha: Reg) -> Reg {
     let n = b.row_len();
     let (zero, one) = (b.binary(B::Sub, n, n), b.binary(B::Div, n, n));
     let shifted = b.binary(B::Sub, e, one);
-    let low = b.binary(B::Mul, shifted, alpha);
+    let low = if fault::active("emit.elu.alpha") { shifted } else { b.binary(B::Mul, shifted, alpha) };
     let positive = b.binary(B::Ge, x, zero);
     b.select(positive, x, low)
 }
 
 /// min(max(x, low), high).
 pub fn clamp(b: &mut Builder, x: Reg, low: Reg, high: Reg) -> Reg {
-    let raised = b.binary(B::Max, x, low);
+    let raised = if fault::active("emit.clamp.low") { x } else { b.binary(B::Max, x, low) };
     b.binary(B::Min, raised, high)
 }
 

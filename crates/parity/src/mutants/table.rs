@@ -191,6 +191,22 @@ const PLANS: &[Row] = &[
     ("emit.unrounded_scalar", "a compared number is not rounded", "eq lt le gt ge ne", "all-passes"),
     ("emit.affine_order", "the sum comes before the product", "affine", "all-passes"),
     ("emit.powf", "a power is a product", "powf", "all-passes"),
+    ("emit.elu.alpha", "elu loses its factor", "elu", "all-passes"),
+    ("emit.clamp.low", "clamp has no lower bound", "clamp", "all-passes"),
+    ("emit.var.biased", "the variance divides by n", "var", "all-passes"),
+    ("emit.log_sum_exp.pivot", "the largest element is not added again", "log_sum_exp", "all-passes"),
+    ("gather.index", "every index is one too small", "gather", "all-passes"),
+    ("gather.step", "the index moves along the wrong stride", "gather", "all-passes"),
+    ("scatter.add_is_set", "adding writes", "scatter_add", "all-passes"),
+    ("scatter.last_source", "the last source is left out", "scatter scatter_add", "all-passes"),
+    ("index_add.last_slice", "the last slice is left out", "index_add", "all-passes"),
+    ("arg_reduce.last", "the last of equal ones", "argmax argmin", "all-passes"),
+    ("arg_reduce.other", "the other extreme", "argmax argmin", "all-passes"),
+    ("arange.step", "the step is forgotten", "arange", "all-passes"),
+    ("random.key", "the key is forgotten", "rand randn", "all-passes"),
+    ("random.block", "every block has the same numbers", "rand randn", "all-passes"),
+    ("random.scale", "the second scalar is forgotten", "rand randn", "all-passes"),
+    ("view.stride", "neighbours instead of steps", "stride", "chain"),
     ("emit.where_arms", "a choice's sides change places", "where_cond", "all-passes"),
     ("emit.glu_act", "another activation", "glu", "all-passes"),
     ("emit.mean_is_sum", "a mean is a sum", "mean", "all-passes"),
@@ -267,7 +283,6 @@ pub fn mutants() -> Vec<Mutant> {
         m.name = m.name.replace("Maximum", "Max").replace("Minimum", "Min");
         all.push(m);
     }
-    all.push(mutant("row.Pow.tail", "the last element is off by a thousandth", "powf", "all-passes"));
     for f in CmpOp::ALL {
         all.push(tail(f, f.name(), "the last truth is wrong"));
     }

@@ -55,7 +55,10 @@ fn ported_functions_fail_where_they_are_written() {
     at_line(&product, line!() - 7);
     let sum = attention(&q, &q).context("layer 3").unwrap_err();
     at_line(&sum, line!() - 8);
-    assert!(sum.to_string().starts_with("layer 3\nadd: shape mismatch, [3, 3] and [3, 4]"), "{sum}");
+    assert!(
+        sum.to_string().starts_with("layer 3\nadd(f32 [3, 3], f32 [3, 4]): shape mismatch, [3, 3] and [3, 4]"),
+        "{sum}"
+    );
     let half = q.to_dtype(DType::F16).unwrap();
     assert_eq!(attention(&half, &q).unwrap_err().to_string(), "f32 is needed, got F16");
 }
