@@ -390,7 +390,7 @@ pub enum Op<S = usize> {
         /// Whether a bias follows.
         bias: bool,
     },
-    /// The mean over n of −log softmax(logits)[target]. Inputs: logits (n, c), targets (n; u8, u32 or i64). Composite.
+    /// The mean over n of −log softmax(logits)\[target\]. Inputs: logits (n, c), targets (n; u8, u32 or i64). Composite.
     CrossEntropy,
     /// x·wᵀ with a quantised weight. Inputs: x (…, in), w (out, in), a quantised leaf.
     QMatmul,

@@ -16,7 +16,7 @@ impl Sym {
     /// The size one.
     pub const ONE: Self = Self(1);
 
-    /// The index into [`Bindings::sizes`].
+    /// The index into [`Bindings::sizes`](super::Bindings::sizes).
     #[must_use]
     pub fn index(self) -> usize {
         self.0 as usize
@@ -68,13 +68,13 @@ pub struct GNode {
     pub op: GOp,
     /// Indices of earlier nodes.
     pub inputs: SmallVec<[u32; 4]>,
-    /// Indices into [`Bindings::params`].
+    /// Indices into [`Bindings::params`](super::Bindings::params).
     pub params: SmallVec<[u32; 2]>,
     /// The shape.
     pub dims: Dims<Sym>,
     /// The dtype.
     pub dtype: DType,
-    /// Index into [`Bindings::devices`].
+    /// Index into [`Bindings::devices`](super::Bindings::devices).
     pub device: u16,
     /// Whether Candle's autograd tracks a leaf above.
     pub tracked: bool,

@@ -117,7 +117,7 @@ pub fn group_norm(x: &Arr, groups: usize, w: Option<&Arr>, b: Option<&Arr>, eps:
     Ok(normed(x, channels / groups * behind, eps, |flat| (at(w, flat, 1.0), at(b, flat, 0.0))))
 }
 
-/// The mean of −log softmax(logits)[target]; the inner magnitude has max|logit| where the largest one cancels.
+/// The mean of −log softmax(logits)\[target\]; the inner magnitude has max|logit| where the largest one cancels.
 ///
 /// # Errors
 /// When a target is out of range.
