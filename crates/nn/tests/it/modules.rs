@@ -49,9 +49,7 @@ proptest! {
     }
 
     #[test]
-    // a row of two or three nearly equal numbers cancels, and then eager and lazy differ by their roundings of the mean: the matrix
-    // judges such rows against f64, at the scale of what cancels
-    fn norms_are_candles(rows in 1usize..6, width in 5usize..70, seed in any::<u64>()) {
+    fn norms_are_candles(rows in 1usize..6, width in 1usize..70, seed in any::<u64>()) {
         let run = || -> TestResult {
             let mut rng = Rng::new(seed);
             let (weight, bias) = (rng.tensor(&[width], 1.)?, rng.tensor(&[width], 1.)?);
