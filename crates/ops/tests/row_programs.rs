@@ -120,6 +120,7 @@ fn naive(p: &RowProgram, dims: &[usize], axes: u32, inputs: &[Operand], params: 
                     FloatKind::F32 => x as f32 as f64,
                 })
                 .collect(),
+            Instr::RootMean { sum, eps } => get(sum).iter().map(|&x| (x / n + params[eps as usize]).sqrt()).collect(),
             Instr::Reduce(f, a) => {
                 let start = match f {
                     ReduceFn::Sum => 0.0,
@@ -167,7 +168,7 @@ fn random_program(rng: &mut Rng, inputs: u16, rowable: &[bool], outs: usize) -> 
     for _ in 0..3 + rng.below(10) {
         let pick = |rng: &mut Rng| regs[rng.below(regs.len())];
         let (x, y, z) = (pick(rng), pick(rng), pick(rng));
-        let r = match rng.below(12) {
+        let r = match rng.below(13) {
             0 => b.unary(UnaryFn::Tanh, x),
             1 => b.unary(UnaryFn::Sigmoid, x),
             2 => b.unary(UnaryFn::Neg, x),
@@ -188,6 +189,11 @@ fn random_program(rng: &mut Rng, inputs: u16, rowable: &[bool], outs: usize) -> 
                 let t = b.unary(UnaryFn::Tanh, x);
                 let v = if b.kind_of(t) == Some(Kind::Vec) { t } else { b.binary(BinaryFn::Add, t, first) };
                 b.reduce(f, v)
+            }
+            11 => {
+                let t = b.unary(UnaryFn::Tanh, x);
+                let sqr = b.unary(UnaryFn::Sqr, t);
+                b.root_mean(sqr, 0)
             }
             _ => b.binary(BinaryFn::Min, x, y),
         };

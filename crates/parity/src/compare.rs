@@ -5,6 +5,11 @@
 //! - **Rounding**: the error against the f64 reference, in units in the last place at the row's scale, is at most the larger
 //!   of 1.5 × eager's largest error and 2. Infinities and NaN must be where the reference has them, except where a result is
 //!   beyond the dtype's range, or where eager has the same non-finite number.
+//!
+//! One draw of the numbers says little about either side's largest error: a row of five has five roundings to be lucky with, and
+//! of thousands of cells one is unlucky. A cell that is over its limit, by a factor of [`LUCK`] at most, is therefore drawn
+//! [`DRAWS`] times in all, and the largest errors of both sides over all draws, the first among them, are held against the
+//! same rule.
 
 use crate::referee::Judged;
 use crate::reference::Arr;
@@ -17,6 +22,12 @@ pub const EAGER_FACTOR: f64 = 1.5;
 
 /// The error that is always allowed, in units in the last place at the row's scale.
 pub const ALLOWED_ULP: f64 = 2.0;
+
+/// How many draws of its numbers a cell over its limit is judged by: as many as it takes for eager to be unlucky too.
+pub const DRAWS: u64 = 256;
+
+/// The factor of its limit beyond which an error is a fault and no bad luck.
+pub const LUCK: f64 = 2.0;
 
 /// An error in units in the last place, and where it is.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -91,6 +102,8 @@ pub struct Verdict {
     pub eager: Option<Worst>,
     /// What was allowed, in units in the last place.
     pub limit: f64,
+    /// The part of it that does not depend on eager.
+    pub floor: f64,
     /// What is wrong, if anything.
     pub wrong: Option<String>,
 }
@@ -107,6 +120,33 @@ impl Verdict {
     }
 }
 
+/// The error that is allowed beside eager's.
+fn limit(eager: Option<Worst>, floor: f64) -> f64 {
+    eager.filter(|e| e.ulp.is_finite()).map_or(0.0, |e| e.ulp * EAGER_FACTOR).max(floor)
+}
+
+/// Applies the rounding rule to the largest errors of several draws of one cell.
+#[must_use]
+pub fn over_all_draws<'v>(draws: impl IntoIterator<Item = &'v Verdict>) -> Verdict {
+    let larger = |a: Worst, b: Worst| if b.ulp > a.ulp { b } else { a };
+    let (mut ours, mut eager, mut floor, mut count) = (Worst::default(), None::<Worst>, 0.0f64, 0);
+    for draw in draws {
+        ours = larger(ours, draw.ours);
+        eager = match (eager, draw.eager) {
+            (Some(a), Some(b)) => Some(larger(a, b)),
+            (a, b) => a.or(b),
+        };
+        floor = floor.max(draw.floor);
+        count += 1;
+    }
+    let limit = limit(eager, floor);
+    let wrong = (ours.ulp > limit).then(|| {
+        let eager = eager.map_or(f64::NAN, |e| e.ulp);
+        format!("over {count} draws {:.2} ulp, allowed {limit:.2} (eager {eager:.2})", ours.ulp)
+    });
+    Verdict { ours, eager, limit, floor, wrong }
+}
+
 /// Applies the rounding rule to `got`. `steps` is the number of roundings that the rule grants 2 units each (1 for an op).
 ///
 /// # Errors
@@ -115,17 +155,14 @@ pub fn rounding(what: &str, got: &Tensor, eager: Option<&Tensor>, judged: &Judge
     let dtype = got.dtype();
     if got.dims() != judged.value.dims {
         let wrong = format!("{what}: shape {:?} instead of {:?}", got.dims(), judged.value.dims);
-        return Ok(Verdict { ours: Worst::default(), eager: None, limit: 0.0, wrong: Some(wrong) });
+        return Ok(Verdict { ours: Worst::default(), eager: None, limit: 0.0, floor: 0.0, wrong: Some(wrong) });
     }
     let eager = eager.map(to_arr).transpose()?;
     let got = to_arr(got)?;
     let ours = worst_error(&got, judged, dtype, eager.as_ref());
     let eager_worst = eager.as_ref().map(|e| worst_error(e, judged, dtype, Some(e)));
-    let limit = if dtype.is_float() {
-        eager_worst.map_or(0.0, |e| if e.ulp.is_finite() { e.ulp * EAGER_FACTOR } else { 0.0 }).max(ALLOWED_ULP * steps)
-    } else {
-        0.0
-    };
+    let floor = ALLOWED_ULP * steps;
+    let limit = if dtype.is_float() { limit(eager_worst, floor) } else { 0.0 };
     let wrong = (ours.ulp > limit).then(|| {
         format!(
             "{what}: element {} is {:?}, the reference {:?}: {:.2} ulp, allowed {limit:.2} (eager {:.2})",
@@ -136,5 +173,5 @@ pub fn rounding(what: &str, got: &Tensor, eager: Option<&Tensor>, judged: &Judge
             eager_worst.map_or(f64::NAN, |e| e.ulp)
         )
     });
-    Ok(Verdict { ours, eager: eager_worst, limit, wrong })
+    Ok(Verdict { ours, eager: eager_worst, limit, floor, wrong })
 }

@@ -1,7 +1,7 @@
 //! The reviewed table: cells that Candle computes instead of a kernel of ours, and cells that nobody computes. Every entry
 //! has its reason.
 
-use crate::case::Case;
+use crate::case::{Case, Layout};
 use candle_core::DType;
 use candle_lazy_graph::{Op, OpClass, ReduceOp};
 
@@ -56,10 +56,16 @@ pub fn eager_is_wrong(case: &Case) -> Option<&'static str> {
 /// Why the gradient of this case cannot be measured.
 #[must_use]
 pub fn no_gradient(case: &Case) -> Option<&'static str> {
-    let width = case.inputs.first().and_then(|i| i.dims.last()).copied().unwrap_or(1);
+    let first = case.inputs.first();
+    let width = first.and_then(|i| i.dims.last()).copied().unwrap_or(1);
+    // a broadcast of the last dim: a row of equal numbers
+    let equal = first.is_some_and(|i| i.layout == Layout::Broadcast && i.dims.iter().rev().skip(1).all(|&n| n == 1));
     match &case.op {
-        Op::RmsNorm { .. } | Op::LayerNorm { .. } if width == 1 => {
+        Op::RmsNorm { .. } if width == 1 => {
             Some("the terms of a norm's gradient cancel for a row of one number: what is left is rounding")
+        }
+        Op::LayerNorm { .. } if width == 1 || equal => {
+            Some("the terms of layer norm's gradient cancel for a row of equal numbers: what is left is rounding")
         }
         _ => None,
     }

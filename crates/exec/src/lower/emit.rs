@@ -102,6 +102,12 @@ impl Emitter<'_> {
     }
 
     fn param(&mut self, param: u32) -> Result<Reg> {
+        let number = self.param_index(param)?;
+        Ok(self.builder.param(number))
+    }
+
+    /// Number of a scalar among the program's parameters.
+    fn param_index(&mut self, param: u32) -> Result<u16> {
         let number = match self.params.iter().position(|&p| p == param) {
             _ if fault::active("emit.first_param") && !self.params.is_empty() => 0,
             Some(number) => number,
@@ -110,8 +116,7 @@ impl Emitter<'_> {
                 self.params.len() - 1
             }
         };
-        let number = u16::try_from(number).map_err(|_| Error::Internal("too many scalars".into()))?;
-        Ok(self.builder.param(number))
+        u16::try_from(number).map_err(|_| Error::Internal("too many scalars".into()))
     }
 
     /// A scalar rounded to the dtype that Candle would convert it to.
@@ -192,12 +197,12 @@ impl Emitter<'_> {
             Op::Softmax { .. } => emit::softmax(&mut self.builder, arg(0)?).map_err(fail)?,
             Op::LogSoftmax { .. } => emit::log_softmax(&mut self.builder, arg(0)?).map_err(fail)?,
             Op::RmsNorm { weight } => {
-                let eps = self.param(node.params[0])?;
+                let eps = self.param_index(node.params[0])?;
                 let weight = if *weight { Some(arg(1)?) } else { None };
                 emit::rms_norm(&mut self.builder, arg(0)?, weight, eps).map_err(fail)?
             }
             Op::LayerNorm { weight, bias } => {
-                let eps = self.param(node.params[0])?;
+                let eps = self.param_index(node.params[0])?;
                 let w = if *weight { Some(arg(1)?) } else { None };
                 let b = if *bias { Some(arg(1 + usize::from(*weight))?) } else { None };
                 let (w, b) = if fault::active("emit.layer_norm_operands") { (b, w) } else { (w, b) };

@@ -316,15 +316,13 @@ impl Job<'_> {
         scores: &mut [T; BLOCK],
         mask: &mut Vec<T>,
     ) {
-        let scale = if fault::active("attention.scale") { T::ONE } else { T::from_f64(self.params.scale) };
+        let scale = if fault::active("attention.scale") { 1.0 } else { self.params.scale };
         let scores = &mut scores[lo..hi];
-        for x in scores.iter_mut() {
-            *x = *x * scale;
-        }
-        if let Some(cap) = self.params.softcap.filter(|_| !fault::active("attention.softcap")) {
-            let cap = T::from_f64(cap);
-            for x in scores.iter_mut() {
-                *x = cap * (*x / cap).tanh();
+        match self.params.softcap.filter(|_| !fault::active("attention.softcap")) {
+            Some(cap) => scores.iter_mut().for_each(|x| *x = x.softcap(scale / cap, cap)),
+            None => {
+                let scale = T::from_f64(scale);
+                scores.iter_mut().for_each(|x| *x = *x * scale);
             }
         }
         if let Some((data, l)) = &self.mask {

@@ -24,6 +24,11 @@ impl Real for f32 {
     }
 
     #[inline(always)]
+    fn softcap(self, slope: f64, cap: f64) -> Self {
+        (cap * wide_tanh(f64::from(self) * slope)) as f32
+    }
+
+    #[inline(always)]
     fn read<E: Element>(src: &[E], dst: &mut [Self]) {
         E::widen(src, dst);
     }
@@ -170,4 +175,30 @@ pub(crate) fn erf(x: f32) -> f32 {
     } else {
         large
     }
+}
+
+/// Hyperbolic tangent in f64 as straight-line code, with a relative error below 10⁻⁹: far below what f32 rounds. ±∞ gives ±1,
+/// NaN stays NaN.
+///
+/// E/(E + 2) with E = e²ᵃ - 1 for a = |x|; e²ᵃ = 2ⁿ·eʳ with |r| ≤ ln 2 / 2, and eʳ - 1 is its Taylor series up to r⁹, whose rest
+/// is below 10⁻¹¹·r. Kept as a difference from 1, so that small arguments keep their digits.
+#[inline(always)]
+fn wide_tanh(x: f64) -> f64 {
+    /// Adding and subtracting 1.5·2⁵² rounds to an integer.
+    const ROUNDER: f64 = 6_755_399_441_055_744.0;
+    let a = x.abs();
+    // From 20 on the result rounds to 1; the comparison lets a NaN through.
+    let a = if a > 20.0 { 20.0 } else { a };
+    let y = a + a;
+    let t = y * std::f64::consts::LOG2_E + ROUNDER;
+    let r = y - (t - ROUNDER) * std::f64::consts::LN_2;
+    let mut p = 1.0 / 362_880.0;
+    for c in [1.0 / 40_320.0, 1.0 / 5_040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0] {
+        p = p * r + c;
+    }
+    let n = t.to_bits().wrapping_sub(ROUNDER.to_bits());
+    let two = f64::from_bits(n.wrapping_add(1023) << 52);
+    let e = two * (p * r) + (two - 1.0);
+    let tanh = e / (e + 2.0);
+    f64::from_bits(tanh.to_bits() | (x.to_bits() & (1 << 63)))
 }

@@ -24,6 +24,11 @@ impl Real for f64 {
     }
 
     #[inline(always)]
+    fn softcap(self, slope: f64, cap: f64) -> Self {
+        cap * (self * slope).tanh()
+    }
+
+    #[inline(always)]
     fn read<E: Element>(src: &[E], dst: &mut [Self]) {
         for (d, s) in dst.iter_mut().zip(src) {
             *d = s.to_f64();

@@ -65,6 +65,10 @@ pub(crate) trait Real:
         ((self * Self::FRAC_1_SQRT_2).erf() + Self::ONE) * Self::HALF * self
     }
 
+    /// cap·tanh(x·slope) for a score x, with slope = scale/cap, rounded once where there is a wider type: an exponential of the
+    /// result follows, which turns its absolute error into a relative one.
+    fn softcap(self, slope: f64, cap: f64) -> Self;
+
     /// 1/(1 + e⁻ˣ).
     #[inline(always)]
     fn sigmoid(self) -> Self {

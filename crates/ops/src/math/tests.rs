@@ -135,3 +135,23 @@ fn f64_functions_are_the_platforms() {
         assert_eq!(<f64 as Real>::erf(x), libm::erf(x));
     }
 }
+
+#[test]
+fn softcap_rounds_once() {
+    for (slope, cap) in [(0.375 / 4.0, 4.0), (1.0, 1.0), (0.125 / 50.0, 50.0)] {
+        let mut worst = (0.0, 0.0);
+        for i in -200_000..=200_000 {
+            // dense around zero and up to where every cap is reached
+            let x = (i as f64 / 200_000.0).powi(3) as f32 * 2000.0;
+            let e = ulps(Real::softcap(x, slope, cap), cap * (f64::from(x) * slope).tanh());
+            if e > worst.0 {
+                worst = (e, x);
+            }
+        }
+        check("softcap", worst, 0.51);
+    }
+    assert_eq!(Real::softcap(f32::INFINITY, 1.0, 3.0), 3.0);
+    assert_eq!(Real::softcap(f32::NEG_INFINITY, 1.0, 3.0), -3.0);
+    assert!(Real::is_nan(Real::softcap(f32::NAN, 1.0, 3.0)));
+    assert_eq!(Real::softcap(-0.0f32, 1.0, 3.0).to_bits(), (-0.0f32).to_bits());
+}

@@ -1,6 +1,6 @@
 //! Pieces of programs that other programs embed: softmax, norms, gated activations.
 //!
-//! Means are sums times 1/n, as Candle's. Nothing is rounded to a storage type here: the caller places that.
+//! The mean is a sum times 1/n, as Candle's. Nothing is rounded to a storage type here: the caller places that.
 
 use super::program::{BinaryFn as B, Builder, Instr, Kind, ReduceFn, Reg, UnaryFn as U};
 use crate::error::{Error, Result};
@@ -104,16 +104,15 @@ pub fn clamp(b: &mut Builder, x: Reg, low: Reg, high: Reg) -> Reg {
     b.binary(B::Min, raised, high)
 }
 
-/// x / √(mean(x²) + eps), then times the weight if there is one (Zhang & Sennrich 2019).
+/// x / √(mean(x²) + eps), then times the weight if there is one (Zhang & Sennrich 2019). `eps` is the index of a parameter.
 ///
 /// # Errors
 /// `InvalidProgram` if `x` has no value per element.
-pub fn rms_norm(b: &mut Builder, x: Reg, weight: Option<Reg>, eps: Reg) -> Result<Reg> {
+pub fn rms_norm(b: &mut Builder, x: Reg, weight: Option<Reg>, eps: u16) -> Result<Reg> {
     vec_arg(b, "rms-norm", x)?;
     let sqr = b.unary(U::Sqr, x);
-    let mean = mean(b, sqr);
-    let shifted = if fault::active("emit.rms_norm.eps") { mean } else { b.binary(B::Add, mean, eps) };
-    let root = b.unary(U::Sqrt, shifted);
+    let sum = b.reduce(ReduceFn::Sum, sqr);
+    let root = b.root_mean(sum, eps);
     let out = b.binary(B::Div, x, root);
     Ok(match weight.filter(|_| !fault::active("emit.rms_norm.weight")) {
         Some(w) => b.binary(B::Mul, out, w),
@@ -121,18 +120,20 @@ pub fn rms_norm(b: &mut Builder, x: Reg, weight: Option<Reg>, eps: Reg) -> Resul
     })
 }
 
-/// (x - mean) / √(var + eps) · weight + bias, with the biased variance of the centred values (Ba et al. 2016).
+/// (x - mean) / √(var + eps) · weight + bias, with the biased variance of the centred values (Ba et al. 2016). `eps` is the
+/// index of a parameter. The mean is a quotient here, one rounding less than a product with 1/n.
 ///
 /// # Errors
 /// `InvalidProgram` if `x` has no value per element.
-pub fn layer_norm(b: &mut Builder, x: Reg, weight: Option<Reg>, bias: Option<Reg>, eps: Reg) -> Result<Reg> {
+pub fn layer_norm(b: &mut Builder, x: Reg, weight: Option<Reg>, bias: Option<Reg>, eps: u16) -> Result<Reg> {
     vec_arg(b, "layer-norm", x)?;
-    let m = mean(b, x);
+    let sum = b.reduce(ReduceFn::Sum, x);
+    let n = b.row_len();
+    let m = b.binary(B::Div, sum, n);
     let centred = b.binary(B::Sub, x, m);
     let sqr = b.unary(U::Sqr, if fault::active("emit.layer_norm.variance") { x } else { centred });
-    let var = mean(b, sqr);
-    let shifted = if fault::active("emit.layer_norm.eps") { var } else { b.binary(B::Add, var, eps) };
-    let root = b.unary(U::Sqrt, shifted);
+    let squares = b.reduce(ReduceFn::Sum, sqr);
+    let root = b.root_mean(squares, eps);
     let mut out = b.binary(B::Div, centred, root);
     if let Some(w) = weight.filter(|_| !fault::active("emit.layer_norm.weight")) {
         out = b.binary(B::Mul, out, w);

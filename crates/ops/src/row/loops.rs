@@ -8,6 +8,7 @@ use super::program::{BinaryFn, FloatKind, ReduceFn, UnaryFn};
 use crate::element::Element;
 use crate::fault;
 use crate::math::Real;
+use candle_core::DType;
 use half::{bf16, f16};
 
 /// Elements per segment of a sum. Part of the numbers a program gives: see [`sum_into`].
@@ -251,6 +252,13 @@ pub(crate) fn round<T: Real>(to: FloatKind, a: Arg<'_, T>, dst: &mut [T], rows: 
     }
 }
 
+/// √(sum/n + eps) over a tile, in f64 and rounded once.
+pub(crate) fn root_mean<T: Real>(sum: Arg<'_, T>, n: f64, eps: f64, dst: &mut [T], rows: usize, cols: usize) {
+    let n = if fault::active("row.root_mean.count") { 1.0 } else { n };
+    let eps = if fault::active("row.root_mean.eps") { 0.0 } else { eps };
+    map1(sum, dst, rows, cols, |x| T::from_f64((x.to_f64() / n + eps).sqrt()));
+}
+
 /// Where a reduction starts.
 pub(crate) fn reduce_init<T: Real>(f: ReduceFn) -> T {
     match f {
@@ -316,7 +324,30 @@ fn sum_into<T: Real>(x: &[T], acc: &mut T) {
         for (w, &v) in wide.iter_mut().zip(&top) {
             *w = v.to_f64();
         }
-        *acc = *acc + T::from_f64(fold(wide, |a, b| a + b));
+        *acc = *acc + T::from_f64(if T::DTYPE == DType::F64 { fold_exactly(wide) } else { fold(wide, |a, b| a + b) });
+    }
+}
+
+/// Folds f64 lanes as [`fold`] does, carrying what each addition rounds away (Knuth's two-sum) and adding it at the end: there
+/// is no wider type to meet in.
+fn fold_exactly(mut lanes: [f64; LANES]) -> f64 {
+    let mut lost = 0f64;
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in fault::one_if("row.fold.lane")..width {
+            let (a, b) = (lanes[i], lanes[i + width]);
+            let sum = a + b;
+            let b_seen = sum - a;
+            lost += (a - (sum - b_seen)) + (b - b_seen);
+            lanes[i] = sum;
+        }
+        width /= 2;
+    }
+    // An infinite or NaN sum stays what it is: what it "lost" is NaN.
+    if lost.is_finite() {
+        lanes[0] + lost
+    } else {
+        lanes[0]
     }
 }
 

@@ -190,6 +190,14 @@ pub enum Instr {
     Round(FloatKind, Reg),
     /// Reduces a `Kind::Vec` argument over the row; `Kind::Row`.
     Reduce(ReduceFn, Reg),
+    /// √(sum/n + eps) with n the number of elements of a row and eps a run-time scalar, in f64 and rounded once; the
+    /// argument's kind. What a norm divides by: taken step by step, its four roundings would show in the result.
+    RootMean {
+        /// The sum over the row.
+        sum: Reg,
+        /// Index of the parameter eps.
+        eps: u16,
+    },
 }
 
 impl Instr {
@@ -197,7 +205,7 @@ impl Instr {
     pub(crate) fn each_arg(&self, mut f: impl FnMut(Reg)) {
         match *self {
             Instr::Load { .. } | Instr::LoadRow { .. } | Instr::Param { .. } | Instr::RowLen => {}
-            Instr::Unary(_, a) | Instr::Round(_, a) | Instr::Reduce(_, a) => f(a),
+            Instr::Unary(_, a) | Instr::Round(_, a) | Instr::Reduce(_, a) | Instr::RootMean { sum: a, .. } => f(a),
             Instr::Binary(_, a, b) => {
                 f(a);
                 f(b);
@@ -280,7 +288,7 @@ impl RowProgram {
                 Instr::Load { input } | Instr::LoadRow { input } if input >= self.inputs => {
                     return Err(Error::program(format!("instruction {i} reads input {input} of {}", self.inputs)))
                 }
-                Instr::Param { index } if index >= self.params => {
+                Instr::Param { index } | Instr::RootMean { eps: index, .. } if index >= self.params => {
                     return Err(Error::program(format!("instruction {i} reads parameter {index} of {}", self.params)))
                 }
                 _ => {}
@@ -406,6 +414,11 @@ impl Builder {
         self.push(Instr::Reduce(f, a))
     }
 
+    /// √(sum/n + eps), n being the number of elements of a row and eps run-time scalar `eps`.
+    pub fn root_mean(&mut self, sum: Reg, eps: u16) -> Reg {
+        self.push(Instr::RootMean { sum, eps })
+    }
+
     /// Stores a register as `dtype`; the order of calls is the order of the outputs.
     pub fn output(&mut self, reg: Reg, dtype: DType) {
         self.outputs.push((reg, dtype));
@@ -427,7 +440,9 @@ impl Builder {
                 Instr::Load { input } | Instr::LoadRow { input } => {
                     inputs = inputs.max(input.saturating_add(1));
                 }
-                Instr::Param { index } => params = params.max(index.saturating_add(1)),
+                Instr::Param { index } | Instr::RootMean { eps: index, .. } => {
+                    params = params.max(index.saturating_add(1));
+                }
                 _ => {}
             }
         }

@@ -41,8 +41,7 @@ pub fn rms_norm(weighted: bool, dtype: DType) -> Result<RowProgram> {
     let mut b = RowProgram::builder(class("rms-norm", dtype)?);
     let x = b.load(0);
     let w = weighted.then(|| b.load(1));
-    let eps = b.param(0);
-    let y = emit::rms_norm(&mut b, x, w, eps)?;
+    let y = emit::rms_norm(&mut b, x, w, 0)?;
     b.output(y, dtype);
     b.finish()
 }
@@ -56,8 +55,7 @@ pub fn layer_norm(weight: bool, bias: bool, dtype: DType) -> Result<RowProgram> 
     let x = b.load(0);
     let w = weight.then(|| b.load(1));
     let bias = bias.then(|| b.load(1 + u16::from(weight)));
-    let eps = b.param(0);
-    let y = emit::layer_norm(&mut b, x, w, bias, eps)?;
+    let y = emit::layer_norm(&mut b, x, w, bias, 0)?;
     b.output(y, dtype);
     b.finish()
 }
@@ -82,9 +80,8 @@ pub fn silu_mul(dtype: DType) -> Result<RowProgram> {
 pub fn residual_rms_norm(dtype: DType) -> Result<RowProgram> {
     let mut b = RowProgram::builder(class("residual-rms-norm", dtype)?);
     let (x, residual, w) = (b.load(0), b.load(1), b.load(2));
-    let eps = b.param(0);
     let sum = b.binary(B::Add, x, residual);
-    let y = emit::rms_norm(&mut b, sum, Some(w), eps)?;
+    let y = emit::rms_norm(&mut b, sum, Some(w), 0)?;
     b.output(sum, dtype);
     b.output(y, dtype);
     b.finish()

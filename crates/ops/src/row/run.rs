@@ -183,8 +183,16 @@ impl RowProgram {
             return;
         }
         let data: SmallVec<[Slice<'_>; 4]> = inputs.iter().map(|v| v.data).collect();
-        let job =
-            Job { program: self, kinds: static_kinds, elementwise, data: &data, stores: &stores, consts: &consts };
+        let job = Job {
+            program: self,
+            kinds: static_kinds,
+            elementwise,
+            data: &data,
+            stores: &stores,
+            consts: &consts,
+            params,
+            row_len,
+        };
         match space.split_row(TILE).filter(|_| elementwise) {
             Some((main, rest)) => {
                 let cut = main.rows * main.cols;
@@ -222,6 +230,10 @@ impl RowProgram {
                 Instr::Binary(f, a, b) => loops::binary(f, arg(a), arg(b), &mut v, 1, 1),
                 Instr::Select(c, a, b) => loops::select(arg(c), arg(a), arg(b), &mut v, 1, 1),
                 Instr::Round(to, a) => loops::round(to, arg(a), &mut v, 1, 1),
+                Instr::RootMean { sum, eps } => {
+                    let eps = params.get(usize::from(eps)).copied().unwrap_or(f64::NAN);
+                    loops::root_mean(arg(sum), row_len as f64, eps, &mut v, 1, 1);
+                }
                 Instr::Load { .. } | Instr::LoadRow { .. } | Instr::Reduce(..) => {}
             }
             out[i] = v[0];
@@ -270,6 +282,8 @@ struct Job<'a, T> {
     data: &'a [Slice<'a>],
     stores: &'a [Option<usize>],
     consts: &'a [T],
+    params: &'a [f64],
+    row_len: usize,
 }
 
 impl<T: Real> Job<'_, T> {
@@ -338,6 +352,8 @@ impl<T: Real> Job<'_, T> {
             stores: self.stores,
             direct: &direct,
             consts: self.consts,
+            params: self.params,
+            row_len: self.row_len,
             tile_rows: tiles.rows,
             tile_cols: tiles.cols,
         };

@@ -32,6 +32,9 @@ pub(crate) struct Run<'a, T> {
     pub(crate) stores: &'a [Option<usize>],
     pub(crate) direct: &'a [bool],
     pub(crate) consts: &'a [T],
+    pub(crate) params: &'a [f64],
+    /// Number of elements of a row of the program, which a segment or an elementwise space may hold a part of.
+    pub(crate) row_len: usize,
     pub(crate) tile_rows: usize,
     pub(crate) tile_cols: usize,
 }
@@ -210,6 +213,10 @@ impl<T: Real> Run<'_, T> {
                     let a = self.arg(a, pass, tile, &slots, row_values, offsets);
                     loops::round(to, a, dst, tile.rows, tile.cols);
                 }
+                Instr::RootMean { sum, eps } => {
+                    let sum = self.arg(sum, pass, tile, &slots, row_values, offsets);
+                    loops::root_mean(sum, self.row_len as f64, self.param(eps), dst, tile.rows, tile.cols);
+                }
                 // Constants are not in a body, and a reduction is a row value or an alias.
                 Instr::Param { .. } | Instr::RowLen | Instr::Reduce(..) => {}
             }
@@ -231,6 +238,10 @@ impl<T: Real> Run<'_, T> {
                 scatter(data, pitch, &offsets[o], shape, tile.col, tile.cols, dst);
             });
         }
+    }
+
+    fn param(&self, index: u16) -> f64 {
+        self.params.get(usize::from(index)).copied().unwrap_or(f64::NAN)
     }
 
     /// An argument as the loops take it.
@@ -309,6 +320,9 @@ impl<T: Real> Run<'_, T> {
                 Instr::Binary(f, a, b) => loops::binary(f, arg(a), arg(b), dst, 1, n),
                 Instr::Select(c, a, b) => loops::select(arg(c), arg(a), arg(b), dst, 1, n),
                 Instr::Round(to, a) => loops::round(to, arg(a), dst, 1, n),
+                Instr::RootMean { sum, eps } => {
+                    loops::root_mean(arg(sum), self.row_len as f64, self.param(eps), dst, 1, n);
+                }
                 Instr::Load { .. } | Instr::Param { .. } | Instr::RowLen | Instr::Reduce(..) => {}
             }
         }

@@ -237,12 +237,7 @@ fn chain(subject: &Subject) -> Result<Option<Cell>> {
     let eager = eager.filter(|_| unsupported::eager_is_wrong(case).is_none());
     // the op, and the sum of n numbers; equal numbers all round the same way, which a tree of depth log₂ n keeps below that
     let n = last.and_then(|d| subject.judged.value.dims.get(d)).map_or(1.0, |&n| (n.max(1)) as f64);
-    let verdict = rounding("a chain", &got, eager.as_ref(), &judged, 2.0 + n.log2())?;
-    cell.ulp = verdict.ours.ulp;
-    cell.share = verdict.share();
-    if let Some(text) = verdict.wrong {
-        cell.outcome = Outcome::Failed(text);
-    }
+    cell.judged_by(rounding("a chain", &got, eager.as_ref(), &judged, 2.0 + n.log2())?);
     Ok(Some(cell))
 }
 

@@ -7,7 +7,7 @@ mod module;
 mod recorded;
 
 use crate::case::Case;
-use crate::compare::{rounding, same_bits};
+use crate::compare::{rounding, same_bits, Verdict, LUCK};
 use crate::referee::{judge, Judged};
 use crate::reference::Arr;
 use crate::unsupported;
@@ -120,13 +120,31 @@ pub struct Cell {
     pub share: f64,
     /// The kernels that ran, and how often.
     pub kernels: BTreeMap<&'static str, usize>,
+    /// What the rounding rule measured, where it was applied last.
+    pub verdict: Option<Verdict>,
 }
 
 impl Cell {
     /// A cell without kernels.
     #[must_use]
     pub fn of(outcome: Outcome) -> Self {
-        Self { outcome, ulp: 0.0, share: 0.0, kernels: BTreeMap::new() }
+        Self { outcome, ulp: 0.0, share: 0.0, kernels: BTreeMap::new(), verdict: None }
+    }
+
+    /// Takes the rounding rule's verdict for the cell's.
+    pub(crate) fn judged_by(&mut self, verdict: Verdict) {
+        self.ulp = verdict.ours.ulp;
+        self.share = verdict.share();
+        if let Some(text) = &verdict.wrong {
+            self.outcome = Outcome::Failed(text.clone());
+        }
+        self.verdict = Some(verdict);
+    }
+
+    /// The verdict, where nothing but an error somewhat beyond its limit is wrong with the cell.
+    pub(crate) fn only_over_its_limit(&self) -> Option<&Verdict> {
+        let over = |v: &&Verdict| v.ours.ulp > v.limit && v.ours.ulp <= LUCK * v.limit;
+        self.verdict.as_ref().filter(|_| matches!(self.outcome, Outcome::Failed(_))).filter(over)
     }
 }
 
@@ -190,12 +208,7 @@ impl Subject {
                 return Ok(cell);
             }
         }
-        let verdict = rounding(what, got, self.eager.as_ref(), &self.judged, 1.0)?;
-        cell.ulp = verdict.ours.ulp;
-        cell.share = verdict.share();
-        if let Some(text) = verdict.wrong {
-            cell.outcome = Outcome::Failed(text);
-        }
+        cell.judged_by(rounding(what, got, self.eager.as_ref(), &self.judged, 1.0)?);
         Ok(cell)
     }
 

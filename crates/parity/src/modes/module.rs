@@ -87,10 +87,7 @@ pub(super) fn check(subject: &Subject) -> Result<Option<Cell>> {
         None => Ok(None),
     });
     if let (Outcome::Passed, Some(Some(module)), false) = (&cell.outcome, module, case.is_special()) {
-        let verdict = rounding("nn-module against candle-nn's", &got, Some(&module), &subject.judged, 1.0)?;
-        if let Some(text) = verdict.wrong {
-            cell.outcome = Outcome::Failed(text);
-        }
+        cell.judged_by(rounding("nn-module against candle-nn's", &got, Some(&module), &subject.judged, 1.0)?);
     }
     let judged = cell.outcome == Outcome::Passed && got.dtype().is_float() && !case.is_special();
     if judged && unsupported::no_gradient(case).is_none() && case.inputs.iter().any(|i| i.dtype.is_float()) {

@@ -114,8 +114,11 @@ pub(super) fn check(subject: &Subject) -> Result<Option<Cell>> {
         return Ok(None);
     }
     let leaves: Vec<LazyTensor> = subject.inputs.iter().map(LazyTensor::from).collect();
-    let mut recorder = OnLazy { composite: case.op.name(), seen: Vec::new() };
-    let y = decompose(&case.op, &case.scalars, &leaves, &mut recorder)?;
+    let by_hand = || -> Result<LazyTensor> {
+        let mut recorder = OnLazy { composite: case.op.name(), seen: Vec::new() };
+        Ok(decompose(&case.op, &case.scalars, &leaves, &mut recorder)?)
+    };
+    let y = by_hand()?;
     let (got, report) = evaluate(&y, &EvalOptions { validate: true, ..EvalOptions::default() })?;
     let mut cell = subject.verdict("recorded", &got)?;
     cell.kernels = report.kernels;
@@ -125,6 +128,8 @@ pub(super) fn check(subject: &Subject) -> Result<Option<Cell>> {
     let whole = crate::lazy::record(&case.op, &case.scalars, &leaves)?;
     let options = EvalOptions { decompose: true, validate: true, ..EvalOptions::default() };
     let (want, _) = evaluate(&whole, &options)?;
+    // a decomposition may hold another composite (group norm a layer norm), whose kernel rounds less often than its parts
+    let (got, _) = evaluate(&by_hand()?, &options)?;
     if let Err(text) = same_bits("recorded against decomposed by capture", &got, &want)? {
         cell.outcome = Outcome::Failed(text);
     }
