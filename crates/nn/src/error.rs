@@ -31,14 +31,16 @@ pub enum Error {
     },
 
     /// A write failed because the file system is full.
-    #[error("no space left on the disk for {} ({needed} bytes needed{})", path.display(), match available { Some(a) => format!(", {a} available"), None => String::new() })]
+    #[error("no space left on the disk for {} ({needed} bytes needed{}){}", path.display(), match available { Some(a) => format!(", {a} available"), None => String::new() }, on_lines_of_its_own(output))]
     DiskFull {
         /// The file or directory that was being written.
         path: PathBuf,
         /// Bytes that the whole step needs.
         needed: u64,
-        /// Bytes that were free when the step began, where the system could say.
+        /// Bytes that are free, where the system could say.
         available: Option<u64>,
+        /// The last lines of the program that was writing; empty where that was this crate.
+        output: String,
     },
 
     /// A file is not what its format promises: truncated, corrupt, or another format altogether.
@@ -220,6 +222,14 @@ pub enum Error {
         /// Size or sha256 of what is there.
         found: String,
     },
+}
+
+fn on_lines_of_its_own(output: &str) -> String {
+    if output.is_empty() {
+        String::new()
+    } else {
+        format!("\n{output}")
+    }
 }
 
 fn in_file(file: &Option<PathBuf>) -> String {
