@@ -1,7 +1,7 @@
 //! The one error type of this crate.
 
 use candle_core::{DType, Shape};
-use candle_lazy_exec::BuildSite;
+use candle_lazy_exec::{BuildSite, NonFinite};
 use std::path::{Path, PathBuf};
 
 /// `std::result::Result` with this crate's [`Error`].
@@ -185,6 +185,15 @@ pub enum Error {
     Logits {
         /// Position in the sequence.
         position: usize,
+    },
+
+    /// A text's vector holds a NaN or an infinity.
+    #[error("the vector of text {text} is not finite: {}", match first { Some(first) => first.to_string(), None => "every value on the way to it is".to_string() })]
+    NonFinite {
+        /// Index of the text.
+        text: usize,
+        /// The first weight or op whose value is not finite, where one was found.
+        first: Option<Box<NonFinite>>,
     },
 
     /// The tokenizer refused its file or its input.
