@@ -3,6 +3,7 @@
 use candle_lazy::nn::hub::Progress;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::cell::RefCell;
+use std::io::Write;
 use std::time::Duration;
 
 /// Bars on stderr; where that is no terminal, one line per step.
@@ -29,7 +30,8 @@ impl Progress for Bars {
         bar.set_message(what.to_string());
         bar.enable_steady_tick(Duration::from_millis(200));
         if bar.is_hidden() {
-            eprintln!("{what}");
+            // a line that cannot be written is no reason to stop
+            drop(writeln!(std::io::stderr(), "{what}"));
         }
         if let Some(before) = self.current.borrow_mut().replace(bar) {
             before.finish();

@@ -222,7 +222,7 @@ fn reason(output: &str) -> Reason {
         "nodename nor servname",
     ]) {
         "no network: the package index cannot be reached (with the files at hand, give --model-dir)"
-    } else if has(&["IncompleteRead", "incomplete-download", "ReadTimeoutError", "Connection broken"]) {
+    } else if has(&["IncompleteRead", "incomplete-download", "is invalid.", "ReadTimeoutError", "Connection broken"]) {
         "the connection broke off; another try may do (with the files at hand, give --model-dir)"
     } else if has(&["(from versions: none)"]) {
         "no network, or the package index does not have the package (with the files at hand, give --model-dir)"

@@ -20,6 +20,7 @@ fn causes_are_told_apart() {
     assert!(words("NewConnectionError\nNo matching distribution found").contains("no network"));
     assert!(words("Max retries exceeded ... SSLError(CERTIFICATE_VERIFY_FAILED)").contains("certificate"));
     assert!(words("IncompleteRead(10 bytes read, 20 more expected)").contains("broke off"));
+    assert!(words("ERROR: Wheel 'x' located at y.whl is invalid.").contains("broke off"));
     assert!(words("No matching distribution found").contains("no such version"));
     assert!(words("x==1 (from versions: none)").contains("no network"));
     assert_eq!(reason("what"), Reason::Unknown);
