@@ -1,5 +1,8 @@
 //! The two examples on made-up models: what they print, and what they refuse before anything is fetched or loaded.
 
+// each example has the file that both share, as a program of its own
+#![allow(clippy::duplicate_mod)]
+
 use candle_core::{Device, Tensor};
 use clap::Parser;
 use std::collections::HashMap;
@@ -136,12 +139,9 @@ fn run_generate(dir: &Path, more: &[&str]) -> Result<String, String> {
     String::from_utf8(out).map_err(|e| e.to_string())
 }
 
-#[track_caller]
+/// The error; empty where there is none, which holds nothing that a test looks for.
 fn error(result: Result<String, String>) -> String {
-    match result {
-        Err(error) => error,
-        Ok(printed) => panic!("no error, it printed {printed:?}"),
-    }
+    result.err().unwrap_or_default()
 }
 
 #[test]

@@ -42,8 +42,10 @@ mod tests {
         let (send, events) = mpsc::channel();
         let second = std::thread::spawn(move || {
             let waits = send.clone();
-            let lock = Lock::acquire(&path, move || drop(waits.send("waits")));
-            drop(send.send("has it"));
+            let lock = Lock::acquire(&path, move || {
+                let _ = waits.send("waits");
+            });
+            let _ = send.send("has it");
             lock.map(|_| ())
         });
         assert_eq!(events.recv_timeout(Duration::from_secs(20))?, "waits");
