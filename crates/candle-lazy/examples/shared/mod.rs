@@ -2,16 +2,19 @@
 
 use candle_lazy::nn::hub::Progress;
 use indicatif::{ProgressBar, ProgressStyle};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::error::Error;
 use std::fmt::Display;
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// Bars on stderr; where that is no terminal, one line per step.
+/// Bars on stderr; where that is no terminal, a line per step and per quarter of it.
 #[derive(Default)]
-pub(crate) struct Bars(RefCell<Option<ProgressBar>>);
+pub(crate) struct Bars {
+    bar: RefCell<Option<ProgressBar>>,
+    quarters: Cell<u64>,
+}
 
 const BYTES: &str = "{msg} [{wide_bar}] {bytes}/{total_bytes}";
 const COUNT: &str = "{msg} {spinner}";
@@ -31,23 +34,28 @@ impl Progress for Bars {
         if bar.is_hidden() {
             say(what);
         }
-        if let Some(before) = self.0.borrow_mut().replace(bar) {
+        self.quarters.set(0);
+        if let Some(before) = self.bar.borrow_mut().replace(bar) {
             before.finish();
         }
     }
 
     fn update(&self, done: u64, total: Option<u64>) {
-        if let Some(bar) = &*self.0.borrow() {
+        if let Some(bar) = &*self.bar.borrow() {
             if let Some(total) = total.filter(|total| bar.length() != Some(*total)) {
                 bar.set_length(total);
                 bar.set_style(style(BYTES));
             }
             bar.set_position(done);
+            let quarters = done.saturating_mul(4) / total.unwrap_or(u64::MAX).max(1);
+            if bar.is_hidden() && quarters > self.quarters.replace(quarters) {
+                say(format_args!("{}: {} %", bar.message(), quarters * 25));
+            }
         }
     }
 
     fn finish(&self) {
-        if let Some(bar) = self.0.borrow_mut().take() {
+        if let Some(bar) = self.bar.borrow_mut().take() {
             bar.finish();
         }
     }

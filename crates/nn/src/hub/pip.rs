@@ -18,8 +18,12 @@ const LAST_LINES: usize = 12;
 const LOOK: Duration = Duration::from_millis(200);
 
 /// `python -m pip`, ended when standard input does: the pipe that this process holds closes when it ends, however it
-/// ends. The signal lets pip clean up, as Ctrl-C does; a pip that does not listen is gone seconds later.
+/// ends. The signal lets pip clean up, as Ctrl-C does; a pip that does not listen is gone seconds later. The folder that
+/// the user is in comes off the path first: a `signal.py` in it is none of pip's business.
 const PIP_UNTIL_INPUT_ENDS: &str = "
+import sys
+if sys.path[:1] == ['']:
+    del sys.path[0]
 import os, runpy, signal, threading, time
 def watch():
     while os.read(0, 4096):

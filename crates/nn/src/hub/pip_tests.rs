@@ -107,6 +107,26 @@ fn pip_ends_when_it_is_dropped() -> TestResult {
     Ok(())
 }
 
+#[cfg(unix)]
+#[test]
+fn modules_in_the_folder_that_the_user_is_in_are_not_pips() -> TestResult {
+    let dir = tempfile::tempdir()?;
+    let Some(path) = module(dir.path(), "print('ran', flush=True)\n")? else { return Ok(()) };
+    for name in ["signal.py", "threading.py", "runpy.py"] {
+        std::fs::write(dir.path().join(name), "raise SystemExit('the wrong module')\n")?;
+    }
+    // the shell changes the folder, since this process must not
+    let script = format!("cd '{}' && exec env '{path}' python3 \"$@\"", dir.path().display());
+    let pip = ["sh", "-c", &script, "sh", "-m", "pip"];
+    let mut running = Running::start(&pip, &[], dir.path(), dir.path())?;
+    let (mut said, mut errors) = (String::new(), String::new());
+    running.child.stdout.take().ok_or("no output")?.read_to_string(&mut said)?;
+    running.child.stderr.take().ok_or("no errors")?.read_to_string(&mut errors)?;
+    assert_eq!((said.as_str(), errors.as_str()), ("ran\n", ""));
+    assert!(running.wait()?.success());
+    Ok(())
+}
+
 /// The pip that is installed, with an index at a port of this machine that nobody listens on.
 #[cfg(unix)]
 #[test]
