@@ -3,6 +3,7 @@
 use super::*;
 use crate::hub::NoProgress;
 use std::error::Error as StdError;
+#[cfg(unix)]
 use std::time::Instant;
 
 type TestResult = std::result::Result<(), Box<dyn StdError>>;
