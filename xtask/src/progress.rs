@@ -2,13 +2,16 @@
 
 use candle_lazy::nn::hub::Progress;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::fmt::Display;
+use std::io::Write;
 use std::time::Duration;
 
-/// Bars on stderr; where that is no terminal, one line per step.
+/// Bars on stderr; where that is no terminal, a line per step and per quarter of it.
 #[derive(Debug, Default)]
 pub struct Bars {
     current: RefCell<Option<ProgressBar>>,
+    quarters: Cell<u64>,
 }
 
 const BYTES: &str = "{msg:40!} {bar:30} {bytes:>10} of {total_bytes} {eta:>4}";
@@ -17,6 +20,11 @@ const COUNT: &str = "{msg:40!} {spinner} {bytes}";
 fn style(template: &str) -> ProgressStyle {
     // a template that is wrong would be a defect of this file; the default style still shows something
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+/// A line on stderr. One that cannot be written is no reason to stop.
+fn say(line: impl Display) {
+    drop(writeln!(std::io::stderr(), "{line}"));
 }
 
 impl Progress for Bars {
@@ -29,8 +37,9 @@ impl Progress for Bars {
         bar.set_message(what.to_string());
         bar.enable_steady_tick(Duration::from_millis(200));
         if bar.is_hidden() {
-            eprintln!("{what}");
+            say(what);
         }
+        self.quarters.set(0);
         if let Some(before) = self.current.borrow_mut().replace(bar) {
             before.finish();
         }
@@ -43,6 +52,10 @@ impl Progress for Bars {
                 bar.set_style(style(BYTES));
             }
             bar.set_position(done);
+            let quarters = done.saturating_mul(4) / total.unwrap_or(u64::MAX).max(1);
+            if bar.is_hidden() && quarters > self.quarters.replace(quarters) {
+                say(format_args!("{}: {} %", bar.message(), quarters * 25));
+            }
         }
     }
 

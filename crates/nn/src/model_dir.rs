@@ -108,6 +108,17 @@ impl ModelDir {
         }
     }
 
+    /// The config of the decoder in the directory: what can be known before its weights are read.
+    ///
+    /// # Errors
+    /// Where its file is missing, corrupt or of another architecture.
+    pub fn causal_lm_config(&self) -> Result<CausalLmConfig> {
+        match &self.weights {
+            WeightFiles::Gguf(path) => Ok(Gguf::open(path)?.config().clone()),
+            WeightFiles::Safetensors(_) => CausalLmConfig::from_file(self.file("config.json")?),
+        }
+    }
+
     /// Loads the decoder in the directory.
     ///
     /// # Errors

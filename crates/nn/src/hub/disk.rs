@@ -20,7 +20,7 @@ fn parse_df(text: &str) -> Option<u64> {
 pub(super) fn require(dir: &Path, needed: u64) -> Result<()> {
     match available(dir) {
         Some(available) if available < needed => {
-            Err(Error::DiskFull { path: dir.to_path_buf(), needed, available: Some(available) })
+            Err(Error::DiskFull { path: dir.to_path_buf(), needed, available: Some(available), output: String::new() })
         }
         _ => Ok(()),
     }
@@ -30,10 +30,24 @@ pub(super) fn require(dir: &Path, needed: u64) -> Result<()> {
 pub(super) fn write_error(path: &Path, needed: u64, source: std::io::Error) -> Error {
     match source.kind() {
         std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
-            Error::DiskFull { path: path.to_path_buf(), needed, available: path.parent().and_then(available) }
+            let available = path.parent().and_then(available);
+            Error::DiskFull { path: path.to_path_buf(), needed, available, output: String::new() }
         }
         _ => Error::io(path, source),
     }
+}
+
+/// A full disk, as pip found it while it worked in `dir`: `dir` is named, or the system's folder for temporary files where
+/// that is the fuller one (Python goes there when it cannot write where it should).
+pub(super) fn full_for(dir: &Path, needed: u64, output: String) -> Error {
+    let temporary = std::env::temp_dir();
+    let free = available(dir);
+    let elsewhere = available(&temporary);
+    let (path, available) = match (free, elsewhere) {
+        (Some(free), Some(elsewhere)) if elsewhere < free && elsewhere < needed => (temporary, Some(elsewhere)),
+        _ => (dir.to_path_buf(), free),
+    };
+    Error::DiskFull { path, needed, available, output }
 }
 
 #[cfg(test)]

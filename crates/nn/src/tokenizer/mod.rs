@@ -14,6 +14,7 @@ pub use stream::TextStream;
 use crate::error::{Error, Result};
 use std::path::Path;
 use std::sync::OnceLock;
+use tokenizers::{PostProcessor, TruncationDirection};
 
 /// A tokenizer.
 #[derive(Debug)]
@@ -23,6 +24,7 @@ pub struct Tokenizer {
     /// The same, but takes their spelling for plain text; made when it is first needed.
     plain: OnceLock<tokenizers::Tokenizer>,
     chat: Option<ChatTemplate>,
+    max_tokens: Option<usize>,
 }
 
 fn wrap(error: impl std::fmt::Display) -> Error {
@@ -32,8 +34,8 @@ fn wrap(error: impl std::fmt::Display) -> Error {
 impl Tokenizer {
     /// From Hugging Face's `tokenizer.json`.
     ///
-    /// Padding that the file asks for is dropped (batches are padded where they are made, to their longest text);
-    /// truncation is kept, as it is part of how the model was trained to be used.
+    /// Padding that the file asks for is dropped (batches are padded where they are made, to their longest text).
+    /// Truncation becomes a limit, [`Tokenizer::max_tokens`]: nothing is cut off a text without a word.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Format`] for a file that is no tokenizer.
@@ -51,10 +53,13 @@ impl Tokenizer {
     }
 
     fn from_parts(mut tokenizer: tokenizers::Tokenizer, chat: Option<ChatTemplate>) -> Self {
+        let max_tokens = tokenizer.get_truncation().map(|truncation| truncation.max_length);
+        // Only a truncation can be refused, none cannot.
+        drop(tokenizer.with_truncation(None));
         tokenizer.with_padding(None);
         tokenizer.set_encode_special_tokens(false);
         let chat = chat.or_else(|| ChatTemplate::of_vocabulary(|token| tokenizer.token_to_id(token)));
-        Self { parsing: tokenizer, plain: OnceLock::new(), chat }
+        Self { parsing: tokenizer, plain: OnceLock::new(), chat, max_tokens }
     }
 
     fn with_special_tokens(&self, parse_special: bool) -> &tokenizers::Tokenizer {
@@ -80,14 +85,40 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// The most tokens that a text may have for the model, those around it included, where the tokenizer's file names a
+    /// number (its truncation).
+    pub fn max_tokens(&self) -> Option<usize> {
+        self.max_tokens
+    }
+
     /// The ids of `text` with what the model expects around them, as its post-processor says; special tokens written in
     /// the text are recognised.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] with what the tokenizer said.
+    /// [`Error::PromptTooLong`] for more than [`Tokenizer::max_tokens`]; [`Error::Tokenizer`] with what the tokenizer said.
+    #[track_caller]
     pub fn encode_for_model(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.parsing.encode_fast(text, true).map_err(wrap)?;
-        Ok(encoding.get_ids().to_vec())
+        match self.max_tokens {
+            Some(most) if encoding.len() > most => Err(Error::prompt_too_long(encoding.len(), most)),
+            _ => Ok(encoding.get_ids().to_vec()),
+        }
+    }
+
+    /// As [`Tokenizer::encode_for_model`], but what exceeds `most` tokens or [`Tokenizer::max_tokens`] is cut off the end of
+    /// the text; what stands around it stays.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] with what the tokenizer said, or where what stands around a text leaves no room for it.
+    pub fn encode_for_model_truncated(&self, text: &str, most: usize) -> Result<Vec<u32>> {
+        let most = self.max_tokens.map_or(most, |max| max.min(most));
+        let around = self.parsing.get_post_processor().map_or(0, |around| around.added_tokens(false));
+        if most <= around {
+            return Err(wrap(format_args!("{most} tokens leave no room for a text: {around} stand around it")));
+        }
+        let mut encoding = self.parsing.encode_fast(text, false).map_err(wrap)?;
+        encoding.truncate(most - around, 0, TruncationDirection::Right);
+        Ok(self.parsing.post_process(encoding, None, true).map_err(wrap)?.get_ids().to_vec())
     }
 
     /// The ids of a conversation in the model's template, open for the assistant's answer.

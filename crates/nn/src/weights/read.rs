@@ -71,7 +71,7 @@ pub(crate) struct Extent {
 
 /// Reads one tensor and converts it to `dtype`.
 ///
-/// Floats become floats on the way into their vector; whatever else is asked for goes through Candle's cast.
+/// Floats become floats on the way into their vector; whole numbers go through Candle's cast.
 pub(crate) fn read_tensor(file: &mut File, extent: &Extent, dtype: DType, device: &Device) -> Result<Tensor> {
     let tensor = match (extent.stored.is_float(), dtype) {
         (true, DType::F32) => read_floats(file, extent, |v| v, |v| v as f32)?,

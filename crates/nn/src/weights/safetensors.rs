@@ -167,6 +167,11 @@ impl SafetensorsFile {
             }
             .with_path(&self.path));
         }
+        // A parameter of a network is no whole number: a file that says so was written wrongly, or its header is corrupt.
+        if dtype.is_float() && !extent.stored.is_float() {
+            let message = format!("is stored as {:?}, where a float is wanted ({dtype:?})", extent.stored);
+            return Err(candle_core::Error::Msg(message).with_path(&self.path));
+        }
         read_tensor(&mut self.file.lock(), extent, dtype, device).map_err(|e| e.with_path(&self.path))
     }
 }
@@ -204,7 +209,8 @@ impl SimpleBackend for Shards {
 
 /// A `VarBuilder` over one or more safetensors files, giving every tensor in `dtype` on `device`.
 ///
-/// All headers are read and checked now, tensors when a model asks for them.
+/// All headers are read and checked now, tensors when a model asks for them. A tensor of whole numbers is refused where
+/// a float is wanted; other dtypes are converted.
 ///
 /// # Errors
 /// As [`SafetensorsFile::open`]; [`Error::Format`] too where two files have a tensor of one name.

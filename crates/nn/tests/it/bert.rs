@@ -165,6 +165,32 @@ fn texts_that_do_not_fit_are_refused() -> TestResult {
 }
 
 #[test]
+fn a_vector_that_is_not_finite_is_an_error_with_the_weight_it_comes_from() -> TestResult {
+    let config = config()?;
+    let texts = [vec![1u32, 2], vec![3u32, 4, 5]];
+    for (value, shown) in [(f32::NAN, "NaN"), (f32::INFINITY, "inf")] {
+        let mut vars = weights(&config, 11)?;
+        let name = "encoder.layer.1.output.dense.bias";
+        let broken = Tensor::full(value, 24, &Device::Cpu)?;
+        assert!(vars.insert(name.to_string(), broken).is_some(), "a weight of the model");
+        let encoder = SentenceEncoder::load(builder(&vars), &config)?;
+        let error = encoder.embed_batched(&texts, 8).map(|_| ());
+        let Err(Error::NonFinite { first: Some(first), .. }) = &error else { panic!("{error:?}") };
+        assert_eq!(first.op, None, "a leaf");
+        let said = error.map_or_else(|e| e.to_string(), |()| String::new());
+        assert!(said.contains("encoder.layer.1.output.dense") && said.contains(shown), "{said}");
+        assert!(said.contains("bert.rs"), "the line that loaded it: {said}");
+    }
+    // no weight is infinite, a product is
+    let mut vars = weights(&config, 12)?;
+    vars.insert("embeddings.LayerNorm.weight".to_string(), Tensor::full(3e38f32, 24, &Device::Cpu)?);
+    let encoder = SentenceEncoder::load(builder(&vars), &config)?;
+    let error = encoder.embed_batched(&texts, 8).map(|_| ());
+    assert!(matches!(&error, Err(Error::NonFinite { first: Some(first), .. }) if first.op.is_some()), "{error:?}");
+    Ok(())
+}
+
+#[test]
 fn shapes_that_differ_are_refused() -> TestResult {
     let config = config()?;
     let model = BertModel::load(builder(&weights(&config, 9)?), &config)?;

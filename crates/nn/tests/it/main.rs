@@ -17,3 +17,5 @@ mod safetensors;
 mod sites;
 #[cfg(feature = "tokenizers")]
 mod tokenizer;
+#[cfg(feature = "tokenizers")]
+mod tokenizer_ids;

@@ -227,29 +227,38 @@ fn metadata_that_is_missing_or_wrong_is_named() {
     assert!(matches!(with("token_type", Value::Array(vec![])), Err(Error::Config { .. })), "another length");
 }
 
+/// A tokenizer of Hugging Face's in small: word pieces, one token in front of a text and one behind it.
+const WORD_PIECE: &str = r###"{"version": "1.0", "truncation": TRUNCATION,
+    "padding": {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0,
+                "pad_type_id": 0, "pad_token": "[PAD]"},
+    "added_tokens": [{"id": 0, "content": "[PAD]", "special": true, "single_word": false, "lstrip": false,
+                      "rstrip": false, "normalized": false},
+                     {"id": 1, "content": "[CLS]", "special": true, "single_word": false, "lstrip": false,
+                      "rstrip": false, "normalized": false}],
+    "normalizer": {"type": "Lowercase"}, "pre_tokenizer": {"type": "Whitespace"},
+    "post_processor": {"type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+                   {"SpecialToken": {"id": "[PAD]", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"[PAD]": {"id": "[PAD]", "ids": [0], "tokens": ["[PAD]"]}, "[CLS]": {"id": "[CLS]", "ids": [1], "tokens": ["[CLS]"]}}},
+    "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": true},
+    "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+              "max_input_chars_per_word": 100,
+              "vocab": {"[PAD]": 0, "[CLS]": 1, "[UNK]": 2, "eat": 3, "##ing": 4, "food": 5}}}"###;
+
+/// It as a file, with the truncation given in JSON.
+fn word_piece(dir: &Path, truncation: &str) -> Result<Tokenizer, Box<dyn std::error::Error>> {
+    let path = dir.join("tokenizer.json");
+    std::fs::write(&path, WORD_PIECE.replace("TRUNCATION", truncation))?;
+    Ok(Tokenizer::from_file(&path)?)
+}
+
 #[test]
 fn a_tokenizer_file_loads_without_its_padding() -> TestResult {
-    let json = r#"{"version": "1.0", "truncation": null,
-        "padding": {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0,
-                    "pad_type_id": 0, "pad_token": "[PAD]"},
-        "added_tokens": [{"id": 0, "content": "[PAD]", "special": true, "single_word": false, "lstrip": false,
-                          "rstrip": false, "normalized": false},
-                         {"id": 1, "content": "[CLS]", "special": true, "single_word": false, "lstrip": false,
-                          "rstrip": false, "normalized": false}],
-        "normalizer": {"type": "Lowercase"}, "pre_tokenizer": {"type": "Whitespace"},
-        "post_processor": {"type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-            "special_tokens": {"[CLS]": {"id": "[CLS]", "ids": [1], "tokens": ["[CLS]"]}}},
-        "decoder": {"type": "WordPiece", "prefix": "\#\#", "cleanup": true},
-        "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "\#\#",
-                  "max_input_chars_per_word": 100,
-                  "vocab": {"[PAD]": 0, "[CLS]": 1, "[UNK]": 2, "eat": 3, "\#\#ing": 4, "food": 5}}}"#;
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("tokenizer.json");
-    std::fs::write(&path, json.replace("\\#", "#"))?;
-    let tokenizer = Tokenizer::from_file(&path)?;
-    assert_eq!(tokenizer.encode_for_model("Eating food")?, [1, 3, 4, 5]);
+    let tokenizer = word_piece(dir.path(), "null")?;
+    assert_eq!(tokenizer.encode_for_model("Eating food")?, [1, 3, 4, 5, 0]);
     assert_eq!(tokenizer.encode("Eating food", false)?, [3, 4, 5]);
     let mut stream = tokenizer.stream();
     let mut shown = String::new();
@@ -260,5 +269,28 @@ fn a_tokenizer_file_loads_without_its_padding() -> TestResult {
     std::fs::write(&path, "{}")?;
     assert!(matches!(Tokenizer::from_file(&path), Err(Error::Format { .. })));
     assert!(matches!(Tokenizer::from_file(dir.path().join("absent")), Err(Error::Io { .. })));
+    Ok(())
+}
+
+#[test]
+fn a_text_is_cut_only_where_that_is_asked_for() -> TestResult {
+    let dir = tempfile::tempdir()?;
+    let limit = r#"{"max_length": 6, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}"#;
+    let tokenizer = word_piece(dir.path(), limit)?;
+    assert_eq!(tokenizer.max_tokens(), Some(6));
+    assert_eq!(tokenizer.encode_for_model("food food food food")?, [1, 5, 5, 5, 5, 0], "as many as the file allows");
+    let long = "eating food eating food";
+    let error = tokenizer.encode_for_model(long);
+    assert!(matches!(error, Err(Error::PromptTooLong { len: 8, context: 6, .. })), "{error:?}");
+    assert_eq!(tokenizer.encode(long, false)?, [3, 4, 5, 3, 4, 5], "the text alone, whole");
+    // the token behind the text stays
+    assert_eq!(tokenizer.encode_for_model_truncated(long, 512)?, [1, 3, 4, 5, 3, 0]);
+    assert_eq!(tokenizer.encode_for_model_truncated(long, 4)?, [1, 3, 4, 0]);
+    assert_eq!(tokenizer.encode_for_model_truncated("food", 512)?, [1, 5, 0]);
+    assert!(matches!(tokenizer.encode_for_model_truncated(long, 2), Err(Error::Tokenizer { .. })));
+    let free = word_piece(dir.path(), "null")?;
+    assert_eq!(free.max_tokens(), None);
+    assert_eq!(free.encode_for_model(&"food ".repeat(600))?.len(), 602);
+    assert_eq!(free.encode_for_model_truncated(&"food ".repeat(600), 512)?.len(), 512);
     Ok(())
 }

@@ -1,0 +1,301 @@
+//! The two examples on made-up models: what they print, and what they refuse before anything is fetched or loaded.
+
+// each example has the file that both share, as a program of its own
+#![allow(clippy::duplicate_mod)]
+
+use candle_core::{Device, Tensor};
+use clap::Parser;
+use std::collections::HashMap;
+use std::error::Error;
+use std::io::{ErrorKind, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+#[allow(dead_code)]
+#[path = "../examples/embed.rs"]
+mod embed;
+#[allow(dead_code)]
+#[path = "../examples/generate.rs"]
+mod generate;
+
+type TestResult = Result<(), Box<dyn Error>>;
+
+const HIDDEN: usize = 8;
+const CONTEXT: usize = 12;
+
+/// Words are tokens; one token stands in front of what a model is given.
+const TOKENIZER: &str = r#"{"version": "1.0", "truncation": TRUNCATION, "padding": null,
+    "added_tokens": [
+        {"id": 0, "content": "<|im_start|>", "special": true, "single_word": false, "lstrip": false, "rstrip": false,
+         "normalized": false},
+        {"id": 1, "content": "<|im_end|>", "special": true, "single_word": false, "lstrip": false, "rstrip": false,
+         "normalized": false}],
+    "normalizer": null, "pre_tokenizer": {"type": "Whitespace"},
+    "post_processor": {"type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [0], "tokens": ["<|im_start|>"]}}},
+    "decoder": null,
+    "model": {"type": "WordLevel", "unk_token": "?",
+              "vocab": {"<|im_start|>": 0, "<|im_end|>": 1, "?": 2, "eat": 3, "food": 4, "user": 5, "assistant": 6}}}"#;
+const VOCABULARY: usize = 7;
+
+/// Numbers between −0.5 and 0.5, no two alike (Weyl's sequence of the golden ratio).
+fn numbers(shape: &[usize], seed: usize) -> candle_core::Result<Tensor> {
+    let count: usize = shape.iter().product();
+    let values = (0..count).map(|i| ((((i + 1) * (seed + 1)) as f64 * 0.618_033_988_749_895).fract() - 0.5) as f32);
+    Tensor::from_vec(values.collect(), shape, &Device::Cpu)
+}
+
+/// Writes the model's files; `change` may spoil its weights.
+fn write_model(
+    dir: &Path,
+    config: &str,
+    shapes: &[(&str, &[usize])],
+    change: impl Fn(&str, Tensor) -> candle_core::Result<Tensor>,
+) -> TestResult {
+    std::fs::write(dir.join("config.json"), config)?;
+    std::fs::write(dir.join("tokenizer.json"), TOKENIZER.replace("TRUNCATION", "null"))?;
+    let mut weights = HashMap::new();
+    for (seed, (name, shape)) in shapes.iter().enumerate() {
+        weights.insert((*name).to_string(), change(name, numbers(shape, seed)?)?);
+    }
+    candle_core::safetensors::save(&weights, dir.join("model.safetensors"))?;
+    Ok(())
+}
+
+fn encoder(dir: &Path, change: impl Fn(&str, Tensor) -> candle_core::Result<Tensor>) -> TestResult {
+    let config = format!(
+        r#"{{"vocab_size": {VOCABULARY}, "hidden_size": {HIDDEN}, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 16, "max_position_embeddings": {CONTEXT}}}"#
+    );
+    let (h, square): (&[usize], &[usize]) = (&[HIDDEN], &[HIDDEN, HIDDEN]);
+    let shapes: &[(&str, &[usize])] = &[
+        ("embeddings.word_embeddings.weight", &[VOCABULARY, HIDDEN]),
+        ("embeddings.position_embeddings.weight", &[CONTEXT, HIDDEN]),
+        ("embeddings.token_type_embeddings.weight", &[2, HIDDEN]),
+        ("embeddings.LayerNorm.weight", h),
+        ("embeddings.LayerNorm.bias", h),
+        ("encoder.layer.0.attention.self.query.weight", square),
+        ("encoder.layer.0.attention.self.query.bias", h),
+        ("encoder.layer.0.attention.self.key.weight", square),
+        ("encoder.layer.0.attention.self.key.bias", h),
+        ("encoder.layer.0.attention.self.value.weight", square),
+        ("encoder.layer.0.attention.self.value.bias", h),
+        ("encoder.layer.0.attention.output.dense.weight", square),
+        ("encoder.layer.0.attention.output.dense.bias", h),
+        ("encoder.layer.0.attention.output.LayerNorm.weight", h),
+        ("encoder.layer.0.attention.output.LayerNorm.bias", h),
+        ("encoder.layer.0.intermediate.dense.weight", &[16, HIDDEN]),
+        ("encoder.layer.0.intermediate.dense.bias", &[16]),
+        ("encoder.layer.0.output.dense.weight", &[HIDDEN, 16]),
+        ("encoder.layer.0.output.dense.bias", h),
+        ("encoder.layer.0.output.LayerNorm.weight", h),
+        ("encoder.layer.0.output.LayerNorm.bias", h),
+    ];
+    write_model(dir, &config, shapes, change)
+}
+
+fn decoder(dir: &Path) -> TestResult {
+    let config = format!(
+        r#"{{"model_type": "llama", "vocab_size": {VOCABULARY}, "hidden_size": {HIDDEN}, "intermediate_size": 16,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0, "max_position_embeddings": {CONTEXT}, "tie_word_embeddings": true}}"#
+    );
+    let (h, square): (&[usize], &[usize]) = (&[HIDDEN], &[HIDDEN, HIDDEN]);
+    let shapes: &[(&str, &[usize])] = &[
+        ("model.embed_tokens.weight", &[VOCABULARY, HIDDEN]),
+        ("model.norm.weight", h),
+        ("model.layers.0.input_layernorm.weight", h),
+        ("model.layers.0.post_attention_layernorm.weight", h),
+        ("model.layers.0.self_attn.q_proj.weight", square),
+        ("model.layers.0.self_attn.k_proj.weight", &[4, HIDDEN]),
+        ("model.layers.0.self_attn.v_proj.weight", &[4, HIDDEN]),
+        ("model.layers.0.self_attn.o_proj.weight", square),
+        ("model.layers.0.mlp.gate_proj.weight", &[16, HIDDEN]),
+        ("model.layers.0.mlp.up_proj.weight", &[16, HIDDEN]),
+        ("model.layers.0.mlp.down_proj.weight", &[HIDDEN, 16]),
+    ];
+    write_model(dir, &config, shapes, |_, tensor| Ok(tensor))
+}
+
+/// What the example prints, or its error.
+fn run_embed(dir: &Path, more: &[&str]) -> Result<String, String> {
+    let dir = dir.display().to_string();
+    let arguments = ["embed", "--model-dir", &dir].into_iter().chain(more.iter().copied());
+    let arguments = embed::Arguments::try_parse_from(arguments).map_err(|e| e.to_string())?;
+    let mut out = Vec::new();
+    embed::run(&arguments, &mut out).map_err(|e| e.to_string())?;
+    String::from_utf8(out).map_err(|e| e.to_string())
+}
+
+/// As [`run_embed`].
+fn run_generate(dir: &Path, more: &[&str]) -> Result<String, String> {
+    let dir = dir.display().to_string();
+    let arguments = ["generate", "--model-dir", &dir].into_iter().chain(more.iter().copied());
+    let arguments = generate::Arguments::try_parse_from(arguments).map_err(|e| e.to_string())?;
+    let mut out = Vec::new();
+    generate::run(&arguments, &mut out).map_err(|e| e.to_string())?;
+    String::from_utf8(out).map_err(|e| e.to_string())
+}
+
+/// The error; empty where there is none, which holds nothing that a test looks for.
+fn error(result: Result<String, String>) -> String {
+    result.err().unwrap_or_default()
+}
+
+#[test]
+fn embed_prints_one_vector_of_length_1_per_text() -> TestResult {
+    let dir = tempfile::tempdir()?;
+    encoder(dir.path(), |_, tensor| Ok(tensor))?;
+    let printed = run_embed(dir.path(), &["--json", "eat food", "food"])?;
+    let vectors: Vec<Vec<f32>> = printed.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    assert_eq!(vectors.len(), 2);
+    for vector in &vectors {
+        assert_eq!(vector.len(), HIDDEN);
+        let norm: f32 = vector.iter().map(|v| v * v).sum();
+        assert!((norm - 1.).abs() < 1e-5, "{norm}");
+    }
+    let printed = run_embed(dir.path(), &["eat food", "eat food", "food"])?;
+    let lines: Vec<&str> = printed.lines().collect();
+    assert_eq!(lines[..2], ["8 numbers per text; similarity to \"eat food\":", "  1.0000  eat food"]);
+    assert!(lines.len() == 3 && lines[2].ends_with("  food"), "{printed}");
+    Ok(())
+}
+
+#[test]
+fn embed_refuses_weights_that_make_no_vector() -> TestResult {
+    const SPOILT: &str = "encoder.layer.0.output.dense.bias";
+    for (value, shown) in [(f32::NAN, "NaN"), (f32::NEG_INFINITY, "-inf")] {
+        let dir = tempfile::tempdir()?;
+        encoder(dir.path(), |name, tensor| {
+            if name == SPOILT {
+                Tensor::full(value, tensor.shape(), tensor.device())
+            } else {
+                Ok(tensor)
+            }
+        })?;
+        let error = error(run_embed(dir.path(), &["--json", "eat"]));
+        assert!(error.contains("encoder.layer.0.output.dense") && error.contains(shown), "{error}");
+    }
+    let dir = tempfile::tempdir()?;
+    encoder(dir.path(), |_, tensor| tensor.zeros_like())?;
+    let error = error(run_embed(dir.path(), &["--json", "eat"]));
+    assert!(error.contains("text 1") && error.contains("zeros"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn embed_refuses_weights_whose_header_says_whole_numbers() -> TestResult {
+    let dir = tempfile::tempdir()?;
+    encoder(dir.path(), |_, tensor| Ok(tensor))?;
+    let path = dir.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&path)?;
+    let name = b"\"embeddings.word_embeddings.weight\":{\"dtype\":\"F32\"";
+    let at = bytes.windows(name.len()).position(|window| window == name).ok_or("the header is written otherwise")?;
+    bytes[at + name.len() - 4] = b'I';
+    std::fs::write(&path, bytes)?;
+    let error = error(run_embed(dir.path(), &["--json", "eat"]));
+    assert!(error.contains("embeddings.word_embeddings.weight") && error.contains("I32"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn embed_cuts_a_text_only_with_truncate() -> TestResult {
+    let dir = tempfile::tempdir()?;
+    encoder(dir.path(), |_, tensor| Ok(tensor))?;
+    let (fits, long) = (["eat"; CONTEXT - 1].join(" "), ["eat"; 30].join(" "));
+    let shortest = run_embed(dir.path(), &["--json", &fits])?;
+    // the model's positions are the limit, then the tokenizer's own smaller number
+    let refused = error(run_embed(dir.path(), &["--json", "eat", &long]));
+    assert!(refused.contains("text 2") && refused.contains("31 tokens") && refused.contains("12 at most"), "{refused}");
+    assert_eq!(run_embed(dir.path(), &["--json", "--truncate", &long])?, shortest);
+    let limit = r#"{"max_length": 5, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}"#;
+    std::fs::write(dir.path().join("tokenizer.json"), TOKENIZER.replace("TRUNCATION", limit))?;
+    let refused = error(run_embed(dir.path(), &["--json", &fits]));
+    assert!(refused.contains("text 1") && refused.contains("12 tokens") && refused.contains("5 at most"), "{refused}");
+    let cut = run_embed(dir.path(), &["--json", "--truncate", &long])?;
+    assert_eq!(cut, run_embed(dir.path(), &["--json", "eat eat eat eat"])?);
+    Ok(())
+}
+
+#[test]
+fn generate_prints_one_line_of_json() -> TestResult {
+    let dir = tempfile::tempdir()?;
+    decoder(dir.path())?;
+    let printed = run_generate(dir.path(), &["--json", "--prompt", "eat food", "--max-new-tokens", "3"])?;
+    assert!(printed.starts_with("{\"prompt_ids\":[3,4],\"ids\":["), "{printed}");
+    assert_eq!(printed.matches('\n').count(), 1, "{printed}");
+    let value: serde_json::Value = serde_json::from_str(&printed)?;
+    assert_eq!(value["ids"].as_array().map(Vec::len), Some(3));
+    let streamed = run_generate(dir.path(), &["--prompt", "eat food", "--max-new-tokens", "3"])?;
+    assert_eq!(Some(streamed.trim_end_matches('\n')), value["text"].as_str());
+    Ok(())
+}
+
+#[test]
+fn what_says_nothing_is_refused_before_anything_is_opened() {
+    let nowhere = Path::new("no/such/model");
+    for more in [&["--prompt", ""][..], &["--prompt", "", "--chat"], &["--prompt", " \n", "--chat"]] {
+        let error = error(run_generate(nowhere, more));
+        assert!(error.contains("empty") || error.contains("blank"), "{error}");
+    }
+    // spaces may be continued
+    assert!(error(run_generate(nowhere, &["--prompt", " "])).contains("no/such/model"));
+    for texts in [&["eat", ""][..], &["eat", " \t"]] {
+        assert!(error(run_embed(nowhere, texts)).contains("text 2 is empty"));
+    }
+    assert!(error(run_embed(nowhere, &["eat"])).contains("no/such/model"));
+    assert!(error(run_embed(nowhere, &[])).contains("required"));
+    assert!(error(run_generate(nowhere, &[])).contains("required"));
+    for number in ["-1", "many", ""] {
+        let number = format!("--max-new-tokens={number}");
+        assert!(error(run_generate(nowhere, &["--prompt", "a", &number])).contains("--max-new-tokens <"));
+    }
+}
+
+#[test]
+fn a_prompt_beyond_the_context_is_refused_before_the_weights_are_read() -> TestResult {
+    let dir = tempfile::tempdir()?;
+    decoder(dir.path())?;
+    std::fs::write(dir.path().join("model.safetensors"), "no weights")?;
+    let long = ["eat"; CONTEXT].join(" ");
+    let refused = error(run_generate(dir.path(), &["--prompt", &long]));
+    assert!(refused.contains("12 tokens") && refused.contains("room for 12"), "{refused}");
+    assert!(error(run_generate(dir.path(), &["--prompt", "eat"])).contains("model.safetensors"));
+    Ok(())
+}
+
+/// An output that fails.
+struct Broken(ErrorKind);
+
+impl Write for Broken {
+    fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+        Err(self.0.into())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Err(self.0.into())
+    }
+}
+
+#[test]
+fn an_output_that_fails_ends_the_program_without_a_panic() -> TestResult {
+    let (texts, prompts) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    encoder(texts.path(), |_, tensor| Ok(tensor))?;
+    decoder(prompts.path())?;
+    let (texts, prompts) = (texts.path().display().to_string(), prompts.path().display().to_string());
+    for (kind, code) in [(ErrorKind::BrokenPipe, ExitCode::SUCCESS), (ErrorKind::StorageFull, ExitCode::FAILURE)] {
+        for json in [&["--json"][..], &[]] {
+            let arguments = ["embed", "--model-dir", &texts, "eat", "food"].into_iter().chain(json.iter().copied());
+            let result = embed::run(&embed::Arguments::try_parse_from(arguments)?, &mut Broken(kind));
+            assert!(result.is_err());
+            assert_eq!(embed::shared::exit(result), code, "{kind:?}");
+            let arguments =
+                ["generate", "--model-dir", &prompts, "--prompt", "eat"].into_iter().chain(json.iter().copied());
+            let result = generate::run(&generate::Arguments::try_parse_from(arguments)?, &mut Broken(kind));
+            assert!(result.is_err());
+            assert_eq!(generate::shared::exit(result), code, "{kind:?}");
+        }
+    }
+    Ok(())
+}
