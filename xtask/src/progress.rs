@@ -1,5 +1,6 @@
 //! Progress bars for what takes long: fetching, unpacking, loading.
 
+use crate::output::complain;
 use candle_lazy::nn::hub::Progress;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::cell::RefCell;
@@ -29,7 +30,7 @@ impl Progress for Bars {
         bar.set_message(what.to_string());
         bar.enable_steady_tick(Duration::from_millis(200));
         if bar.is_hidden() {
-            eprintln!("{what}");
+            complain!("{what}");
         }
         if let Some(before) = self.current.borrow_mut().replace(bar) {
             before.finish();
