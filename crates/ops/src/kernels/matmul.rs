@@ -79,8 +79,8 @@ impl Matrix {
     }
 }
 
-/// The threads that Candle asks for, asked once: it reads the environment and `/proc/cpuinfo` each time, which took a tenth
-/// of a small decoder's step, two hundred products long.
+/// The threads that Candle asks for, asked once: it reads the environment and `/proc/cpuinfo` each time, which is felt in a
+/// decoder's step of two hundred products.
 fn candle_threads() -> usize {
     static THREADS: OnceLock<usize> = OnceLock::new();
     *THREADS.get_or_init(candle_core::utils::get_num_threads)

@@ -162,7 +162,7 @@ pub fn measure(
         }
         out.runs += 1;
     }
-    if let Some(eager) = eager.as_deref_mut() {
+    if let Some(eager) = eager {
         eager.end();
         lazy.end();
         out.eager = Some(Side { time: eager_times.sum_of_medians(), peak: peak_of(eager, steps)? });
