@@ -2,12 +2,11 @@
 
 #![allow(clippy::unwrap_used)] // outside the test functions too: a model that cannot be written fails the test
 
-use candle_core::{DType, Device, Tensor};
-use candle_lazy::nn::models::bert::{BertConfig, BertModel};
-use candle_lazy::nn::models::{CausalLm, CausalLmConfig};
+use candle_core::{Device, Tensor};
+use candle_lazy::nn::models::CausalLmConfig;
 use candle_lazy::nn::ModelDir;
 use candle_lazy_parity::models::compare_decoder;
-use candle_nn::{VarBuilder, VarMap};
+use std::collections::HashMap;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -30,15 +29,15 @@ fn write_tokenizer(dir: &Path) {
     std::fs::write(dir.join("tokenizer.json"), json.to_string()).unwrap();
 }
 
-/// The names and shapes that `load` asks for, with numbers that depend on the name alone.
-fn write_weights(dir: &Path, load: impl Fn(VarBuilder<'_>)) {
-    let vars = VarMap::new();
-    load(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu));
-    let mut tensors = std::collections::HashMap::new();
-    for (name, var) in vars.data().lock().unwrap().iter() {
+/// Weights by name, with numbers that depend on the name alone.
+#[derive(Default)]
+struct Weights(HashMap<String, Tensor>);
+
+impl Weights {
+    fn add(&mut self, name: &str, shape: &[usize]) {
         let mut state = name.bytes().fold(1u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
-        let norm = name.to_lowercase().contains("norm") && name.ends_with("weight");
-        let values: Vec<f32> = (0..var.elem_count())
+        let norm = name.to_lowercase().contains("norm.weight");
+        let values: Vec<f32> = (0..shape.iter().product())
             .map(|_| {
                 state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                 let unit = (state >> 40) as f32 / (1u32 << 24) as f32 - 0.5;
@@ -49,37 +48,88 @@ fn write_weights(dir: &Path, load: impl Fn(VarBuilder<'_>)) {
                 }
             })
             .collect();
-        tensors.insert(name.clone(), Tensor::from_vec(values, var.shape(), &Device::Cpu).unwrap());
+        self.0.insert(name.to_string(), Tensor::from_vec(values, shape, &Device::Cpu).unwrap());
     }
-    candle_core::safetensors::save(&tensors, dir.join("model.safetensors")).unwrap();
+
+    /// A linear map with a bias.
+    fn linear(&mut self, name: &str, width: usize, features: usize) {
+        self.add(&format!("{name}.weight"), &[width, features]);
+        self.add(&format!("{name}.bias"), &[width]);
+    }
+}
+
+const HIDDEN: usize = 32;
+const INNER: usize = 48;
+const LAYERS: usize = 2;
+const HEADS: usize = 4;
+
+fn write_config(dir: &Path, json: &serde_json::Value) {
+    std::fs::create_dir_all(dir).unwrap();
+    std::fs::write(dir.join("config.json"), json.to_string()).unwrap();
+    write_tokenizer(dir);
 }
 
 fn write_decoder(dir: &Path, more: serde_json::Value) {
     let mut json = serde_json::json!({
-        "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+        "model_type": "llama", "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS / 2,
+        "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
     });
     json.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-    let text = json.to_string();
-    std::fs::create_dir_all(dir).unwrap();
-    std::fs::write(dir.join("config.json"), &text).unwrap();
-    write_tokenizer(dir);
-    let config = CausalLmConfig::from_json(&text).unwrap();
-    write_weights(dir, |vb| drop(CausalLm::load(vb, &config).unwrap()));
+    let config = CausalLmConfig::from_json(&json.to_string()).unwrap();
+    write_config(dir, &json);
+    let (q, kv) = (HEADS * config.head_dim, HEADS / 2 * config.head_dim);
+    let mut weights = Weights::default();
+    weights.add("model.embed_tokens.weight", &[VOCAB, HIDDEN]);
+    weights.add("model.norm.weight", &[HIDDEN]);
+    if !config.tie_word_embeddings {
+        weights.add("lm_head.weight", &[VOCAB, HIDDEN]);
+    }
+    for layer in 0..LAYERS {
+        let at = format!("model.layers.{layer}");
+        weights.add(&format!("{at}.input_layernorm.weight"), &[HIDDEN]);
+        weights.add(&format!("{at}.post_attention_layernorm.weight"), &[HIDDEN]);
+        // a bias that the config does not ask for is not read
+        weights.linear(&format!("{at}.self_attn.q_proj"), q, HIDDEN);
+        weights.linear(&format!("{at}.self_attn.k_proj"), kv, HIDDEN);
+        weights.linear(&format!("{at}.self_attn.v_proj"), kv, HIDDEN);
+        weights.linear(&format!("{at}.self_attn.o_proj"), HIDDEN, q);
+        weights.linear(&format!("{at}.mlp.gate_proj"), INNER, HIDDEN);
+        weights.linear(&format!("{at}.mlp.up_proj"), INNER, HIDDEN);
+        weights.linear(&format!("{at}.mlp.down_proj"), HIDDEN, INNER);
+    }
+    candle_core::safetensors::save(&weights.0, dir.join("model.safetensors")).unwrap();
 }
 
 fn write_encoder(dir: &Path) {
+    const POSITIONS: usize = 64;
     let json = serde_json::json!({
-        "model_type": "bert", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "max_position_embeddings": 64, "type_vocab_size": 2, "layer_norm_eps": 1e-12,
-        "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "initializer_range": 0.02, "pad_token_id": 0,
+        "model_type": "bert", "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "max_position_embeddings": POSITIONS,
+        "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
+        "initializer_range": 0.02, "pad_token_id": 0,
     });
-    let text = json.to_string();
-    std::fs::create_dir_all(dir).unwrap();
-    std::fs::write(dir.join("config.json"), &text).unwrap();
-    write_tokenizer(dir);
-    let config = BertConfig::from_json(&text).unwrap();
-    write_weights(dir, |vb| drop(BertModel::load(vb, &config).unwrap()));
+    write_config(dir, &json);
+    let mut weights = Weights::default();
+    for (name, rows) in [("word", VOCAB), ("position", POSITIONS), ("token_type", 2)] {
+        weights.add(&format!("embeddings.{name}_embeddings.weight"), &[rows, HIDDEN]);
+    }
+    let norm = |weights: &mut Weights, name: &str| {
+        weights.add(&format!("{name}.LayerNorm.weight"), &[HIDDEN]);
+        weights.add(&format!("{name}.LayerNorm.bias"), &[HIDDEN]);
+    };
+    norm(&mut weights, "embeddings");
+    for layer in 0..LAYERS {
+        let at = format!("encoder.layer.{layer}");
+        for name in ["self.query", "self.key", "self.value", "output.dense"] {
+            weights.linear(&format!("{at}.attention.{name}"), HIDDEN, HIDDEN);
+        }
+        norm(&mut weights, &format!("{at}.attention.output"));
+        weights.linear(&format!("{at}.intermediate.dense"), INNER, HIDDEN);
+        weights.linear(&format!("{at}.output.dense"), HIDDEN, INNER);
+        norm(&mut weights, &format!("{at}.output"));
+    }
+    candle_core::safetensors::save(&weights.0, dir.join("model.safetensors")).unwrap();
 }
 
 /// The program itself, with a cache that is empty and no registry to ask.
