@@ -60,8 +60,11 @@ fn main() {
     let code = match outcome {
         Ok(fine) => i32::from(!fine),
         Err(error) => {
-            // where stderr is closed too there is nobody left to tell
-            drop(writeln!(std::io::stderr(), "{model}: {error}"));
+            let io = error.downcast_ref::<std::io::Error>();
+            // where the reader left nothing is wrong, and where stderr is closed there is nobody to tell
+            if io.is_none_or(|e| e.kind() != std::io::ErrorKind::BrokenPipe) {
+                drop(writeln!(std::io::stderr(), "{model}: {error}"));
+            }
             1
         }
     };
