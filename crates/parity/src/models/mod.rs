@@ -1,7 +1,7 @@
 //! Real models, eager against lazy: results, time and memory.
 //!
 //! Eager is candle-transformers with the same weights in f32; a model that it has no module for is measured alone. Eager and
-//! lazy take turns step by step, and a step counts with its median over several runs ([`measure`]). Memory is the most that
+//! lazy take turns step by step, and a step counts with its median over several runs ([`measure()`]). Memory is the most that
 //! was allocated at once during one more run, beyond what was alive when it began (the weights of both; the engine's pool is
 //! emptied): it needs [`CountingAlloc`](crate::alloc::CountingAlloc) installed.
 
