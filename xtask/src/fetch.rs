@@ -1,5 +1,6 @@
 //! `cargo xtask fetch`: the two real models, into the cache.
 
+use crate::output::complain;
 use crate::progress::Bars;
 use candle_lazy::nn::hub::{cache_dir, ModelSource, ALL_MINILM_L6_V2, SMOLLM2_135M_INSTRUCT};
 use std::io::{stdout, Write};
@@ -19,7 +20,7 @@ pub fn run() -> i32 {
     match fetch() {
         Ok(()) => 0,
         Err(error) => {
-            eprintln!("fetch: {error}");
+            complain!("fetch: {error}");
             1
         }
     }

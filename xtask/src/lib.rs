@@ -2,8 +2,12 @@
 //!
 //! A library, so that what can be tested about the repository is a test (`tests/repository.rs`) and not only a command.
 
+// A command's words go through `output`.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod demo;
 pub mod fetch;
+pub mod output;
 pub mod port;
 pub mod progress;
 pub mod tidy;

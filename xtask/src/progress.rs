@@ -1,10 +1,9 @@
 //! Progress bars for what takes long: fetching, unpacking, loading.
 
+use crate::output::complain;
 use candle_lazy::nn::hub::Progress;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::cell::{Cell, RefCell};
-use std::fmt::Display;
-use std::io::Write;
 use std::time::Duration;
 
 /// Bars on stderr; where that is no terminal, a line per step and per quarter of it.
@@ -22,11 +21,6 @@ fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
-/// A line on stderr. One that cannot be written is no reason to stop.
-fn say(line: impl Display) {
-    drop(writeln!(std::io::stderr(), "{line}"));
-}
-
 impl Progress for Bars {
     fn start(&self, what: &str, total: Option<u64>) {
         let bar = match total {
@@ -37,7 +31,7 @@ impl Progress for Bars {
         bar.set_message(what.to_string());
         bar.enable_steady_tick(Duration::from_millis(200));
         if bar.is_hidden() {
-            say(what);
+            complain!("{what}");
         }
         self.quarters.set(0);
         if let Some(before) = self.current.borrow_mut().replace(bar) {
@@ -54,7 +48,7 @@ impl Progress for Bars {
             bar.set_position(done);
             let quarters = done.saturating_mul(4) / total.unwrap_or(u64::MAX).max(1);
             if bar.is_hidden() && quarters > self.quarters.replace(quarters) {
-                say(format_args!("{}: {} %", bar.message(), quarters * 25));
+                complain!("{}: {} %", bar.message(), quarters * 25);
             }
         }
     }

@@ -1,10 +1,11 @@
 //! `cargo xtask verify`: eager against lazy for every op, over shapes, layouts, dtypes and modes.
 
+use crate::output::{self, complain, say};
 use crate::progress::Bars;
 use candle_core::DType;
 use candle_lazy::nn::hub::{cache_dir, ModelSource, ALL_MINILM_L6_V2, SMOLLM2_135M_INSTRUCT};
 use candle_lazy_parity::cases::Extent;
-use candle_lazy_parity::models::{compare_models, published_facts, CompareOptions};
+use candle_lazy_parity::models::{compare_decoder, compare_encoder, published_facts};
 use candle_lazy_parity::modes::{Cell, Outcome};
 use candle_lazy_parity::mutants;
 use candle_lazy_parity::verify::{run as run_matrix, Options, Summary};
@@ -56,38 +57,41 @@ enum Error {
     DType(String),
     #[error("{path}: {source}")]
     Json { path: String, source: std::io::Error },
+    #[error(transparent)]
+    Output(#[from] output::Error),
 }
 
 /// Runs the matrix; the exit code is 1 if anything failed or nothing could be checked.
 #[must_use]
 pub fn run(args: VerifyArgs) -> i32 {
-    if args.mutants {
-        return run_mutants(&args);
-    }
-    match verify(&args) {
-        Ok(summary) => {
-            println!("{}", summary.text(args.show));
-            i32::from(summary.failed() > 0)
-        }
+    let all_passed = if args.mutants { all_caught(&args) } else { all_agree(&args) };
+    match all_passed {
+        Ok(all) => i32::from(!all),
+        Err(Error::Output(error)) => output::failed("verify", &error),
         Err(error) => {
-            eprintln!("verify: {error}");
+            complain!("verify: {error}");
             1
         }
     }
 }
 
-/// Injects the faults; the exit code is 1 if one survived or nothing could be checked.
-fn run_mutants(args: &VerifyArgs) -> i32 {
-    match mutants::run(args.only.as_deref(), args.seed, |verdict| println!("{}", verdict.line())) {
-        Ok(verdicts) => {
-            println!("{}", mutants::last_line(&verdicts));
-            i32::from(verdicts.iter().any(|v| v.caught.is_none()))
+fn all_agree(args: &VerifyArgs) -> Result<bool, Error> {
+    let summary = verify(args)?;
+    say!("{}", summary.text(args.show))?;
+    Ok(summary.failed() == 0)
+}
+
+/// Injects the faults; whether all of them were caught.
+fn all_caught(args: &VerifyArgs) -> Result<bool, Error> {
+    let mut written = Ok(());
+    let verdicts = mutants::run(args.only.as_deref(), args.seed, |verdict| {
+        if written.is_ok() {
+            written = say!("{}", verdict.line());
         }
-        Err(error) => {
-            eprintln!("verify: {error}");
-            1
-        }
-    }
+    })?;
+    written?;
+    say!("{}", mutants::last_line(&verdicts))?;
+    Ok(verdicts.iter().all(|v| v.caught.is_some()))
 }
 
 fn verify(args: &VerifyArgs) -> Result<Summary, Error> {
@@ -118,14 +122,14 @@ fn models(summary: &mut Summary) -> Result<(), Error> {
     for (fact, wrong) in published_facts(&encoder, &decoder)? {
         summary.count("models", &fact, "lazy", &Cell::of(outcome(wrong)));
     }
-    let report = compare_models(&CompareOptions { encoder, decoder, repetitions: 1 })?;
-    for row in report.rows {
-        let wrong = if !row.agrees {
-            Some(format!("lazy and eager differ by {:.1e} or in their ids", row.largest_difference))
-        } else if row.fallbacks > 0 {
-            Some(format!("{} ops ran as Candle's own", row.fallbacks))
-        } else {
-            None
+    let rows = compare_encoder(&encoder, 1)?.into_iter().chain(compare_decoder(&decoder, 1)?);
+    for row in rows {
+        let wrong = match &row.eager {
+            Err(why) => Some(format!("no eager twin: {why}")),
+            Ok(eager) if !eager.agrees => {
+                Some(format!("lazy and eager differ by {:.1e} or in their ids", eager.largest_difference))
+            }
+            Ok(_) => (row.fallbacks > 0).then(|| format!("{} ops ran as Candle's own", row.fallbacks)),
         };
         summary.count("models", &row.name, "lazy against eager", &Cell::of(outcome(wrong)));
     }

@@ -6,6 +6,7 @@
 
 use crate::custom::CustomOp;
 use crate::error::{Error, ErrorKind, Result};
+use crate::hash::FastMap;
 use crate::infer::{infer, Meta};
 use crate::op::{Dims, Op, Scalars};
 use crate::site::BuildSite;
@@ -400,17 +401,16 @@ impl Node {
 
     /// Counts pending nodes and bytes exactly and stores the result as the new estimate.
     pub fn count_pending(self: &Arc<Self>) -> (u64, u64) {
-        let mut seen = std::collections::HashSet::new();
+        // a node is marked when it is first met, so that shared inputs are neither cloned nor pushed twice
+        let mut seen: FastMap<NodeId, ()> = FastMap::default();
+        seen.insert(self.id, ());
         let mut stack = vec![self.clone()];
         let (mut nodes, mut bytes) = (0u64, 0u64);
         while let Some(node) = stack.pop() {
-            if !seen.insert(node.id) {
-                continue;
-            }
-            if let Look::Pending(expr) = node.look() {
+            if let State::Pending(expr) = &*node.state.lock() {
                 nodes += 1;
                 bytes += (node.shape.elem_count() * node.dtype.size_in_bytes()) as u64;
-                stack.extend(expr.inputs);
+                stack.extend(expr.inputs.iter().filter(|n| seen.insert(n.id, ()).is_none()).cloned());
             }
         }
         self.pending_nodes.store(nodes, Ordering::Relaxed);

@@ -54,11 +54,14 @@ fn find(dirs: &[PathBuf], role: Role) -> Result<Option<ModelDir>, Error> {
         }
         let mut any = false;
         for candidate in candidates {
-            let Ok(model) = ModelDir::open(&candidate) else {
-                continue;
+            let model = match ModelDir::open(&candidate) {
+                Ok(model) => model,
+                // something else may lie beside the models, but a model that is not whole is no reason to take another one
+                Err(error) if has_model_files(&candidate) => return Err(error.into()),
+                Err(_) => continue,
             };
             any = true;
-            if role_of(&model) == role {
+            if role_of(&model)? == role {
                 return Ok(Some(model));
             }
         }
@@ -70,19 +73,30 @@ fn find(dirs: &[PathBuf], role: Role) -> Result<Option<ModelDir>, Error> {
     Ok(None)
 }
 
+fn has_model_files(dir: &Path) -> bool {
+    ["config.json", "model.safetensors.index.json"].iter().any(|name| dir.join(name).is_file())
+        || std::fs::read_dir(dir)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .any(|entry| entry.path().extension().is_some_and(|extension| extension == "gguf"))
+}
+
 /// An encoder calls itself a BERT in its config; everything else is taken for a language model.
-fn role_of(model: &ModelDir) -> Role {
-    let is_bert = |config: &Path| {
-        let text = std::fs::read_to_string(config).ok()?;
-        let json: serde_json::Value = serde_json::from_str(&text).ok()?;
-        Some(json.get("model_type")?.as_str()? == "bert")
-    };
-    let bert = matches!(model.weights(), WeightFiles::Safetensors(_))
-        && is_bert(&model.path().join("config.json")).unwrap_or(false);
-    if bert {
-        Role::Encoder
-    } else {
-        Role::Decoder
+fn role_of(model: &ModelDir) -> Result<Role, Error> {
+    if !matches!(model.weights(), WeightFiles::Safetensors(_)) {
+        return Ok(Role::Decoder);
+    }
+    let path = model.file("config.json")?;
+    let wrong = |message: String| Error::Model { path: path.clone(), message };
+    let text = std::fs::read_to_string(&path).map_err(|e| wrong(e.to_string()))?;
+    let json: serde_json::Value = serde_json::from_str(&text).map_err(|e| wrong(format!("no valid JSON: {e}")))?;
+    if !json.is_object() {
+        return Err(wrong("no JSON object".to_string()));
+    }
+    match json.get("model_type").and_then(serde_json::Value::as_str) {
+        Some("bert") => Ok(Role::Encoder),
+        _ => Ok(Role::Decoder),
     }
 }
 
@@ -142,6 +156,37 @@ mod tests {
         let dirs = [scratch.0.clone()];
         assert!(find(&dirs, Role::Decoder).unwrap().is_some());
         assert!(find(&dirs, Role::Encoder).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_config_that_is_cut_off_is_named_and_not_taken_for_a_language_model() {
+        let scratch = Scratch::new("cut");
+        scratch.file("e/model.safetensors", "");
+        for broken in [r#"{"model_type": "be"#, "", "[]", "\"bert\""] {
+            scratch.file("e/config.json", broken);
+            for role in [Role::Encoder, Role::Decoder] {
+                for dir in [scratch.0.clone(), scratch.0.join("e")] {
+                    let error = find(&[dir], role).unwrap_err().to_string();
+                    assert!(error.contains("config.json"), "{error}");
+                }
+            }
+        }
+        std::fs::remove_file(scratch.0.join("e/config.json")).unwrap();
+        let error = find(&[scratch.0.join("e")], Role::Decoder).unwrap_err().to_string();
+        assert!(error.contains("config.json"), "{error}");
+    }
+
+    #[test]
+    fn a_model_that_is_not_whole_is_an_error_and_not_passed_over() {
+        let scratch = Scratch::new("shards");
+        scratch.file("notes/readme.txt", "");
+        scratch.file("d/x.gguf", "");
+        assert!(find(std::slice::from_ref(&scratch.0), Role::Encoder).unwrap().is_none());
+        scratch.file("e/config.json", r#"{"model_type": "bert"}"#);
+        assert!(find(std::slice::from_ref(&scratch.0), Role::Encoder).is_err(), "no weights");
+        scratch.file("e/model.safetensors.index.json", r#"{"weight_map": {"a": "1.safetensors"}}"#);
+        let error = find(std::slice::from_ref(&scratch.0), Role::Encoder).unwrap_err().to_string();
+        assert!(error.contains("1.safetensors"), "{error}");
     }
 
     #[test]

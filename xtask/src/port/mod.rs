@@ -8,6 +8,7 @@ pub mod rewrite;
 mod source;
 
 use crate::demo::sources;
+use crate::output::{self, complain, say};
 use crate::tidy::repository_root;
 use generate::Ported;
 use source::{cargo, Checkout};
@@ -38,17 +39,25 @@ enum Error {
     Rewrite { name: String, source: rewrite::Error },
     #[error(transparent)]
     Models(#[from] crate::demo::Error),
+    #[error(transparent)]
+    Output(#[from] output::Error),
 }
 
 /// Ports, compiles and compares; the last line names the outcome of every model, the exit code is 1 if one failed.
 #[must_use]
 pub fn run(args: &PortArgs) -> i32 {
-    let outcome = port(args).unwrap_or_else(|error| {
-        eprintln!("port: {error}");
-        [false; MODELS.len()]
-    });
-    println!("{}", last_line(outcome));
-    i32::from(outcome.contains(&false))
+    let outcome = match port(args) {
+        Ok(outcome) => outcome,
+        Err(Error::Output(error)) => return output::failed("port", &error),
+        Err(error) => {
+            complain!("port: {error}");
+            [false; MODELS.len()]
+        }
+    };
+    match say!("{}", last_line(outcome)) {
+        Ok(()) => i32::from(outcome.contains(&false)),
+        Err(error) => output::failed("port", &error),
+    }
 }
 
 fn last_line(outcome: [bool; MODELS.len()]) -> String {
@@ -62,7 +71,7 @@ fn port(args: &PortArgs) -> Result<[bool; MODELS.len()], Error> {
     let checkout = Checkout::find(&root)?;
     let folder = checkout.target.join("port");
     for ported in generate::write(&root, &checkout, &folder)? {
-        print_changes(&ported);
+        print_changes(&ported)?;
     }
     let program = build(&folder, &checkout.target)?;
     let models = if args.random_only { None } else { Some(sources::open(&args.model_dir)?) };
@@ -80,19 +89,21 @@ fn port(args: &PortArgs) -> Result<[bool; MODELS.len()], Error> {
     Ok(outcome)
 }
 
-fn print_changes(ported: &Ported) {
+fn print_changes(ported: &Ported) -> Result<(), output::Error> {
     let added = ported.changes.iter().filter(|change| change.before.is_none()).count();
     let changed = ported.changes.len() - added;
-    println!(
+    say!(
         "{}: {} lines; {changed} `use` lines changed, {added} added, nothing else differs",
-        ported.name, ported.lines
-    );
+        ported.name,
+        ported.lines
+    )?;
     for change in &ported.changes {
         if let Some(before) = &change.before {
-            println!("  {:4} - {before}", change.line);
+            say!("  {:4} - {before}", change.line)?;
         }
-        println!("  {:4} + {}", change.line, change.after);
+        say!("  {:4} + {}", change.line, change.after)?;
     }
+    Ok(())
 }
 
 /// Compiles the crate and returns the program.

@@ -11,6 +11,7 @@ mod manifests;
 mod sources;
 mod tree;
 
+use crate::output::{self, complain, say};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -124,21 +125,24 @@ pub fn check(root: &Path) -> Result<Vec<Violation>, Error> {
 #[must_use]
 pub fn run() -> i32 {
     match check(&repository_root()) {
-        Ok(found) if found.is_empty() => {
-            println!("tidy: nothing found");
-            0
-        }
-        Ok(found) => {
-            for violation in &found {
-                println!("{violation}");
-            }
-            println!("tidy: {} found", found.len());
-            1
-        }
+        Ok(found) => match print(&found) {
+            Ok(()) => i32::from(!found.is_empty()),
+            Err(error) => output::failed("tidy", &error),
+        },
         Err(error) => {
-            eprintln!("tidy: {error}");
+            complain!("tidy: {error}");
             1
         }
+    }
+}
+
+fn print(found: &[Violation]) -> Result<(), output::Error> {
+    for violation in found {
+        say!("{violation}")?;
+    }
+    match found.len() {
+        0 => say!("tidy: nothing found"),
+        n => say!("tidy: {n} found"),
     }
 }
 

@@ -8,6 +8,7 @@ use crate::row::space::Space;
 use crate::view::{count, Dims, Slice, SliceMut, Strided, View};
 use gemm::Parallelism;
 use half::bf16;
+use std::sync::OnceLock;
 
 const OP: &str = "matmul";
 
@@ -78,10 +79,17 @@ impl Matrix {
     }
 }
 
+/// The threads that Candle asks for, asked once: it reads the environment and `/proc/cpuinfo` each time, which is felt in a
+/// decoder's step of two hundred products.
+fn candle_threads() -> usize {
+    static THREADS: OnceLock<usize> = OnceLock::new();
+    *THREADS.get_or_init(candle_core::utils::get_num_threads)
+}
+
 /// How many threads `gemm` may use: as Candle asks for, except that it never gets more than the current pool has.
 /// The result's bits do not depend on it.
 fn parallelism() -> Parallelism {
-    match candle_core::utils::get_num_threads().min(rayon::current_num_threads()) {
+    match candle_threads().min(rayon::current_num_threads()) {
         0 | 1 => Parallelism::None,
         n => Parallelism::Rayon(n),
     }

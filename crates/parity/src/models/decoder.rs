@@ -1,13 +1,13 @@
 //! The decoder: prefill and greedy decode.
 
-use super::measure::{measure, relative_difference, Work};
+use super::measure::{measure, relative_difference, Way};
+use super::twin::{self, Twin};
 use super::{ModelRow, DECODE_STEPS, TOLERANCE};
 use crate::{Error, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use candle_lazy_exec::{materialize, EvalReport, LazyTensor};
-use candle_lazy_nn::models::{Cache, CausalLm, CausalLmConfig};
-use candle_lazy_nn::{ModelDir, RopeScaling};
-use candle_transformers::models::llama;
+use candle_lazy_nn::models::{Cache, CausalLm};
+use candle_lazy_nn::ModelDir;
 
 /// The chat prompt whose answer is known.
 const PROMPT: &str = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n";
@@ -28,35 +28,6 @@ const TEXT: &str =
     "A lazy tensor records what is asked of it and computes nothing until a value is needed. The recorded \
 graph is captured, rewritten, lowered to a plan and run; the same graph at another length uses the same plan. ";
 
-/// The config of candle-transformers for a config of ours.
-fn eager_config(config: &CausalLmConfig) -> Result<llama::Config> {
-    let odd = config.qkv_bias
-        || config.out_bias
-        || config.mlp_bias
-        || config.sliding_window.is_some()
-        || config.rope_scaling != RopeScaling::None
-        || config.head_dim * config.num_attention_heads != config.hidden_size;
-    if odd {
-        return Err(Error::NoTwin("candle-transformers' llama has no biases, windows or scaled positions".into()));
-    }
-    Ok(llama::Config {
-        hidden_size: config.hidden_size,
-        intermediate_size: config.intermediate_size,
-        vocab_size: config.vocab_size,
-        num_hidden_layers: config.num_hidden_layers,
-        num_attention_heads: config.num_attention_heads,
-        num_key_value_heads: config.num_key_value_heads,
-        use_flash_attn: false,
-        rms_norm_eps: config.rms_norm_eps,
-        rope_theta: config.rope_theta,
-        bos_token_id: config.bos_token_id,
-        eos_token_id: None,
-        rope_scaling: None,
-        max_position_embeddings: config.max_position_embeddings,
-        tie_word_embeddings: config.tie_word_embeddings,
-    })
-}
-
 fn argmax(logits: &[f32]) -> Result<u32> {
     let mut best = (0, f32::NEG_INFINITY);
     for (id, &x) in logits.iter().enumerate() {
@@ -69,115 +40,153 @@ fn argmax(logits: &[f32]) -> Result<u32> {
 
 /// One way of continuing a text.
 trait Decode {
+    /// Forgets the text, to read another of up to `capacity` positions.
+    fn begin(&mut self, capacity: usize) -> Result<()>;
+
     /// The logits after the new ids.
-    fn logits(&mut self, ids: &[u32]) -> Result<Vec<f32>>;
+    fn logits(&mut self, ids: &[u32]) -> Result<(Vec<f32>, Option<EvalReport>)>;
+
+    /// Drops what the text left behind.
+    fn end(&mut self);
 }
 
-struct Eager<'m> {
-    model: &'m llama::Llama,
-    cache: llama::Cache,
-    position: usize,
-}
-
-impl<'m> Eager<'m> {
-    fn new(model: &'m llama::Llama, config: &llama::Config) -> Result<Self> {
-        Ok(Self { model, cache: llama::Cache::new(true, DType::F32, config, &Device::Cpu)?, position: 0 })
+impl Decode for Twin {
+    fn begin(&mut self, _: usize) -> Result<()> {
+        Twin::begin(self)
     }
-}
 
-impl Decode for Eager<'_> {
-    fn logits(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
-        let input = Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?;
-        let logits = self.model.forward(&input, self.position, &mut self.cache)?;
-        self.position += ids.len();
-        Ok(logits.flatten_all()?.to_vec1()?)
+    fn logits(&mut self, ids: &[u32]) -> Result<(Vec<f32>, Option<EvalReport>)> {
+        Ok((Twin::logits(self, ids)?, None))
+    }
+
+    fn end(&mut self) {
+        Twin::end(self);
     }
 }
 
 struct Lazy<'m> {
     model: &'m CausalLm,
-    cache: Cache,
-    reports: Vec<EvalReport>,
-}
-
-impl<'m> Lazy<'m> {
-    fn new(model: &'m CausalLm, capacity: usize) -> Result<Self> {
-        Ok(Self { model, cache: model.new_cache(capacity)?, reports: Vec::new() })
-    }
+    cache: Option<Cache>,
 }
 
 impl Decode for Lazy<'_> {
-    fn logits(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
+    fn begin(&mut self, capacity: usize) -> Result<()> {
+        self.cache = None;
+        self.cache = Some(self.model.new_cache(capacity)?);
+        Ok(())
+    }
+
+    fn logits(&mut self, ids: &[u32]) -> Result<(Vec<f32>, Option<EvalReport>)> {
+        let Some(cache) = &mut self.cache else {
+            return Err(Error::NoTwin("a text that was not begun".into()));
+        };
         let input = LazyTensor::from_slice(ids, (1, ids.len()), &Device::Cpu)?;
-        let logits = self.model.forward(&input, &mut self.cache)?.flatten_all()?;
-        let mut roots = self.cache.handles();
+        let logits = self.model.forward(&input, cache)?.flatten_all()?;
+        let mut roots = cache.handles();
         roots.push(&logits);
-        self.reports.push(materialize(&roots)?);
-        Ok(logits.to_vec1()?)
+        let report = materialize(&roots)?;
+        Ok((logits.to_vec1()?, Some(report)))
+    }
+
+    fn end(&mut self) {
+        self.cache = None;
     }
 }
 
 /// The prompt and `steps` greedy tokens: the ids, and the logits before each.
 fn greedy(decode: &mut impl Decode, prompt: &[u32], steps: usize) -> Result<(Vec<u32>, Vec<Vec<f32>>)> {
+    decode.begin(prompt.len() + steps)?;
     let mut ids = Vec::new();
-    let mut all = vec![decode.logits(prompt)?];
+    let mut all = vec![decode.logits(prompt)?.0];
     while let (true, Some(last)) = (ids.len() < steps, all.last()) {
         let id = argmax(last)?;
         ids.push(id);
-        all.push(decode.logits(&[id])?);
+        all.push(decode.logits(&[id])?.0);
     }
+    decode.end();
     Ok((ids, all))
+}
+
+/// A prompt and what is generated after it: the prompt is the first step, each new token another.
+struct Text<'a, D> {
+    decode: &'a mut D,
+    prompt: &'a [u32],
+    capacity: usize,
+    last: u32,
+}
+
+impl<'a, D: Decode> Text<'a, D> {
+    fn new(decode: &'a mut D, prompt: &'a [u32], steps: usize) -> Self {
+        Self { decode, prompt, capacity: prompt.len() + steps, last: 0 }
+    }
+}
+
+impl<D: Decode> Way for Text<'_, D> {
+    fn begin(&mut self) -> Result<()> {
+        self.decode.begin(self.capacity)
+    }
+
+    fn step(&mut self, index: usize) -> Result<Option<EvalReport>> {
+        let last = [self.last];
+        let (logits, report) = self.decode.logits(if index == 0 { self.prompt } else { &last })?;
+        self.last = argmax(&logits)?;
+        Ok(report)
+    }
+
+    fn end(&mut self) {
+        self.decode.end();
+    }
 }
 
 /// A row per number of new tokens: none is a prefill.
 fn row(
-    name: &str,
-    (model, config): (&llama::Llama, &llama::Config),
+    name: String,
+    twin: &mut std::result::Result<Twin, String>,
     lazy: &CausalLm,
     prompt: &[u32],
     steps: usize,
     repetitions: usize,
 ) -> Result<ModelRow> {
-    let capacity = prompt.len() + steps;
-    let (want_ids, want) = greedy(&mut Eager::new(model, config)?, prompt, steps)?;
-    let (got_ids, got) = greedy(&mut Lazy::new(lazy, capacity)?, prompt, steps)?;
-    let difference = got.iter().zip(&want).map(|(g, w)| relative_difference(g, w)).fold(0.0, f64::max);
-    let agrees = difference <= TOLERANCE && got_ids == want_ids;
-    drop((want, got));
-    let measured = measure(
-        repetitions,
-        || {
-            let mut eager = Eager::new(model, config)?;
-            let mut id = argmax(&eager.logits(prompt)?)?;
-            for _ in 0..steps {
-                id = argmax(&eager.logits(&[id])?)?;
-            }
-            Ok(())
-        },
-        || {
-            let mut lazy = Lazy::new(lazy, capacity)?;
-            let mut id = argmax(&lazy.logits(prompt)?)?;
-            for _ in 0..steps {
-                id = argmax(&lazy.logits(&[id])?)?;
-            }
-            Ok(Work { reports: lazy.reports })
-        },
-    )?;
-    Ok(measured.row(name.to_string(), difference, agrees))
+    let mut lazy = Lazy { model: lazy, cache: None };
+    let compared = match twin {
+        Ok(twin) => {
+            let (want_ids, want) = greedy(twin, prompt, steps)?;
+            let (got_ids, got) = greedy(&mut lazy, prompt, steps)?;
+            let difference = got.iter().zip(&want).map(|(g, w)| relative_difference(g, w)).fold(0.0, f64::max);
+            Ok((difference, difference <= TOLERANCE && got_ids == want_ids))
+        }
+        Err(why) => Err(why.clone()),
+    };
+    let mut eager = twin.as_mut().ok().map(|twin| Text::new(twin, prompt, steps));
+    let mut lazy = Text::new(&mut lazy, prompt, steps);
+    let eager = eager.as_mut().map(|eager| eager as &mut dyn Way);
+    Ok(measure(repetitions, steps + 1, eager, &mut lazy)?.row(name, compared))
 }
 
-/// A prefill of a longer text, and a greedy decode after the chat prompt.
+/// At most the first `most` ids.
+fn first(ids: &[u32], most: usize) -> &[u32] {
+    ids.get(..most).unwrap_or(ids)
+}
+
+/// A prefill of a longer text, and a greedy decode after the chat prompt; both shorter where the model sees fewer positions.
 pub(super) fn compare(dir: &ModelDir, repetitions: usize) -> Result<Vec<ModelRow>> {
     let lazy = dir.causal_lm(DType::F32, &Device::Cpu)?;
-    let config = eager_config(lazy.config())?;
-    let model = llama::Llama::load(dir.var_builder(DType::F32, &Device::Cpu)?, &config)?;
+    let config = lazy.config();
+    let mut twin = match twin::kind(config) {
+        Ok(kind) => Ok(Twin::load(kind, dir, config)?),
+        Err(why) => Err(why),
+    };
     let tokenizer = dir.tokenizer()?;
+    // beyond its window a model forgets, and candle-transformers forgets otherwise than Hugging Face does
+    let most = config.sliding_window.map_or(config.max_position_embeddings, |w| w.min(config.max_position_embeddings));
     let text = tokenizer.encode(&TEXT.repeat(3), false)?;
+    let text = first(&text, most);
+    let steps = DECODE_STEPS.min(most / 2);
     let chat = tokenizer.encode(PROMPT, true)?;
-    let eager = (&model, &config);
+    let chat = first(&chat, most - steps);
     Ok(vec![
-        row(&format!("decoder, prefill {}", text.len()), eager, &lazy, &text, 0, repetitions)?,
-        row(&format!("decoder, {DECODE_STEPS} tokens"), eager, &lazy, &chat, DECODE_STEPS, repetitions)?,
+        row(format!("decoder, prefill {}", text.len()), &mut twin, &lazy, text, 0, repetitions)?,
+        row(format!("decoder, {steps} tokens"), &mut twin, &lazy, chat, steps, repetitions)?,
     ])
 }
 
@@ -192,7 +201,7 @@ pub(super) fn facts(dir: &ModelDir) -> Result<Vec<(String, Option<String>)>> {
     let model = dir.causal_lm(DType::F32, &Device::Cpu)?;
     let want = tokenizer.encode("The capital of France is Paris.", false)?;
     let prompt = tokenizer.encode(PROMPT, true)?;
-    let (got, _) = greedy(&mut Lazy::new(&model, prompt.len() + want.len())?, &prompt, want.len())?;
+    let (got, _) = greedy(&mut Lazy { model: &model, cache: None }, &prompt, want.len())?;
     let text = tokenizer.decode(&got)?;
     facts.push((
         "SmolLM2 answers \"The capital of France is Paris.\"".into(),

@@ -1,29 +1,48 @@
-//! Measuring two ways of doing the same work.
+//! Measuring two ways of doing the same work, step by step.
 
+use super::EagerSide;
 use crate::alloc;
 use crate::Result;
 use candle_lazy_exec::buffer::trim;
 use candle_lazy_exec::EvalReport;
 use std::time::{Duration, Instant};
 
-/// What a run of lazy work did.
-#[derive(Debug, Clone, Default)]
-pub struct Work {
-    /// The reports of its evaluations.
-    pub reports: Vec<EvalReport>,
+/// Work that is repeated in steps: a forward pass, or a prefill and one step per new token.
+pub trait Way {
+    /// Makes ready what the work needs beside weights and input, such as an empty KV cache. Not measured.
+    ///
+    /// # Errors
+    /// When that fails.
+    fn begin(&mut self) -> Result<()>;
+
+    /// Does step `index`; the report of what the engine evaluated, if it did.
+    ///
+    /// # Errors
+    /// When the work fails.
+    fn step(&mut self, index: usize) -> Result<Option<EvalReport>>;
+
+    /// Drops what [`Way::begin`] and the steps made.
+    fn end(&mut self);
+}
+
+/// One side of a comparison.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Side {
+    /// The sum over the steps of each step's median time.
+    pub time: Duration,
+    /// Most bytes at once, beyond what was alive before.
+    pub peak: u64,
 }
 
 /// Times and peaks of two ways.
 #[derive(Debug, Clone, Default)]
 pub struct Measured {
-    /// Median time of the first.
-    pub eager: Duration,
-    /// Median time of the second.
-    pub lazy: Duration,
-    /// Most bytes at once of the first, beyond what was alive before.
-    pub eager_peak: u64,
-    /// Most bytes at once of the second.
-    pub lazy_peak: u64,
+    /// The first way, where there is one.
+    pub eager: Option<Side>,
+    /// The second.
+    pub lazy: Side,
+    /// Measured runs of each.
+    pub runs: usize,
     /// Kernels of the second's last run.
     pub kernels: usize,
     /// Candle ops that stood in for kernels in it.
@@ -34,69 +53,140 @@ pub struct Measured {
     pub cache_misses: usize,
 }
 
-/// The result of `f` and its time.
-fn timed<T>(f: impl FnOnce() -> Result<T>) -> Result<(T, Duration)> {
-    let start = Instant::now();
-    let value = f()?;
-    Ok((value, start.elapsed()))
+/// Where more than one run is asked for, short work is repeated until the runs have taken this long together.
+const ENOUGH: Duration = Duration::from_millis(1500);
+
+/// No more runs than this, however short.
+const MOST_RUNS: usize = 51;
+
+/// The whole work once.
+fn whole(way: &mut dyn Way, steps: usize) -> Result<()> {
+    way.begin()?;
+    for index in 0..steps {
+        way.step(index)?;
+    }
+    Ok(())
 }
 
-/// The most bytes that `f` had allocated at once. The engine's pool is emptied first: what an earlier run left in it would
+/// The most bytes that a run had allocated at once. The engine's pool is emptied first: what an earlier run left in it would
 /// otherwise count as alive before.
-fn peak_of<T>(f: impl FnOnce() -> Result<T>) -> Result<u64> {
+fn peak_of(way: &mut dyn Way, steps: usize) -> Result<u64> {
+    way.end();
     trim();
     let before = alloc::live_bytes();
     alloc::reset_peak();
-    f()?;
-    Ok(alloc::peak_bytes().saturating_sub(before) as u64)
+    whole(way, steps)?;
+    let peak = alloc::peak_bytes().saturating_sub(before) as u64;
+    way.end();
+    Ok(peak)
 }
 
-fn median(mut times: Vec<Duration>) -> Duration {
+/// The middle of the sorted times, the mean of the two in the middle of an even number.
+fn median(times: &mut [Duration]) -> Duration {
     times.sort_unstable();
-    times.get(times.len() / 2).copied().unwrap_or_default()
+    let at = |index: usize| times.get(index).copied().unwrap_or_default();
+    match times.len() {
+        0 => Duration::ZERO,
+        n => (at((n - 1) / 2) + at(n / 2)) / 2,
+    }
 }
 
-/// One warm-up of each, `repetitions` of each in turns, then one of each for its memory.
+/// The times of every step over all runs.
+struct Times(Vec<Vec<Duration>>);
+
+impl Times {
+    fn new(steps: usize) -> Self {
+        Self(vec![Vec::new(); steps])
+    }
+
+    /// Does a step, and returns its time and report.
+    fn step(&mut self, way: &mut dyn Way, index: usize) -> Result<(Duration, Option<EvalReport>)> {
+        let start = Instant::now();
+        let report = way.step(index)?;
+        let time = start.elapsed();
+        if let Some(times) = self.0.get_mut(index) {
+            times.push(time);
+        }
+        Ok((time, report))
+    }
+
+    fn sum_of_medians(mut self) -> Duration {
+        self.0.iter_mut().map(|times| median(times)).sum()
+    }
+}
+
+/// Measures `lazy`, and `eager` beside it.
+///
+/// After a whole run of each to warm up, every run does the work twice, step by step: a step of one way, the same step of the
+/// other, and which of the two goes first changes from step to step. A busy moment of the machine, which lasts longer than a
+/// step, so meets both. A step counts with its median over all runs, for both ways alike; no run is left out. Last comes a
+/// run of each for its memory.
 ///
 /// # Errors
 /// When the work fails.
 pub fn measure(
     repetitions: usize,
-    mut eager: impl FnMut() -> Result<()>,
-    mut lazy: impl FnMut() -> Result<Work>,
+    steps: usize,
+    mut eager: Option<&mut dyn Way>,
+    lazy: &mut dyn Way,
 ) -> Result<Measured> {
-    eager()?;
-    lazy()?;
-    let mut out = Measured::default();
-    let (mut eager_times, mut lazy_times) = (Vec::new(), Vec::new());
-    for _ in 0..repetitions.max(1) {
-        let ((), time) = timed(&mut eager)?;
-        eager_times.push(time);
-        let (work, time) = timed(&mut lazy)?;
-        lazy_times.push(time);
-        out.kernels = work.reports.iter().map(EvalReport::kernel_count).sum();
-        out.fallbacks = work.reports.iter().map(EvalReport::fallback_count).sum();
-        let hits = work.reports.iter().filter(|r| r.cache_hit).count();
-        out.cache_hits += hits;
-        out.cache_misses += work.reports.len() - hits;
+    if let Some(eager) = eager.as_deref_mut() {
+        whole(eager, steps)?;
     }
-    (out.eager, out.lazy) = (median(eager_times), median(lazy_times));
-    (out.eager_peak, out.lazy_peak) = (peak_of(&mut eager)?, peak_of(&mut lazy)?);
+    whole(lazy, steps)?;
+    let mut out = Measured::default();
+    let (mut eager_times, mut lazy_times) = (Times::new(steps), Times::new(steps));
+    let mut spent = Duration::ZERO;
+    while out.runs < repetitions.max(1) || (repetitions > 1 && spent < ENOUGH && out.runs < MOST_RUNS) {
+        (out.kernels, out.fallbacks) = (0, 0);
+        if let Some(eager) = eager.as_deref_mut() {
+            eager.begin()?;
+        }
+        lazy.begin()?;
+        for index in 0..steps {
+            let eager_first = (out.runs + index) % 2 == 0;
+            if let (Some(eager), true) = (eager.as_deref_mut(), eager_first) {
+                spent += eager_times.step(eager, index)?.0;
+            }
+            let (time, report) = lazy_times.step(lazy, index)?;
+            spent += time;
+            if let (Some(eager), false) = (eager.as_deref_mut(), eager_first) {
+                spent += eager_times.step(eager, index)?.0;
+            }
+            if let Some(report) = report {
+                out.kernels += report.kernel_count();
+                out.fallbacks += report.fallback_count();
+                out.cache_hits += usize::from(report.cache_hit);
+                out.cache_misses += usize::from(!report.cache_hit);
+            }
+        }
+        out.runs += 1;
+    }
+    if let Some(eager) = eager {
+        eager.end();
+        lazy.end();
+        out.eager = Some(Side { time: eager_times.sum_of_medians(), peak: peak_of(eager, steps)? });
+    }
+    out.lazy = Side { time: lazy_times.sum_of_medians(), peak: peak_of(lazy, steps)? };
     Ok(out)
 }
 
 impl Measured {
-    /// A row of the comparison.
+    /// A row of the comparison; `eager` is how far the results are apart and whether they agree, or why there is no twin.
     #[must_use]
-    pub fn row(self, name: String, largest_difference: f64, agrees: bool) -> super::ModelRow {
+    pub(super) fn row(self, name: String, eager: std::result::Result<(f64, bool), String>) -> super::ModelRow {
+        let side = self.eager.unwrap_or_default();
         super::ModelRow {
             name,
-            largest_difference,
-            agrees,
-            eager: self.eager,
-            lazy: self.lazy,
-            eager_peak: self.eager_peak,
-            lazy_peak: self.lazy_peak,
+            eager: eager.map(|(largest_difference, agrees)| EagerSide {
+                largest_difference,
+                agrees,
+                time: side.time,
+                peak: side.peak,
+            }),
+            lazy: self.lazy.time,
+            lazy_peak: self.lazy.peak,
+            runs: self.runs,
             kernels: self.kernels,
             fallbacks: self.fallbacks,
             cache_hits: self.cache_hits,
@@ -129,12 +219,22 @@ pub(super) fn relative_difference(a: &[f32], b: &[f32]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::cell::RefCell;
 
     #[test]
     fn the_median_is_of_the_sorted_times() {
         let ms = |n| Duration::from_millis(n);
-        assert_eq!(median(vec![ms(9), ms(1), ms(5)]), ms(5));
-        assert_eq!(median(Vec::new()), Duration::ZERO);
+        assert_eq!(median(&mut [ms(9), ms(1), ms(5)]), ms(5));
+        assert_eq!(median(&mut [ms(9), ms(1), ms(5), ms(3)]), ms(4));
+        assert_eq!(median(&mut []), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_step_counts_with_its_median_over_the_runs() {
+        let ms = |n| Duration::from_millis(n);
+        // one slow run spoils neither step
+        let times = Times(vec![vec![ms(10), ms(900), ms(12)], vec![ms(3), ms(700), ms(1)]]);
+        assert_eq!(times.sum_of_medians(), ms(15));
     }
 
     #[test]
@@ -144,20 +244,43 @@ mod tests {
         assert_eq!(relative_difference(&[f32::NAN, 1.0], &[1.0, 1.0]), f64::INFINITY);
     }
 
-    #[test]
-    fn runs_take_turns_after_a_warm_up_and_memory_comes_last() {
-        use std::cell::RefCell;
-        let log = RefCell::new(String::new());
-        let eager = || {
-            log.borrow_mut().push('e');
+    /// Writes down what is asked of it.
+    struct Logged<'a>(&'static str, &'a RefCell<String>, Duration);
+
+    impl Way for Logged<'_> {
+        fn begin(&mut self) -> Result<()> {
+            self.1.borrow_mut().push_str(&format!(" {}:", self.0));
             Ok(())
-        };
-        let lazy = || {
-            log.borrow_mut().push('l');
-            Ok(Work { reports: vec![EvalReport::default()] })
-        };
-        let measured = measure(2, eager, lazy).unwrap();
-        assert_eq!(log.into_inner(), "elelelel");
-        assert_eq!((measured.cache_hits, measured.cache_misses), (0, 2));
+        }
+
+        fn step(&mut self, index: usize) -> Result<Option<EvalReport>> {
+            self.1.borrow_mut().push_str(&format!("{}{index}", self.0));
+            std::thread::sleep(self.2);
+            Ok((self.0 == "l").then(EvalReport::default))
+        }
+
+        fn end(&mut self) {}
+    }
+
+    #[test]
+    fn steps_take_turns_and_so_does_who_begins() {
+        let log = RefCell::new(String::new());
+        let pause = Duration::from_millis(400);
+        let (mut eager, mut lazy) = (Logged("e", &log, pause), Logged("l", &log, pause));
+        let measured = measure(2, 2, Some(&mut eager), &mut lazy).unwrap();
+        let warm = " e:e0e1 l:l0l1";
+        let runs = " e: l:e0l0l1e1 e: l:l0e0e1l1";
+        assert_eq!(log.take(), format!("{warm}{runs}{warm}"));
+        assert_eq!((measured.runs, measured.cache_hits, measured.cache_misses), (2, 0, 4));
+    }
+
+    #[test]
+    fn short_work_runs_more_often_unless_one_run_is_asked_for() {
+        let log = RefCell::new(String::new());
+        let mut lazy = Logged("l", &log, Duration::ZERO);
+        assert_eq!(measure(5, 1, None, &mut lazy).unwrap().runs, MOST_RUNS);
+        let once = measure(1, 1, None, &mut lazy).unwrap();
+        assert_eq!(once.runs, 1);
+        assert!(once.eager.is_none());
     }
 }

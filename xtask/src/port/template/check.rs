@@ -2,8 +2,14 @@
 
 use candle_core::Tensor;
 use candle_lazy::exec::{EvalReport, LazyTensor};
+use std::io::Write;
 
 pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// Writes a line to stdout; one that does not arrive is an error, as a program that panics says nothing of the models.
+pub fn say(text: std::fmt::Arguments<'_>) -> Result<()> {
+    Ok(writeln!(std::io::stdout(), "{text}")?)
+}
 
 /// The largest difference, relative to the largest |value| of the eager result.
 pub const TOLERANCE: f64 = 1e-4;
@@ -73,15 +79,15 @@ impl Check {
     }
 
     /// One line about the numbers, one about what ran.
-    pub fn print(&self) {
+    pub fn print(&self) -> Result<()> {
         let (models, results) = (self.models, self.results);
-        println!(
+        say(format_args!(
             "{}, {}: {models} models, {results} results, largest difference {:.1e} ({TOLERANCE:.0e} allowed), {} faults",
             self.model,
             self.what,
             self.worst,
             self.faults.len()
-        );
+        ))?;
         let list = |map: &std::collections::BTreeMap<&'static str, usize>| {
             let names: Vec<String> = map.iter().map(|(name, count)| format!("{name} {count}")).collect();
             if names.is_empty() {
@@ -91,7 +97,7 @@ impl Check {
             }
         };
         let r = &self.report;
-        println!(
+        say(format_args!(
             "{}, {}: {} nodes in {} kernels ({}), fallbacks {} ({})",
             self.model,
             self.what,
@@ -100,7 +106,7 @@ impl Check {
             list(&r.kernels),
             r.fallback_count() + r.replayed.values().sum::<usize>(),
             list(&r.fallbacks)
-        );
+        ))
     }
 }
 

@@ -1,6 +1,6 @@
 //! The decoders: prefill, decode steps with the cache, and a second piece of prompt after it.
 
-use crate::check::{greedy, Check, Result};
+use crate::check::{greedy, say, Check, Result};
 use crate::models as ported;
 use crate::weights::{Random, RandomWeights};
 use candle_core::{DType, Device, Tensor};
@@ -189,6 +189,5 @@ pub fn real_llama(check: &mut Check, dir: &Path) -> Result<()> {
         ids = greedy(&want)?;
         said.extend(ids.flatten_all()?.to_vec1::<u32>()?);
     }
-    println!("llama, real weights: both say {:?}", tokenizer.decode(&said)?);
-    Ok(())
+    say(format_args!("llama, real weights: both say {:?}", tokenizer.decode(&said)?))
 }

@@ -21,6 +21,7 @@ mod models {
 mod utils;
 
 use check::Check;
+use std::io::Write;
 use std::path::Path;
 
 fn run(model: &str, dir: Option<&Path>) -> check::Result<Vec<String>> {
@@ -33,14 +34,14 @@ fn run(model: &str, dir: Option<&Path>) -> check::Result<Vec<String>> {
         "mistral" => decoders::mistral(&mut random)?,
         other => return Err(format!("no model {other}").into()),
     }
-    random.print();
+    random.print()?;
     if let Some(dir) = dir {
         match model {
             "bert" => bert::real(&mut real, dir)?,
             "llama" => decoders::real_llama(&mut real, dir)?,
             other => return Err(format!("no published weights for {other}").into()),
         }
-        real.print();
+        real.print()?;
     }
     Ok(random.faults.into_iter().chain(real.faults).collect())
 }
@@ -50,16 +51,20 @@ fn main() {
     let model = args.next().unwrap_or_default();
     let dir = args.next();
     let model = model.to_string_lossy();
-    let code = match run(&model, dir.as_deref().map(Path::new)) {
-        Ok(faults) if faults.is_empty() => 0,
-        Ok(faults) => {
-            for fault in faults {
-                println!("{model}: {fault}");
-            }
-            1
+    let outcome = run(&model, dir.as_deref().map(Path::new)).and_then(|faults| {
+        for fault in &faults {
+            check::say(format_args!("{model}: {fault}"))?;
         }
+        Ok(faults.is_empty())
+    });
+    let code = match outcome {
+        Ok(fine) => i32::from(!fine),
         Err(error) => {
-            println!("{model}: {error}");
+            let io = error.downcast_ref::<std::io::Error>();
+            // where the reader left nothing is wrong, and where stderr is closed there is nobody to tell
+            if io.is_none_or(|e| e.kind() != std::io::ErrorKind::BrokenPipe) {
+                drop(writeln!(std::io::stderr(), "{model}: {error}"));
+            }
             1
         }
     };
