@@ -78,9 +78,7 @@ impl Sum {
         let mut total: Option<Vec<f32>> = None;
         for (storage, layout) in inputs {
             let data = storage.as_slice::<f32>()?;
-            let Some((start, end)) = layout.contiguous_offsets() else {
-                candle_core::bail!("sum: a strided input")
-            };
+            let Some((start, end)) = layout.contiguous_offsets() else { candle_core::bail!("sum: a strided input") };
             let part = &data[start..end];
             total = Some(match total {
                 None => part.to_vec(),
