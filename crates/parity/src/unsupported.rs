@@ -16,6 +16,7 @@ pub fn candle_runs(case: &Case) -> Option<&'static str> {
         Op::Reduce { op: ReduceOp::Sum | ReduceOp::Max | ReduceOp::Min, .. } if whole(0) => {
             Some("integer reductions are Candle's: no kernel of ours computes in integers yet")
         }
+        Op::QMatmul => Some("quantised products are Candle's: no kernel of ours reads its blocks yet"),
         Op::Where if whole(1) => Some("a choice between integers is Candle's: row programs hold floats"),
         Op::Where if matches!(case.inputs.first().map(|i| i.dtype), Some(DType::U32 | DType::I64)) => {
             Some("a wide integer condition is Candle's: row programs read u8 conditions")

@@ -43,6 +43,7 @@ ops! {
     groups_and_losses: "group_norm", "cross_entropy";
     products: "matmul", "linear", "lora";
     rows: "softmax", "log_softmax", "rms_norm", "layer_norm", "glu";
+    opaque: "custom_op1", "custom_op2", "custom_op3", "qmatmul";
     rope: "rope";
     attention: "attention";
     random_graphs: "random";

@@ -246,6 +246,8 @@ const PLANS: &[Row] = &[
     ("slice_assign.not_last_use", "a value is written in place that is read later", "program", "all-passes"),
     ("replay.affine", "Candle's affine without its addend", "affine", "replay"),
     ("replay.detached", "sigmoid's tape is cut", "sigmoid", "tracked"),
+    ("replay.qmatmul", "a tracked input meets the quantised kernel", "qmatmul", "tracked"),
+    ("custom.operands", "the last two inputs change places", "custom_op3", "all-passes"),
     ("replay.sub", "a difference the other way", "sub", "replay"),
     ("replay.extreme", "a reduced dim is forgotten", "max min", "replay"),
     ("replay.window", "a mask has no window", "causal_mask", "replay all-passes"),
