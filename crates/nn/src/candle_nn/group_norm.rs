@@ -24,7 +24,7 @@ impl GroupNorm {
     /// When the channels do not split into the groups.
     #[track_caller]
     pub fn new(weight: Tensor, bias: Tensor, num_channels: usize, num_groups: usize, eps: f64) -> Result<Self> {
-        if num_groups == 0 || num_channels % num_groups != 0 {
+        if num_groups == 0 || !num_channels.is_multiple_of(num_groups) {
             let message = format!("group_norm: {num_channels} channels do not split into {num_groups} groups");
             return Err(Error::Msg(message).at_caller());
         }

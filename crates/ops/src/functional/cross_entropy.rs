@@ -92,7 +92,13 @@ impl CustomOp2 for Losses {
             let Some(mut max) = crate::storage::cpu_slice_mut(&mut largest) else {
                 return Err(Error::unsupported(OP, format!("dtype {}", dtype.as_str())));
             };
-            program.run(logits.dims(), ROW, &[logits.clone()], &[], &mut [max.reborrow(), out.reborrow()])?;
+            program.run(
+                logits.dims(),
+                ROW,
+                std::slice::from_ref(&logits),
+                &[],
+                &mut [max.reborrow(), out.reborrow()],
+            )?;
             let (rows, columns) = (logits.layout.strides[0], logits.layout.strides[1]);
             let at = targets.iter().enumerate().map(|(row, target)| {
                 let target = if fault::active("cross_entropy.target") { Some(0) } else { *target };

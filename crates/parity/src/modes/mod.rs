@@ -1,5 +1,6 @@
 //! The ways in which a case is computed, and what each must equal.
 
+pub(crate) mod blocks;
 mod functions;
 mod gradient;
 mod lazy_modes;
