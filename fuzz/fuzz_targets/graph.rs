@@ -2,14 +2,16 @@
 //! for bit or fail together.
 #![no_main]
 
-use candle_core::{DType, Device, Tensor, D};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Shape, Tensor, D};
 use candle_lazy_exec::run::eval_all_with;
-use candle_lazy_exec::{AttentionOptions, Error, EvalOptions, LazyTensor, Result};
+use candle_lazy_exec::{AttentionOptions, Error, EvalOptions, LazyTensor, RandomKey, Result};
 use candle_lazy_fuzz::{contained, Choices};
 use libfuzzer_sys::fuzz_target;
+use std::sync::Arc;
 
 const CPU: Device = Device::Cpu;
-const SHAPES: [&[usize]; 14] = [
+const SHAPES: [&[usize]; 16] = [
     &[],
     &[1],
     &[4],
@@ -24,9 +26,20 @@ const SHAPES: [&[usize]; 14] = [
     &[3, 2],
     &[2],
     &[1, 1, 1, 1, 1, 1, 1, 1, 2],
+    &[2, 64],
+    &[2, 4, 3],
 ];
 const DTYPES: [DType; 9] =
     [DType::F32, DType::F32, DType::F32, DType::F16, DType::BF16, DType::F64, DType::U8, DType::U32, DType::I64];
+/// Kinds of quantised weights, with a width that each can hold.
+const QUANTISED: [(GgmlDType, usize); 6] = [
+    (GgmlDType::F32, 4),
+    (GgmlDType::F16, 4),
+    (GgmlDType::Q8_0, 64),
+    (GgmlDType::Q4_0, 64),
+    (GgmlDType::BF16, 3),
+    (GgmlDType::Q5_1, 64),
+];
 /// A result with more elements is dropped.
 const LARGEST: usize = 4096;
 const STEPS: usize = 40;
@@ -54,15 +67,177 @@ fn leaf(c: &mut Choices<'_>) -> Result<LazyTensor> {
     Ok(LazyTensor::from(tensor))
 }
 
-fn step(c: &mut Choices<'_>, pool: &[LazyTensor]) -> Result<LazyTensor> {
-    let op = c.byte();
-    let pick = |c: &mut Choices<'_>| match pool.len() {
+/// A custom op: the elements of its inputs added up place by place in f32, as many as the shortest has, if `honest`; else one
+/// more than was stated.
+struct Sum {
+    honest: bool,
+}
+
+impl Sum {
+    fn run(&self, inputs: &[(&CpuStorage, &Layout)]) -> candle_core::Result<(CpuStorage, Shape)> {
+        let mut total: Option<Vec<f32>> = None;
+        for (storage, layout) in inputs {
+            let data = storage.as_slice::<f32>()?;
+            let Some((start, end)) = layout.contiguous_offsets() else { candle_core::bail!("sum: a strided input") };
+            let part = &data[start..end];
+            total = Some(match total {
+                None => part.to_vec(),
+                Some(sum) => sum.iter().zip(part).map(|(a, b)| a + b).collect(),
+            });
+        }
+        let mut total = total.unwrap_or_default();
+        if !self.honest {
+            total.push(1.0);
+        }
+        let shape = Shape::from(total.len());
+        Ok((CpuStorage::F32(total), shape))
+    }
+}
+
+impl CustomOp1 for Sum {
+    fn name(&self) -> &'static str {
+        "sum1"
+    }
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.run(&[(s, l)])
+    }
+}
+
+impl CustomOp2 for Sum {
+    fn name(&self) -> &'static str {
+        "sum2"
+    }
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.run(&[(s1, l1), (s2, l2)])
+    }
+}
+
+impl CustomOp3 for Sum {
+    fn name(&self) -> &'static str {
+        "sum3"
+    }
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.run(&[(s1, l1), (s2, l2), (s3, l3)])
+    }
+}
+
+fn pick(c: &mut Choices<'_>, pool: &[LazyTensor]) -> Result<LazyTensor> {
+    match pool.len() {
         0 => leaf(c),
         n => Ok(pool[c.below(n)].clone()),
-    };
+    }
+}
+
+/// Ops that pick and place, that count, that draw, and what is opaque.
+fn indexed_or_opaque(c: &mut Choices<'_>, pool: &[LazyTensor], op: u8) -> Result<LazyTensor> {
+    let pick = |c: &mut Choices<'_>| pick(c, pool);
     let x = pick(c)?;
     let dim = c.below(6);
-    Ok(match op % 72 {
+    Ok(match op {
+        0 => x.gather(&pick(c)?, dim)?,
+        1 => x.scatter(&pick(c)?, &pick(c)?, dim)?,
+        2 => x.scatter_add(&pick(c)?, &pick(c)?, dim)?,
+        3 => x.index_add(&pick(c)?, &pick(c)?, dim)?,
+        4 => x.slice(dim, c.below(5), c.below(6), c.below(4))?,
+        5 => match x.split(&[c.below(4), c.below(4)], dim)?.pop() {
+            Some(part) => part,
+            None => x,
+        },
+        6 => x.pad_with_zeros(dim, c.below(3), c.below(3))?,
+        7 => x.pad_with_same(dim, c.below(3), c.below(3))?,
+        8 => x.repeat(SHAPES[c.below(SHAPES.len())])?,
+        9 => x.one_hot(c.below(5), 1.0, 0.0, DTYPES[c.below(DTYPES.len())])?,
+        10 => x.to_device(&CPU)?,
+        11 => x.argmax(dim)?,
+        12 => x.argmin_keepdim(dim)?,
+        13 => x.var(dim)?,
+        14 => x.var_keepdim((dim, c.below(3)))?,
+        15 => x.log_sum_exp(dim)?,
+        16 => x.log_sum_exp_keepdim((dim, c.below(3)))?,
+        17 => x.elu(f64::from(c.byte()) / 64.0)?,
+        18 => x.clamp(f64::from(c.byte()) / 64.0 - 2.0, f64::from(c.byte()) / 64.0 - 2.0)?,
+        19 => x.clamp(&pick(c)?, &pick(c)?)?,
+        20 => x.dropout(f64::from(c.byte()) / 255.0, RandomKey::new(u64::from(c.byte())))?,
+        21 => {
+            let (lo, dtype) = (f64::from(c.byte()), DTYPES[c.below(DTYPES.len())]);
+            LazyTensor::rand_from(&x, lo, lo + 1.0, SHAPES[c.below(SHAPES.len())], dtype)?
+        }
+        22 => LazyTensor::randn_from(&x, 0.0, 1.0, SHAPES[c.below(SHAPES.len())], DTYPES[c.below(DTYPES.len())])?,
+        23 => x.cross_entropy(&pick(c)?)?,
+        24 => {
+            let groups = c.below(4);
+            let weight = if c.below(2) == 0 { None } else { Some(pick(c)?) };
+            let bias = if c.below(2) == 0 { None } else { Some(pick(c)?) };
+            x.group_norm(groups, weight.as_ref(), bias.as_ref(), 1e-5)?
+        }
+        25 => x.custom_op1(Sum { honest: c.below(8) > 0 }, x.elem_count(), DType::F32)?,
+        26 => {
+            let y = pick(c)?;
+            let stated = x.elem_count().min(y.elem_count());
+            x.custom_op2(&y, Sum { honest: c.below(8) > 0 }, stated, DType::F32)?
+        }
+        27 => {
+            let (y, z) = (pick(c)?, pick(c)?);
+            let stated = x.elem_count().min(y.elem_count()).min(z.elem_count());
+            x.custom_op3(&y, &z, Sum { honest: c.below(8) > 0 }, stated, DType::F32)?
+        }
+        28 | 29 => {
+            let (kind, width) = QUANTISED[c.below(QUANTISED.len())];
+            let rows = 1 + c.below(3);
+            let numbers: Vec<f32> = (0..rows * width).map(|i| (i * 7 % 9) as f32 * 0.25 - 1.0).collect();
+            let weight = QTensor::quantize(&Tensor::from_vec(numbers, (rows, width), &CPU)?, kind)?;
+            x.qmatmul(&Arc::new(weight))?
+        }
+        30 => x.cumsum(dim)?,
+        31 => x.flip(&[dim])?,
+        32 => x.roll(c.below(9) as i32 - 4, dim)?,
+        33 => x.dot(&pick(c)?)?,
+        34 => x.mv(&pick(c)?)?,
+        35 => x.norm()?,
+        36 => x.round_to(c.below(7) as i32 - 3)?,
+        37 => x.force_contiguous()?,
+        38 => LazyTensor::tril2(c.below(5), DTYPES[c.below(DTYPES.len())], &CPU)?,
+        39 => LazyTensor::eye(c.below(5), DTYPES[c.below(DTYPES.len())], &CPU)?,
+        40 => LazyTensor::arange_step(0f32, f32::from(c.byte() % 8), 0.5, &CPU)?,
+        41 => x.gelu_mul(&pick(c)?)?,
+        42 => x.broadcast_pow(&pick(c)?)?,
+        43 => x.erf()?,
+        44 => x.gelu_erf()?,
+        45 => x.sigmoid()?,
+        46 => x.sin()?,
+        47 => x.cos()?,
+        48 => x.round()?,
+        49 => x.ceil()?,
+        50 => x.broadcast_ge(&pick(c)?)?,
+        51 => x.maximum(f64::from(c.byte()) / 16.0)?,
+        52 => x.slice_scatter0(&pick(c)?, c.below(4))?,
+        _ => x.copy()?,
+    })
+}
+
+fn step(c: &mut Choices<'_>, pool: &[LazyTensor]) -> Result<LazyTensor> {
+    let op = c.byte();
+    if let Some(op) = (op % 128).checked_sub(72) {
+        return indexed_or_opaque(c, pool, op);
+    }
+    let pick = |c: &mut Choices<'_>| pick(c, pool);
+    let x = pick(c)?;
+    let dim = c.below(6);
+    Ok(match op % 128 {
         0 => leaf(c)?,
         1 => x.neg()?,
         2 => x.abs()?,

@@ -143,6 +143,17 @@ fn quantised_products_are_candles_and_keep_the_gradient_of_the_input() {
     }
     let error = LazyTensor::from(&x()).qmatmul(&weight).unwrap_err().to_string();
     assert!(error.contains("qmatmul") && error.contains("[2, 3]") && error.contains("opaque.rs"), "{error}");
+    // Candle's kernel of this kind takes pairs of blocks and panics else
+    for (width, taken) in [(32, false), (64, true)] {
+        let w = Tensor::randn(0f32, 1.0, (2, width), &CPU).unwrap();
+        let weight = Arc::new(QTensor::quantize(&w, GgmlDType::Q5_1).unwrap());
+        let y = LazyTensor::from(&w).qmatmul(&weight);
+        assert_eq!(y.is_ok(), taken);
+        match y {
+            Ok(y) => assert_eq!(y.eval().unwrap().dims(), [2, 2]),
+            Err(error) => assert!(error.to_string().contains("Q5_1 [2, 32]"), "{error}"),
+        }
+    }
 }
 
 #[test]
@@ -216,4 +227,26 @@ fn masks_one_hot_padding_and_repetition_are_candles() {
     same(lazy.minimum(0.5).unwrap(), eager.minimum(0.5).unwrap());
     same(lazy.max_all().unwrap(), eager.max_all().unwrap());
     same(LazyTensor::from(&ids).maximum(1).unwrap(), ids.maximum(1i64).unwrap());
+}
+
+#[test]
+fn what_is_composed_names_the_callers_line_too() {
+    let lazy = LazyTensor::from(x());
+    let nine = LazyTensor::from(Tensor::zeros(vec![1; 9], DType::F32, &CPU).unwrap());
+    let line = line!() + 1;
+    let errors = [
+        lazy.repeat(vec![usize::MAX, 2]).err(),
+        lazy.repeat(vec![usize::MAX / 4, 2, 3]).err(),
+        lazy.pad_with_same(0, usize::MAX / 2, 0).err(),
+        lazy.pad_with_zeros(1, 0, usize::MAX / 2).err(),
+        nine.pad_with_same(0, 1, 1).err(),
+        LazyTensor::from(Tensor::new(&[1u32], &CPU).unwrap()).one_hot(3, 1.0, 0.0, DType::I16).err(),
+        LazyTensor::from(Tensor::new(&[1u32, 2], &CPU).unwrap()).cumsum(0).err(),
+    ];
+    for (i, error) in (1..).zip(errors) {
+        let error = error.unwrap();
+        let site = error.site().unwrap();
+        assert!(site.location().file().ends_with("opaque.rs"), "{error}");
+        assert_eq!(site.location().line(), line + i, "{error}");
+    }
 }

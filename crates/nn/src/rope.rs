@@ -43,7 +43,8 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
-    /// The table of `positions` rows for heads of `head_dim`, base `theta`.
+    /// The table of `positions` rows for heads of `head_dim`, base `theta`; for a partial embedding `head_dim` is the number of dims
+    /// that turn.
     ///
     /// # Errors
     /// Where `head_dim` is odd or zero, a factor list has another length than `head_dim / 2`, or there is no memory for it.
@@ -70,6 +71,40 @@ impl RopeTable {
         let cos = Tensor::from_vec(cos, (positions, half), device)?.to_dtype(dtype)?;
         let sin = Tensor::from_vec(sin, (positions, half), device)?.to_dtype(dtype)?;
         Ok(Self { cos: cos.into(), sin: sin.into(), positions })
+    }
+
+    /// From tables of cosines and sines (positions, rotary dim / 2), where a model computes its angles otherwise.
+    ///
+    /// # Errors
+    /// Where the tables are no matrices of one shape.
+    #[track_caller]
+    pub fn from_tables(cos: LazyTensor, sin: LazyTensor) -> Result<Self> {
+        if cos.rank() != 2 || cos.dims() != sin.dims() {
+            let (cos, sin) = (cos.dims(), sin.dims());
+            return Err(Error::config(
+                "rope",
+                format_args!("tables {cos:?} and {sin:?}: needs (positions, dims / 2) twice"),
+            ));
+        }
+        let positions = cos.dims().first().copied().unwrap_or(0);
+        Ok(Self { cos, sin, positions })
+    }
+
+    /// How many dims of a head the table turns.
+    pub fn rotary_dim(&self) -> usize {
+        self.cos.dims().last().map_or(0, |half| half * 2)
+    }
+
+    /// `xs` (batch, heads, positions, head dim) turned by the angles of the positions from `start` on. A head may be wider than
+    /// [`RopeTable::rotary_dim`]: its other dims pass through (partial rotary embedding).
+    ///
+    /// # Errors
+    /// Where the table ends too early or is wider than a head, or the dtypes differ.
+    #[track_caller]
+    pub fn apply(&self, xs: &LazyTensor, start: usize) -> Result<LazyTensor> {
+        let (_, _, len, _) = xs.dims4()?;
+        let (cos, sin) = self.slice(start, len)?;
+        Ok(xs.rope_partial(&cos, &sin, false)?)
     }
 
     /// Number of rows.

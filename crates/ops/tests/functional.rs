@@ -196,6 +196,33 @@ fn layer_norm_gradients() {
 }
 
 #[test]
+fn group_norm_gradients() {
+    let all: &[&[usize]] = &[&[2, 6, 4], &[6], &[6]];
+    check_grads("group-norm", all, &|t| ops::group_norm(&t[0], 3, Some(&t[1]), Some(&t[2]), 0.1));
+    check_grads("group-norm", &all[..2], &|t| ops::group_norm(&t[0], 2, Some(&t[1]), None, 0.1));
+    check_grads("group-norm", &all[..2], &|t| ops::group_norm(&t[0], 1, None, Some(&t[1]), 0.1));
+    check_grads("group-norm", &[&[1, 4, 2, 3]], &|t| ops::group_norm(&t[0], 4, None, None, 0.1));
+}
+
+#[test]
+fn cross_entropy_gradients() {
+    for dtype in [DType::U8, DType::U32, DType::I64] {
+        let targets = Tensor::new(&[4u32, 0, 2], &CPU).unwrap().to_dtype(dtype).unwrap();
+        check_grads("cross-entropy", &[&[3, 5]], &|t| ops::cross_entropy(&t[0], &targets));
+    }
+}
+
+#[test]
+fn a_target_that_is_its_types_largest_value_picks_nothing() {
+    let x = Var::from_tensor(&Tensor::new(&[[1f32, 2., 4.], [3., -1., 0.]], &CPU).unwrap()).unwrap();
+    let both = ops::cross_entropy(x.as_tensor(), &Tensor::new(&[1i64, i64::MAX], &CPU).unwrap()).unwrap();
+    let one = ops::cross_entropy(&x.narrow(0, 0, 1).unwrap(), &Tensor::new(&[1i64], &CPU).unwrap()).unwrap();
+    assert_eq!(flat(&both)[0] * 2.0, flat(&one)[0]);
+    let grads = flat(both.backward().unwrap().get(x.as_tensor()).unwrap());
+    assert!(grads[..3].iter().all(|g| *g != 0.0) && grads[3..].iter().all(|g| *g == 0.0), "{grads:?}");
+}
+
+#[test]
 fn activation_gradients() {
     check_grads("gelu", &[&[3, 7]], &|a| ops::gelu(&a[0]));
     check_grads("gelu-erf", &[&[3, 7]], &|a| ops::gelu_erf(&a[0]));

@@ -23,6 +23,18 @@ fn bad_arguments_are_errors_that_name_the_op() {
         ("rms-norm", ops::rms_norm(&x, Some(&f(&[3]).to_dtype(DType::F64).unwrap()), 1e-5)),
         ("layer-norm", ops::layer_norm(&x, Some(&f(&[3])), Some(&f(&[1, 3])), 1e-5)),
         ("layer-norm", ops::layer_norm(&i, None, None, 1e-5)),
+        ("group-norm", ops::group_norm(&x, 1, None, None, 1e-5)),
+        ("group-norm", ops::group_norm(&q, 3, None, None, 1e-5)),
+        ("group-norm", ops::group_norm(&q, 0, None, None, 1e-5)),
+        ("group-norm", ops::group_norm(&q, 2, Some(&f(&[4])), None, 1e-5)),
+        ("group-norm", ops::group_norm(&q, 2, None, Some(&f(&[2]).to_dtype(DType::F16).unwrap()), 1e-5)),
+        ("cross-entropy", ops::cross_entropy(&x, &f(&[2]))),
+        ("cross-entropy", ops::cross_entropy(&x, &i)),
+        ("cross-entropy", ops::cross_entropy(&i, &Tensor::new(&[0u32, 1], &CPU).unwrap())),
+        ("cross-entropy", ops::cross_entropy(&x, &Tensor::new(&[0u32, 1, 2], &CPU).unwrap())),
+        ("cross-entropy", ops::cross_entropy(&x, &Tensor::new(&[0i64, 3], &CPU).unwrap())),
+        ("cross-entropy", ops::cross_entropy(&x, &Tensor::new(&[-1i64, 2], &CPU).unwrap())),
+        ("cross-entropy", ops::cross_entropy(&f(&[0, 3]), &Tensor::zeros(0, DType::U8, &CPU).unwrap())),
         ("gelu", ops::gelu(&i)),
         ("gelu-erf", ops::gelu_erf(&i)),
         ("silu", ops::silu(&i)),
@@ -56,6 +68,8 @@ fn empty_tensors_pass_through() {
     assert_eq!(ops::softmax(&x, 0).unwrap().dims(), [0, 4]);
     assert_eq!(ops::rms_norm(&x, Some(&w), 1e-5).unwrap().dims(), [0, 4]);
     assert_eq!(ops::gelu(&x).unwrap().dims(), [0, 4]);
+    let groups = Tensor::zeros((0, 4, 3), DType::F32, &CPU).unwrap();
+    assert_eq!(ops::group_norm(&groups, 2, Some(&w), None, 1e-5).unwrap().dims(), [0, 4, 3]);
     let m = Tensor::zeros((4, 2), DType::F32, &CPU).unwrap();
     assert_eq!(ops::matmul(&x, &m).unwrap().dims(), [0, 2]);
     let r = Tensor::zeros((2, 3), DType::F32, &CPU).unwrap();

@@ -4,6 +4,7 @@ use crate::reference::Arr;
 use crate::rng::Rng;
 use crate::value::{to_arr, to_tensor};
 use crate::Result;
+use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Tensor, Var};
 use candle_lazy_graph::{infer, Dims, Meta, Op, OutMeta};
 
@@ -66,6 +67,8 @@ pub enum Domain {
     Mask,
     /// Cosine (or sine) of ordinary angles.
     Angle,
+    /// −1…1: a weight that is quantised before it is used.
+    Quantised(GgmlDType),
 }
 
 /// How to make an input.
@@ -88,11 +91,20 @@ impl InputSpec {
         Self { dims: dims.to_vec(), dtype, layout, domain }
     }
 
-    /// Whether the input is a variable where gradients are asked for: a float, and no mask of two dims (a constant, as masks
-    /// mostly are).
+    /// Whether the input is a variable where gradients are asked for: a float, no quantised weight, and no mask of two dims (a
+    /// constant, as masks mostly are).
     #[must_use]
     pub fn is_tracked(&self) -> bool {
-        self.dtype.is_float() && !(self.domain == Domain::Mask && self.dims.len() == 2)
+        let quantised = matches!(self.domain, Domain::Quantised(_));
+        self.dtype.is_float() && !quantised && !(self.domain == Domain::Mask && self.dims.len() == 2)
+    }
+
+    /// The dtype, or the kind of a quantised weight.
+    fn holds(&self) -> String {
+        match self.domain {
+            Domain::Quantised(kind) => format!("{kind:?}"),
+            _ => self.dtype.as_str().into(),
+        }
     }
 
     fn number(&self, rng: &mut Rng, at: usize) -> f64 {
@@ -138,6 +150,7 @@ impl InputSpec {
                     _ => rng.range(-2.0, 2.0),
                 }
             }
+            Domain::Quantised(_) => rng.range(-1.0, 1.0),
             Domain::Angle => libm::cos(rng.range(-3.0, 3.0)),
         }
     }
@@ -246,7 +259,7 @@ impl Case {
     #[must_use]
     pub fn name(&self) -> String {
         let inputs: Vec<String> =
-            self.inputs.iter().map(|i| format!("{} {:?} {}", i.dtype.as_str(), i.dims, i.layout.name())).collect();
+            self.inputs.iter().map(|i| format!("{} {:?} {}", i.holds(), i.dims, i.layout.name())).collect();
         let scalars = if self.scalars.is_empty() { String::new() } else { format!(" {:?}", self.scalars) };
         format!("{}{scalars}({})", self.op, inputs.join(", "))
     }

@@ -1,6 +1,7 @@
 //! The eager twin of every op: what candle-core and candle-nn compose, differentiable.
 
-use crate::{Error, Result};
+use crate::case::Case;
+use crate::{opaque, Error, Result};
 use candle_core::{DType, Device, Tensor, D};
 use candle_lazy_graph::{ArgOp, BinaryOp, CmpOp, Op, ReduceOp, ScatterOp, UnaryOp};
 use candle_nn::Module;
@@ -86,6 +87,7 @@ pub fn run(op: &Op, s: &[f64], x: &[Tensor]) -> Result<Tensor> {
             candle_nn::GroupNorm::new(w, b, c, *groups, s[0])?.forward(&x[0])?
         }
         Op::CrossEntropy => candle_nn::loss::cross_entropy(&x[0], &x[1].contiguous()?)?,
+        Op::Custom { name, .. } => opaque::eagerly(name, x)?,
         Op::Contiguous => x[0].contiguous()?,
         Op::Detach => x[0].detach(),
         Op::Concat { dim } => Tensor::cat(x, at(*dim))?,
@@ -155,7 +157,29 @@ pub fn run(op: &Op, s: &[f64], x: &[Tensor]) -> Result<Tensor> {
     })
 }
 
+/// The eager result of a case, whose weight may be quantised.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_case(case: &Case, x: &[Tensor]) -> Result<Tensor> {
+    match opaque::weight(case, x)? {
+        Some(weight) => opaque::product(&x[0], &weight),
+        None => run(&case.op, &case.scalars, x),
+    }
+}
+
 /// As [`run`], for gradients in f64: where the constants of Candle's own backward have six digits, the function is composed.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_case_precisely(case: &Case, x: &[Tensor]) -> Result<Tensor> {
+    match opaque::weight(case, x)? {
+        Some(weight) => opaque::product(&x[0], &weight),
+        None => run_precisely(&case.op, &case.scalars, x),
+    }
+}
+
+/// As [`run_case_precisely`], for an op.
 ///
 /// # Errors
 /// As [`run`].

@@ -1,17 +1,35 @@
 //! A case recorded on lazy tensors, through the methods that users call.
 
-use crate::{Error, Result};
+use crate::case::Case;
+use crate::{opaque, Error, Result};
 use candle_core::Device;
 use candle_lazy_exec::{AttentionOptions, LazyTensor};
 use candle_lazy_graph::{
     ArgOp, BinaryOp, BuildSite, CmpOp, Distribution, Node, Op, ReduceOp, Scalars, ScatterOp, UnaryOp,
 };
 
+/// The result of a case on `x`, whose weight may be quantised.
+///
+/// # Errors
+/// When recording refuses the inputs.
+pub fn record_case(case: &Case, x: &[LazyTensor]) -> Result<LazyTensor> {
+    match (&case.op, x) {
+        (Op::QMatmul, [x, w]) => match opaque::weight(case, &[x.eval()?, w.eval()?])? {
+            Some(weight) => Ok(x.qmatmul(&weight)?),
+            None => Err(Error::NoTwin(format!("{} without a weight", case.op))),
+        },
+        _ => record(&case.op, &case.scalars, x),
+    }
+}
+
 /// The result of `op` on `x`.
 ///
 /// # Errors
 /// When recording refuses the inputs.
 pub fn record(op: &Op, s: &[f64], x: &[LazyTensor]) -> Result<LazyTensor> {
+    if let Op::Custom { name, shape, dtype, .. } = op {
+        return opaque::record(name, shape, *dtype, x);
+    }
     let meant = op.arity().unwrap_or(x.len().max(1));
     if meant != x.len() || op.scalar_count() != s.len() {
         return Err(Error::NoTwin(format!("{op} takes {meant} inputs and {} scalars", op.scalar_count())));

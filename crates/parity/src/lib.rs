@@ -4,6 +4,7 @@
 //! - [`case`] and [`cases`]: op × shapes × layouts × dtypes, with deterministic inputs.
 //! - [`eager`]: the same op as candle-core and candle-nn compose it.
 //! - [`modes`]: the ways in which this workspace computes a case.
+//! - [`opaque`]: custom ops and quantised weights for it.
 //! - [`compare`]: when two results are the same.
 //! - [`programs`]: small graphs with a name; [`random`]: random graphs, minimised on failure.
 //! - [`mutants`]: the checker checked, by faults that it must catch.
@@ -20,6 +21,7 @@ pub mod lazy;
 pub mod models;
 pub mod modes;
 pub mod mutants;
+pub mod opaque;
 pub mod programs;
 pub mod random;
 pub mod referee;

@@ -287,6 +287,18 @@ const PROGRAMS: &[(&str, Write)] = &[
         let n = d.unary(Neg, y)?;
         Ok(vec![d.op(Op::Where, &[], &[s, n, y])?])
     }),
+    ("partial rotary embeddings", |d| {
+        let (b, h, s, dim, rotary) = (2, 3, 5, 10, 6);
+        let x = d.leaf(&[b, h, s, dim]);
+        let (cos, sin) = (d.leaf(&[s, rotary / 2]), d.leaf(&[s, rotary / 2]));
+        let (head, rest) = (d.narrow(x, 3, 0, rotary)?, d.narrow(x, 3, rotary, dim - rotary)?);
+        let mut roots = Vec::new();
+        for interleaved in [false, true] {
+            let turned = d.op(Op::Rope { interleaved }, &[], &[head, cos, sin])?;
+            roots.push(d.op(Op::Concat { dim: 3 }, &[], &[turned, rest])?);
+        }
+        Ok(roots)
+    }),
     ("a transformer block", |d| {
         let (b, s, h, n) = (2, 3, 8, 2);
         let x = d.leaf(&[b, s, h]);

@@ -2,7 +2,7 @@
 
 use crate::reference::{self as r, Arr, AttentionSpec, Summed};
 use crate::value::ulp;
-use crate::{Error, Result};
+use crate::{opaque, Error, Result};
 use candle_core::DType;
 use candle_lazy_graph::{ArgOp, BinaryOp, CmpOp, Distribution, Op, ReduceOp, ScatterOp, UnaryOp};
 
@@ -154,6 +154,21 @@ fn gelu_like(f: UnaryOp, value: Arr, inner: Arr, dtype: DType) -> Judged {
     }
 }
 
+/// x·wᵀ where the kernel rounds x to eight bits: by at most 1/254 of the row's largest number, which counts as part of the
+/// magnitude.
+fn quantised(x: &Arr, w: &Arr, dtype: DType) -> Result<Judged> {
+    let mut judged = Judged::summed(r::linear(x, w, None)?);
+    let width = x.dims.last().copied().unwrap_or(1).max(1);
+    let sums: Vec<f64> = w.data.chunks(width).map(|row| row.iter().map(|v| v.abs()).sum()).collect();
+    // an error of two units at the magnitude is allowed, and a unit is at least half of what it is at a power of two
+    let share = 1.0 / 254.0 / ulp(dtype, 1.0);
+    for (row, magnitude) in x.data.chunks(width).zip(judged.magnitude.data.chunks_mut(sums.len().max(1))) {
+        let largest = row.iter().fold(0.0f64, |m, v| m.max(v.abs()));
+        magnitude.iter_mut().zip(&sums).for_each(|(m, sum)| *m += largest * sum * share);
+    }
+    Ok(judged)
+}
+
 /// The reference's result of `op`; `inputs` are the numbers that the tensors really hold.
 ///
 /// # Errors
@@ -245,6 +260,17 @@ pub fn judge(op: &Op, s: &[f64], x: &[&Arr], dtype: DType) -> Result<Judged> {
             judged
         }
         Op::CrossEntropy => Judged::within(r::cross_entropy(x[0], x[1])?, dtype),
+        Op::QMatmul => quantised(x[0], x[1], dtype)?,
+        Op::Custom { name, .. } => match (*name, x) {
+            (opaque::SQUARE, [a]) => Judged::plain(r::binary(r::Binary::Mul, a, a)?),
+            (opaque::PRODUCT, [a, b]) => Judged::plain(r::binary(r::Binary::Mul, a, b)?),
+            (opaque::PRODUCT_SUM, [a, b, c]) => {
+                let product = r::binary(r::Binary::Mul, a, b)?;
+                let magnitude = r::binary(r::Binary::Add, &product.map(f64::abs), &c.map(f64::abs))?;
+                Judged { magnitude, ..Judged::plain(r::binary(r::Binary::Add, &product, c)?) }
+            }
+            _ => return Err(Error::NoTwin(format!("no reference for {op}"))),
+        },
         Op::Contiguous | Op::Detach | Op::ToDevice => Judged::plain(x[0].clone()),
         Op::Concat { dim } => Judged::plain(r::concat(x, at(*dim))?),
         Op::IndexSelect { dim } => Judged::plain(r::index_select(x[0], x[1], at(*dim))?),

@@ -386,7 +386,8 @@ pub fn run(options: &Options) -> Result<Summary> {
         .collect();
     let graphs = options.op.as_deref().is_none_or(|op| op == "random") && options.mode.is_none();
     let programs = options.op.as_deref().is_none_or(|op| op == "program");
-    if table.is_empty() && !graphs && !programs {
+    let blocks = options.op.as_deref().is_none_or(|op| op == "block");
+    if table.is_empty() && !graphs && !programs && !blocks {
         let op = options.op.as_deref().unwrap_or("any");
         let dtype = options.dtype.map_or("any", |d| d.as_str());
         return Err(Error::Option(format!("no case has op {op} and dtype {dtype}")));
@@ -414,6 +415,9 @@ pub fn run(options: &Options) -> Result<Summary> {
     }
     if programs {
         silenced(|| run_programs(options, &modes, &mut summary))?;
+    }
+    if blocks {
+        silenced(|| crate::modes::blocks::run(options, &modes, &mut summary));
     }
     SILENT.set(true);
     if graphs && options.graphs > 0 {

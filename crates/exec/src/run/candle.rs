@@ -150,7 +150,7 @@ pub(super) fn qmatmul(x: &[Tensor], weight: &QTensor, dims: &[usize]) -> Result<
         return Err(Error::Internal("qmatmul takes one tensor and one quantised weight".into()));
     };
     let dtype = x.dtype();
-    if x.track_op() {
+    if x.track_op() && !fault::active("replay.qmatmul") {
         let w = weight.dequantize(x.device())?.to_dtype(dtype)?.t()?;
         let rows = x.elem_count() / x.dim(candle_core::D::Minus1)?.max(1);
         let flat = x.reshape((rows, x.dim(candle_core::D::Minus1)?))?;
@@ -174,6 +174,9 @@ pub(super) fn custom(customs: &[CustomOp], params: &[f64], x: &[Tensor]) -> Resu
     match (op, x) {
         (Some(CustomOp::One(op)), [a]) => Ok(a.apply_op1_arc(op.clone())?),
         (Some(CustomOp::Two(op)), [a, b]) => Ok(a.apply_op2_arc(b, op.clone())?),
+        (Some(CustomOp::Three(op)), [a, c, b]) if fault::active("custom.operands") => {
+            Ok(a.apply_op3_arc(b, c, op.clone())?)
+        }
         (Some(CustomOp::Three(op)), [a, b, c]) => Ok(a.apply_op3_arc(b, c, op.clone())?),
         _ => Err(Error::Internal("a custom op with other inputs than recorded".into())),
     }

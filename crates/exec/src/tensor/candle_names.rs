@@ -4,7 +4,7 @@ use super::LazyTensor;
 use crate::error::Result;
 use candle_core::backprop::GradStore;
 use candle_core::shape::Dim;
-use candle_core::{Device, Tensor, WithDType};
+use candle_core::{Device, WithDType};
 use candle_lazy_graph::{ErrorKind, NodeId};
 
 impl LazyTensor {
@@ -172,7 +172,7 @@ impl LazyTensor {
         }
         let dim = self.dim_index(dim, "cumsum")?;
         let last = self.rank() - 1;
-        let upper = Self::from(Tensor::triu2(self.dims()[dim], self.dtype(), self.device())?);
+        let upper = Self::triu2(self.dims()[dim], self.dtype(), self.device())?;
         if last == 0 {
             return self.unsqueeze(0)?.matmul(&upper)?.squeeze(0);
         }
@@ -213,7 +213,7 @@ impl LazyTensor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::{DType, Var};
+    use candle_core::{DType, Tensor, Var};
 
     fn tensor(dims: &[usize]) -> Tensor {
         Tensor::randn(0f32, 1., dims, &Device::Cpu).unwrap()

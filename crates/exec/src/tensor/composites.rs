@@ -165,6 +165,28 @@ impl LazyTensor {
         Self::record(Op::Rope { interleaved: true }, &[], &[self, cos, sin])
     }
 
+    /// Rotary position embedding of the first dims of each head: cos and sin (s, r/2) or (b, s, r/2) turn the first r of d dims, as
+    /// [`LazyTensor::rope`] or, with `interleaved`, [`LazyTensor::rope_i`]; the rest passes through (GPT-NeoX, Phi, GLM: a partial
+    /// rotary factor r/d).
+    ///
+    /// # Errors
+    /// When the shapes do not fit, r is larger than d, or the dtypes differ.
+    #[track_caller]
+    pub fn rope_partial(&self, cos: &Self, sin: &Self, interleaved: bool) -> Result<Self> {
+        let (&[.., d], &[.., half]) = (self.dims(), cos.dims()) else {
+            let detail = format!("input {:?} and cos {:?}", self.dims(), cos.dims());
+            return Self::refuse_on("rope", ErrorKind::Shape(detail), &[self, cos, sin]);
+        };
+        let op = Op::Rope { interleaved };
+        let rotary = half.saturating_mul(2);
+        // a table that is too wide, and an input of another rank, are refused as those of a whole head
+        if rotary >= d || self.rank() != 4 {
+            return Self::record(op, &[], &[self, cos, sin]);
+        }
+        let turned = Self::record(op, &[], &[&self.narrow(3, 0, rotary)?, cos, sin])?;
+        Self::cat(&[turned, self.narrow(3, rotary, d - rotary)?], 3)
+    }
+
     /// softmax(q·kᵀ·scale + mask)·v without the score matrix: q (b, h, s, d), k (b, hk, t, d), v (b, hk, t, dv), where h is a
     /// multiple of hk (grouped heads are not repeated); mask additive, broadcast to (b, h, s, t).
     ///

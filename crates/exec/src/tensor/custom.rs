@@ -2,9 +2,9 @@
 
 use super::LazyTensor;
 use crate::error::Result;
-use candle_core::quantized::QTensor;
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{CustomOp1, CustomOp2, CustomOp3, DType, Shape};
-use candle_lazy_graph::{BuildSite, CustomOp, Node, Op};
+use candle_lazy_graph::{BuildSite, CustomOp, ErrorKind, Node, Op};
 use smallvec::SmallVec;
 use std::sync::Arc;
 
@@ -106,10 +106,18 @@ impl LazyTensor {
     /// this tensor, a product with the dequantised weight.
     ///
     /// # Errors
-    /// When the shapes do not fit, the devices differ or the dtype is no float.
+    /// When the shapes do not fit, the devices differ or the dtype is no float; and where Candle's kernel cannot: Q4_1, Q5_0 and
+    /// Q5_1 with an odd number of blocks of 32 per row.
     #[track_caller]
     pub fn qmatmul(&self, weight: &Arc<QTensor>) -> Result<Self> {
         let site = BuildSite::here();
+        let paired = matches!(weight.dtype(), GgmlDType::Q4_1 | GgmlDType::Q5_0 | GgmlDType::Q5_1);
+        let width = weight.shape().dims().last().copied().unwrap_or(0);
+        if paired && width % (2 * weight.dtype().block_size()) != 0 && !self.track_op() {
+            let (kind, dims) = (weight.dtype(), weight.shape().dims());
+            let detail = format!("{kind:?} {dims:?}: Candle's kernel takes pairs of blocks of 32; dequantise it first");
+            return Self::refuse_on("qmatmul", ErrorKind::Unsupported(detail), &[self]);
+        }
         let weight = Node::quantized(weight.clone(), site.clone());
         let inputs = SmallVec::from_iter([self.node().clone(), weight]);
         Self::record_nodes(Op::QMatmul, &[], inputs, None, site)

@@ -97,18 +97,16 @@ impl LazyTensor {
     #[track_caller]
     pub fn pad_with_zeros<D: Dim>(&self, dim: D, left: usize, right: usize) -> Result<Self> {
         let dim = self.dim_index(dim, "pad_with_zeros")?;
-        let zeros = |n: usize| {
-            let mut dims = self.dims().to_vec();
-            dims[dim] = n;
-            Self::zeros(dims, self.dtype(), self.device())
-        };
+        let mut dims = self.dims().to_vec();
         let mut parts = Vec::with_capacity(3);
         if left > 0 {
-            parts.push(zeros(left)?);
+            dims[dim] = left;
+            parts.push(Self::zeros(dims.as_slice(), self.dtype(), self.device())?);
         }
         parts.push(self.clone());
         if right > 0 {
-            parts.push(zeros(right)?);
+            dims[dim] = right;
+            parts.push(Self::zeros(dims.as_slice(), self.dtype(), self.device())?);
         }
         Self::cat(&parts, dim)
     }
@@ -128,18 +126,16 @@ impl LazyTensor {
             let detail = format!("dim {dim} of {:?} has no element to repeat", self.dims());
             return Self::refuse("pad_with_same", ErrorKind::Range(detail));
         }
-        let repeated = |at: usize, n: usize| {
-            let mut dims = self.dims().to_vec();
-            dims[dim] = n;
-            self.narrow(dim, at, 1)?.broadcast_as(dims)
-        };
+        let mut dims = self.dims().to_vec();
         let mut parts = Vec::with_capacity(3);
         if left > 0 {
-            parts.push(repeated(0, left)?);
+            dims[dim] = left;
+            parts.push(self.narrow(dim, 0, 1)?.broadcast_as(dims.as_slice())?);
         }
         parts.push(self.clone());
         if right > 0 {
-            parts.push(repeated(size - 1, right)?);
+            dims[dim] = right;
+            parts.push(self.narrow(dim, size - 1, 1)?.broadcast_as(dims.as_slice())?);
         }
         Self::cat(&parts, dim)
     }
@@ -158,13 +154,19 @@ impl LazyTensor {
         }
         let mut dims = vec![1; repeats.len() - self.rank()];
         dims.extend_from_slice(self.dims());
-        let mut result = self.reshape(dims)?;
+        let mut result = self.reshape(dims.as_slice())?;
         for (dim, &n) in repeats.iter().enumerate() {
-            result = match n {
-                0 => result.narrow(dim, 0, 0)?,
-                1 => result,
-                n => Self::cat(&vec![&result; n], dim)?,
+            if n == 1 {
+                continue;
+            }
+            // copies behind one another along a dim: a new dim before it, broadcast, and both made one
+            let (left, from): (usize, usize) = (dims[..dim].iter().product(), dims[dim..].iter().product());
+            let Some(size) = dims[dim].checked_mul(n) else {
+                let detail = format!("{repeats:?} for {:?}: more elements than a machine can count", self.dims());
+                return Self::refuse("repeat", ErrorKind::Shape(detail));
             };
+            dims[dim] = size;
+            result = result.reshape((left, 1, from))?.broadcast_as((left, n, from))?.reshape(dims.as_slice())?;
         }
         Ok(result)
     }
@@ -184,8 +186,8 @@ impl LazyTensor {
         let wide = candle_core::DType::F64;
         let places = Self::arange_recorded(0.0, 1.0, depth, wide, self.device())?;
         let hit = self.to_dtype(wide)?.unsqueeze(self.rank())?.broadcast_eq(&places)?;
-        let value = |v: f64| Self::filled(v, (), dtype, self.device());
-        hit.where_cond(&value(on)?, &value(off)?)
+        let on = Self::filled(on, (), dtype, self.device())?;
+        hit.where_cond(&on, &Self::filled(off, (), dtype, self.device())?)
     }
 
     /// The same tensor on another device; the same handle where it is there already.

@@ -53,14 +53,14 @@ impl Module for Activation {
             Self::NewGelu | Self::GeluPytorchTanh => xs.gelu(),
             Self::Relu => xs.relu(),
             Self::Relu2 => xs.relu()?.sqr(),
-            Self::Relu6 => ops::limited(xs, 0., 6.),
+            Self::Relu6 => xs.clamp(0., 6.),
             Self::Silu | Self::Swish => xs.silu(),
             Self::Sigmoid => xs.sigmoid(),
             Self::HardSigmoid => ops::hard_sigmoid(xs),
             Self::Swiglu => ops::swiglu(xs),
             Self::Mish => ops::mish(xs),
             Self::HardSwish => xs * ops::hard_sigmoid(xs)?,
-            Self::Elu(alpha) => ops::exponential_below_zero(xs, *alpha),
+            Self::Elu(alpha) => xs.elu(*alpha),
             Self::LeakyRelu(slope) => ops::leaky_relu(xs, *slope),
         }
     }

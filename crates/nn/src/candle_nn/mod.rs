@@ -5,10 +5,13 @@
 
 pub mod activation;
 pub mod embedding;
+pub mod encoding;
 pub mod func;
+pub mod group_norm;
 pub mod kv_cache;
 pub mod layer_norm;
 pub mod linear;
+pub mod loss;
 pub mod ops;
 pub mod rotary_emb;
 pub mod sequential;
@@ -17,6 +20,7 @@ pub mod var_builder;
 pub use activation::{prelu, Activation, PReLU};
 pub use embedding::{embedding, Embedding};
 pub use func::{func, func_t, Func, FuncT};
+pub use group_norm::{group_norm, GroupNorm};
 pub use layer_norm::{layer_norm, layer_norm_no_bias, rms_norm, LayerNorm, RmsNorm};
 pub use linear::{linear, linear_b, linear_no_bias, Linear};
 pub use ops::Dropout;

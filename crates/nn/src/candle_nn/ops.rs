@@ -59,20 +59,13 @@ pub fn sigmoid(xs: &Tensor) -> Result<Tensor> {
     xs.sigmoid()
 }
 
-/// x limited to `low..=high`.
-#[track_caller]
-pub(super) fn limited(xs: &Tensor, low: f64, high: f64) -> Result<Tensor> {
-    let bound = |value| Tensor::filled(value, (), xs.dtype(), xs.device());
-    xs.broadcast_maximum(&bound(low)?)?.broadcast_minimum(&bound(high)?)
-}
-
 /// (x + 3)/6, limited to 0..=1.
 ///
 /// # Errors
 /// When the dtype is not supported.
 #[track_caller]
 pub fn hard_sigmoid(xs: &Tensor) -> Result<Tensor> {
-    limited(&((xs + 3.0)? / 6.0)?, 0., 1.)
+    ((xs + 3.0)? / 6.0)?.clamp(0., 1.)
 }
 
 /// x·tanh(log(1 + eˣ)) (arXiv:1908.08681, eq. 1).
@@ -100,14 +93,7 @@ pub fn leaky_relu(xs: &Tensor, negative_slope: f64) -> Result<Tensor> {
 /// When the dtype is not floating-point.
 #[track_caller]
 pub fn selu(xs: &Tensor, alpha: f32, gamma: f32) -> Result<Tensor> {
-    exponential_below_zero(xs, f64::from(alpha))? * f64::from(gamma)
-}
-
-/// x where x > 0, else α·(eˣ − 1).
-#[track_caller]
-pub(super) fn exponential_below_zero(xs: &Tensor, alpha: f64) -> Result<Tensor> {
-    let below = ((xs.exp()? - 1.0)? * alpha)?;
-    xs.gt(0f64)?.where_cond(xs, &below)
+    xs.elu(f64::from(alpha))? * f64::from(gamma)
 }
 
 /// Zero with probability `drop_p`, else x/(1 − drop_p); other numbers at every call.

@@ -13,6 +13,7 @@ mod lora;
 mod model_dir;
 mod modules;
 mod ported;
+mod rope;
 mod safetensors;
 mod sites;
 #[cfg(feature = "tokenizers")]

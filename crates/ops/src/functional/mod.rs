@@ -7,6 +7,8 @@
 mod activation;
 mod apply;
 mod attention;
+mod cross_entropy;
+mod group_norm;
 mod linear;
 mod norm;
 mod rope;
@@ -14,6 +16,8 @@ mod softmax;
 
 pub use activation::{gelu, gelu_erf, silu, silu_mul};
 pub use attention::attention;
+pub use cross_entropy::cross_entropy;
+pub use group_norm::group_norm;
 pub use linear::{linear, lora, lora_add, matmul};
 pub use norm::{layer_norm, rms_norm};
 pub use rope::{rope, rope_i};

@@ -55,13 +55,16 @@ fn normalised(b: &mut Builder, x: Reg, centre: bool) -> (Reg, Reg) {
 
 /// A norm, and what its gradients need.
 #[derive(Clone, Copy)]
-struct Norm {
-    op: &'static str,
-    centre: bool,
-    eps: f64,
-    axes: u32,
-    class: Class,
-    dtype: DType,
+pub(super) struct Norm {
+    pub(super) op: &'static str,
+    pub(super) centre: bool,
+    pub(super) eps: f64,
+    /// The axes of a row.
+    pub(super) axes: u32,
+    /// The axes along which one weight serves.
+    pub(super) shared: u32,
+    pub(super) class: Class,
+    pub(super) dtype: DType,
 }
 
 impl Norm {
@@ -82,14 +85,15 @@ impl Norm {
             None => g_,
         };
         let (hat, inv) = normalised(&mut b, x_, self.centre);
-        let p = b.binary(B::Mul, h, hat);
-        let mp = mean(&mut b, p);
-        let along = b.binary(B::Mul, hat, mp);
         let mut d = h;
         if self.centre && !fault::active("grad.norm.mean") {
             let mh = mean(&mut b, h);
             d = b.binary(B::Sub, d, mh);
         }
+        // of the centred h: the mean of x̂ is zero but for rounding, which a large mean of h would multiply
+        let p = b.binary(B::Mul, d, hat);
+        let mp = mean(&mut b, p);
+        let along = b.binary(B::Mul, hat, mp);
         let d = if fault::active("grad.norm.along") { d } else { b.binary(B::Sub, d, along) };
         let dx = b.binary(B::Mul, d, inv);
         b.output(dx, self.dtype);
@@ -100,28 +104,62 @@ impl Norm {
         }
     }
 
-    /// dw = Σ over rows of g·x̂, summed in the arithmetic type.
-    fn d_weight(&self, x: &Tensor, g: &Tensor) -> Result<Tensor> {
+    /// dw = Σ of g·x̂ over what shares the weight, summed in the arithmetic type, in the weight's shape.
+    fn d_weight(&self, x: &Tensor, w: &Tensor, g: &Tensor) -> Result<Tensor> {
         let mut b = RowProgram::builder(self.class);
         let (x_, g_) = (b.load(0), b.load(1));
         let (hat, _) = normalised(&mut b, x_, self.centre);
         let p = if fault::active("grad.norm.weight") { g_ } else { b.binary(B::Mul, g_, hat) };
         b.output(p, wide(self.dtype));
         let p = self.call(b)?.detached(&[x, g])?;
-        sum_axes(&p, leading_axes(x.rank()), self.dtype)
+        sum_axes(&p, self.shared, self.dtype)?.reshape(w.shape())
     }
 
-    fn d_bias(&self, g: &Tensor) -> Result<Tensor> {
+    fn d_bias(&self, b: &Tensor, g: &Tensor) -> Result<Tensor> {
         let g = if fault::active("grad.norm.bias") { (g * 2.0)? } else { g.clone() };
-        sum_axes(&g, leading_axes(g.rank()), self.dtype)
+        sum_axes(&g, self.shared, self.dtype)?.reshape(b.shape())
     }
 
     /// Gradients of x and the weight.
     fn grads(&self, x: &Tensor, w: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (xd, wd) = (x.detach(), w.detach());
         let dx = x.track_op().then(|| self.d_x(&xd, Some(&wd), g)).transpose()?;
-        let dw = (w.track_op() && !fault::active("grad.norm.no_weight")).then(|| self.d_weight(&xd, g)).transpose()?;
+        let dw =
+            (w.track_op() && !fault::active("grad.norm.no_weight")).then(|| self.d_weight(&xd, w, g)).transpose()?;
         Ok((dx, dw))
+    }
+
+    /// x normalised by `call`, times the weight and plus the bias as present, with this backward on the tape.
+    pub(super) fn apply(
+        self,
+        x: &Tensor,
+        weight: Option<&Tensor>,
+        bias: Option<&Tensor>,
+        call: RowCall,
+    ) -> Result<Tensor> {
+        match (weight, bias) {
+            (None, None) => x.apply_op1(Tracked1(call, move |x: &Tensor, _: &Tensor, g: &Tensor| self.d_x(x, None, g))),
+            (Some(w), None) => {
+                x.apply_op2(w, Tracked2(call, move |x: &Tensor, w: &Tensor, g: &Tensor| self.grads(x, w, g)))
+            }
+            (None, Some(b)) => x.apply_op2(
+                b,
+                Tracked2(call, move |x: &Tensor, b: &Tensor, g: &Tensor| {
+                    let xd = x.detach();
+                    let dx = x.track_op().then(|| self.d_x(&xd, None, g)).transpose()?;
+                    let tracked = b.track_op() && !fault::active("grad.norm.no_bias");
+                    Ok((dx, tracked.then(|| self.d_bias(b, g)).transpose()?))
+                }),
+            ),
+            (Some(w), Some(b)) => x.apply_op3(
+                w,
+                b,
+                Tracked3(call, move |x: &Tensor, w: &Tensor, b: &Tensor, g: &Tensor| {
+                    let (dx, dw) = self.grads(x, w, g)?;
+                    Ok((dx, dw, b.track_op().then(|| self.d_bias(b, g)).transpose()?))
+                }),
+            ),
+        }
     }
 }
 
@@ -144,8 +182,9 @@ pub fn rms_norm(x: &Tensor, weight: Option<&Tensor>, eps: f64) -> Result<Tensor>
         };
         return y.to_dtype(dtype);
     }
-    let norm =
-        Norm { op: OP, centre: false, eps, axes: axis(OP, x.rank() - 1, x.rank())?, class: class(OP, dtype)?, dtype };
+    let axes = axis(OP, x.rank() - 1, x.rank())?;
+    let shared = leading_axes(x.rank());
+    let norm = Norm { op: OP, centre: false, eps, axes, shared, class: class(OP, dtype)?, dtype };
     let program = programs::rms_norm(weight.is_some(), dtype)?;
     let call = RowCall::new(OP, program, norm.axes).with_params(&[eps]);
     match weight {
@@ -176,31 +215,10 @@ pub fn layer_norm(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, ep
         }
         return y.to_dtype(dtype);
     }
-    let norm =
-        Norm { op: OP, centre: true, eps, axes: axis(OP, x.rank() - 1, x.rank())?, class: class(OP, dtype)?, dtype };
+    let axes = axis(OP, x.rank() - 1, x.rank())?;
+    let shared = leading_axes(x.rank());
+    let norm = Norm { op: OP, centre: true, eps, axes, shared, class: class(OP, dtype)?, dtype };
     let program = programs::layer_norm(weight.is_some(), bias.is_some(), dtype)?;
     let call = RowCall::new(OP, program, norm.axes).with_params(&[eps]);
-    match (weight, bias) {
-        (None, None) => x.apply_op1(Tracked1(call, move |x: &Tensor, _: &Tensor, g: &Tensor| norm.d_x(x, None, g))),
-        (Some(w), None) => {
-            x.apply_op2(w, Tracked2(call, move |x: &Tensor, w: &Tensor, g: &Tensor| norm.grads(x, w, g)))
-        }
-        (None, Some(b)) => x.apply_op2(
-            b,
-            Tracked2(call, move |x: &Tensor, b: &Tensor, g: &Tensor| {
-                let xd = x.detach();
-                let dx = x.track_op().then(|| norm.d_x(&xd, None, g)).transpose()?;
-                let tracked = b.track_op() && !fault::active("grad.norm.no_bias");
-                Ok((dx, tracked.then(|| norm.d_bias(g)).transpose()?))
-            }),
-        ),
-        (Some(w), Some(b)) => x.apply_op3(
-            w,
-            b,
-            Tracked3(call, move |x: &Tensor, w: &Tensor, b: &Tensor, g: &Tensor| {
-                let (dx, dw) = norm.grads(x, w, g)?;
-                Ok((dx, dw, b.track_op().then(|| norm.d_bias(g)).transpose()?))
-            }),
-        ),
-    }
+    norm.apply(x, weight, bias, call)
 }

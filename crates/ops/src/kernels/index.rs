@@ -70,7 +70,7 @@ pub fn index_select(src: &View<'_>, ids: &View<'_>, dim: usize, out: &mut SliceM
 }
 
 /// The indices, checked; `None` where Candle writes zeros.
-pub(super) fn read_ids(op: &'static str, ids: &View<'_>, size: usize) -> Result<Vec<Option<usize>>> {
+pub(crate) fn read_ids(op: &'static str, ids: &View<'_>, size: usize) -> Result<Vec<Option<usize>>> {
     let max = match ids.data {
         Slice::U8(_) => i64::from(u8::MAX),
         Slice::U32(_) => i64::from(u32::MAX),

@@ -4,6 +4,7 @@ mod composite;
 mod contraction;
 mod elementwise;
 mod movement;
+mod opaque;
 mod placed;
 
 use crate::case::{Case, Domain, InputSpec, Layout};
@@ -36,6 +37,7 @@ pub fn cases(extent: Extent) -> Vec<Case> {
     contraction::add(&mut table);
     composite::add(&mut table);
     placed::add(&mut table);
+    opaque::add(&mut table);
     table.cases
 }
 

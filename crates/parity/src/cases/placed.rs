@@ -117,9 +117,9 @@ fn random(t: &mut Table, dtype: DType) {
 }
 
 fn losses_and_groups(t: &mut Table, dtype: DType) {
-    let norms: [(usize, &[usize]); 5] =
-        [(2, &[2, 4, 3]), (1, &[1, 3, 5, 2]), (3, &[2, 6, 17]), (4, &[3, 4, 2]), (2, &[0, 4, 3])];
-    for (groups, dims) in t.some(&norms, 1, 5).to_vec() {
+    let norms: [(usize, &[usize]); 6] =
+        [(2, &[2, 4, 3]), (1, &[1, 3, 5, 2]), (3, &[2, 6, 17]), (4, &[3, 4, 2]), (2, &[0, 4, 3]), (4, &[3, 4, 7])];
+    for (groups, dims) in t.some(&norms, 1, 6).to_vec() {
         let channels = [dims[1]];
         let (x, vector) = ((dims, dtype, Domain::Any), (&channels[..], dtype, Domain::Any));
         for (weight, bias) in [(true, true), (true, false), (false, true), (false, false)] {

@@ -1,5 +1,6 @@
 //! The ways in which a case is computed, and what each must equal.
 
+pub(crate) mod blocks;
 mod functions;
 mod gradient;
 mod lazy_modes;
@@ -9,10 +10,9 @@ mod recorded;
 use crate::case::Case;
 use crate::compare::{rounding, same_bits, Verdict, LUCK};
 use crate::referee::{judge, Judged};
-use crate::reference::Arr;
 use crate::unsupported;
 use crate::value::to_arr;
-use crate::{eager, Result};
+use crate::{eager, opaque, Result};
 use candle_core::{DType, Tensor};
 use candle_lazy_graph::passes::PASSES;
 use candle_lazy_graph::Exactness;
@@ -173,11 +173,11 @@ impl Subject {
     pub fn new(case: Case, seed: u64) -> Result<Self> {
         let inputs = case.inputs(seed)?;
         let dtype = case.infer()?.dtype;
-        let arrays = inputs.iter().map(to_arr).collect::<Result<Vec<Arr>>>()?;
+        let arrays = opaque::arrays(&case, &inputs)?;
         let judged = judge(&case.op, &case.held_scalars()?, &arrays.iter().collect::<Vec<_>>(), dtype)?;
         let eager = match unsupported::eager_is_wrong(&case) {
             Some(_) => None,
-            None => quietly(|| eager::run(&case.op, &case.scalars, &inputs)),
+            None => quietly(|| eager::run_case(&case, &inputs)),
         };
         Ok(Self { case, seed, inputs, eager, judged, baseline: None })
     }
@@ -209,6 +209,14 @@ impl Subject {
             }
         }
         cell.judged_by(rounding(what, got, self.eager.as_ref(), &self.judged, 1.0)?);
+        Ok(cell)
+    }
+
+    /// Judges a result by the reference and this eager result.
+    fn verdict_against(&self, what: &str, got: &Tensor, eager: &Tensor) -> Result<Cell> {
+        let verdict = rounding(what, got, Some(eager), &self.judged, 1.0)?;
+        let mut cell = Cell::of(verdict.wrong.clone().map_or(Outcome::Passed, Outcome::Failed));
+        (cell.ulp, cell.share) = (verdict.ours.ulp, verdict.share());
         Ok(cell)
     }
 

@@ -1,6 +1,6 @@
 //! Gradients of a graph through Candle's autograd: lazy evaluation of tracked leaves against the same ops run eagerly.
 //!
-//! The loss is Σ over the float roots of Σ y·w with fixed weights. Ours may differ from eager's by 8 × eager's own error against f64, or
+//! The loss is Σ over the float roots of Σ y·w with fixed weights. Ours may differ from eager's by 4 × eager's own error against f64, or
 //! by the floor of [`super::check_numbers`] at the largest gradient of a leaf: below a tracked leaf both run Candle's own ops, only the
 //! composites are taken apart differently.
 

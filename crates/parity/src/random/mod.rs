@@ -1,8 +1,9 @@
 //! Random graphs: ops of the enum with shared nodes and several roots, evaluated with no passes, with all, warm, and replayed
 //! by Candle; minimised when they disagree.
 //!
-//! Ours among themselves must agree bit for bit. Against f64 our error may be 8 × that of eager Candle in the same dtype, or
-//! 10⁻⁴ of the root's largest number (10⁻¹⁰ in f64, 16 units in the last place in f16 and bf16): errors grow along a graph, and no closed rule says how far. Ops that
+//! Ours among themselves must agree bit for bit. Against f64 our error may be 4 × that of eager Candle in the same dtype, or
+//! 16 units in the last place at one and the root's largest number (8 in f16 and bf16): errors grow along a graph, and no closed
+//! rule says how far. Ops that
 //! jump (comparisons, floor, a cast to f16) are only put on nodes whose bits every mode agrees on, so that a rounding before
 //! them cannot become a different branch.
 

@@ -39,6 +39,48 @@ fn functions_are_candles() {
 }
 
 #[test]
+fn losses_are_candles() {
+    use candle_lazy_nn::candle_nn::loss;
+    let (x, y) = (random(&[5, 7], 1), random(&[5, 7], 2));
+    let (lx, ly) = (LazyTensor::from(&x), LazyTensor::from(&y));
+    let targets = Tensor::new(&[0u32, 6, 3, 3, 1], &Device::Cpu).unwrap();
+    let lt = LazyTensor::from(&targets);
+    same(loss::nll(&lx, &lt), candle_nn::loss::nll(&x, &targets));
+    same(loss::cross_entropy(&lx, &lt), candle_nn::loss::cross_entropy(&x, &targets));
+    same(loss::mse(&lx, &ly), candle_nn::loss::mse(&x, &y));
+    for delta in [0.5, 1.0, 10.0] {
+        same(loss::huber(&lx, &ly, delta), candle_nn::loss::huber(&x, &y, delta));
+    }
+    let p = candle_nn::ops::sigmoid(&y).unwrap();
+    let bce = candle_nn::loss::binary_cross_entropy_with_logit(&x, &p);
+    same(loss::binary_cross_entropy_with_logit(&lx, &LazyTensor::from(&p)), bce);
+    let line = line!() + 1;
+    for wrong in [loss::nll(&lx, &lx), loss::cross_entropy(&lx, &ly), loss::mse(&lx, &lt), loss::huber(&lx, &lt, 1.0)] {
+        at_line(&wrong.unwrap_err(), line);
+    }
+}
+
+#[test]
+fn group_norms_and_one_hot_are_candles() {
+    use candle_lazy_nn::candle_nn::{encoding, GroupNorm};
+    let (x, w, b) = (random(&[2, 6, 5], 1), random(&[6], 2), random(&[6], 3));
+    let (lx, lw, lb) = (LazyTensor::from(&x), LazyTensor::from(&w), LazyTensor::from(&b));
+    for groups in [1, 2, 6] {
+        let eager = candle_nn::GroupNorm::new(w.clone(), b.clone(), 6, groups, 1e-5).unwrap();
+        let lazy = GroupNorm::new(lw.clone(), lb.clone(), 6, groups, 1e-5).unwrap();
+        same(lazy.forward(&lx), eager.forward(&x));
+    }
+    assert!(GroupNorm::new(lw.clone(), lb.clone(), 6, 4, 1e-5).is_err());
+    let line = line!() + 1;
+    at_line(&GroupNorm::new(lw, lb, 6, 2, 1e-5).unwrap().forward(&lx.t().unwrap()).unwrap_err(), line);
+    let ids = Tensor::new(&[[0i64, 2], [-1, 1]], &Device::Cpu).unwrap();
+    let hot = |ids: &Tensor| encoding::one_hot(LazyTensor::from(ids), 3, 2f32, -1f32);
+    same(hot(&ids), candle_nn::encoding::one_hot(ids.clone(), 3, 2f32, -1f32));
+    let wrong = Tensor::new(&[3u32], &Device::Cpu).unwrap();
+    assert!(hot(&wrong).unwrap_err().to_string().contains("exceeds depth"));
+}
+
+#[test]
 fn dropout_keeps_the_mean_and_differs_between_calls() {
     let x = LazyTensor::ones(20_000, DType::F32, &Device::Cpu).unwrap();
     let drop = |train| ops::Dropout::new(0.25).forward(&x, train).unwrap().to_vec1::<f32>().unwrap();
