@@ -89,14 +89,22 @@ fn write_decoder(dir: &Path, more: serde_json::Value) {
         let at = format!("model.layers.{layer}");
         weights.add(&format!("{at}.input_layernorm.weight"), &[HIDDEN]);
         weights.add(&format!("{at}.post_attention_layernorm.weight"), &[HIDDEN]);
-        // a bias that the config does not ask for is not read
-        weights.linear(&format!("{at}.self_attn.q_proj"), q, HIDDEN);
-        weights.linear(&format!("{at}.self_attn.k_proj"), kv, HIDDEN);
-        weights.linear(&format!("{at}.self_attn.v_proj"), kv, HIDDEN);
-        weights.linear(&format!("{at}.self_attn.o_proj"), HIDDEN, q);
-        weights.linear(&format!("{at}.mlp.gate_proj"), INNER, HIDDEN);
-        weights.linear(&format!("{at}.mlp.up_proj"), INNER, HIDDEN);
-        weights.linear(&format!("{at}.mlp.down_proj"), HIDDEN, INNER);
+        // a bias that the config denies would be refused
+        let maps = [
+            ("self_attn.q_proj", q, HIDDEN, config.qkv_bias),
+            ("self_attn.k_proj", kv, HIDDEN, config.qkv_bias),
+            ("self_attn.v_proj", kv, HIDDEN, config.qkv_bias),
+            ("self_attn.o_proj", HIDDEN, q, config.out_bias),
+            ("mlp.gate_proj", INNER, HIDDEN, config.mlp_bias),
+            ("mlp.up_proj", INNER, HIDDEN, config.mlp_bias),
+            ("mlp.down_proj", HIDDEN, INNER, config.mlp_bias),
+        ];
+        for (name, width, features, bias) in maps {
+            match bias {
+                true => weights.linear(&format!("{at}.{name}"), width, features),
+                false => weights.add(&format!("{at}.{name}.weight"), &[width, features]),
+            }
+        }
     }
     candle_core::safetensors::save(&weights.0, dir.join("model.safetensors")).unwrap();
 }

@@ -7,28 +7,39 @@ use candle_nn::VarBuilder;
 
 /// A function from one tensor to one, with weights inside.
 ///
-/// `forward` records; nothing is computed before the result (or something made from it) is evaluated. It is
-/// `#[track_caller]`, so an error names the line that called the module, not a line of this crate.
+/// `forward` records; nothing is computed before the result (or something made from it) is evaluated. The modules of this crate
+/// implement it with `#[track_caller]`, so an error names the line that called the module; a module of your own is named by the
+/// lines of its own `forward`, or by its caller's with the same attribute.
 pub trait Module {
     /// Records the module applied to `xs`.
     ///
     /// # Errors
-    /// Where shape, dtype or device of `xs` do not fit the weights: the op, both shapes and the caller's line are named.
-    #[track_caller]
+    /// Where shape, dtype or device of `xs` do not fit the weights: the op, both shapes and the line are named.
+    // no #[track_caller] here: it would hold for every implementation, and the user's lines would never be named
     fn forward(&self, xs: &LazyTensor) -> Result<LazyTensor>;
+
+    /// `forward`, for modules behind a pointer: the caller's line reaches an implementation that asks for it.
+    ///
+    /// # Errors
+    /// As [`Module::forward`].
+    #[doc(hidden)]
+    #[track_caller]
+    fn forward_at_caller(&self, xs: &LazyTensor) -> Result<LazyTensor> {
+        self.forward(xs)
+    }
 }
 
 impl<M: Module + ?Sized> Module for &M {
     #[track_caller]
     fn forward(&self, xs: &LazyTensor) -> Result<LazyTensor> {
-        (**self).forward(xs)
+        (**self).forward_at_caller(xs)
     }
 }
 
 impl<M: Module + ?Sized> Module for Box<M> {
     #[track_caller]
     fn forward(&self, xs: &LazyTensor) -> Result<LazyTensor> {
-        (**self).forward(xs)
+        (**self).forward_at_caller(xs)
     }
 }
 

@@ -75,7 +75,8 @@ impl Cache {
     /// The buffers, 2 · layers · batch · kv heads · capacity · head dim elements of `dtype`, are made at the first use.
     ///
     /// # Errors
-    /// [`Error::PromptTooLong`] where `capacity` exceeds the model's context, [`Error::Config`] where it is 0.
+    /// [`Error::PromptTooLong`] where `capacity` exceeds the model's context, [`Error::Config`] where it is 0 or needs more
+    /// memory (for one sequence, with the rotary table) than the system grants at once.
     #[track_caller]
     pub fn new(config: &CausalLmConfig, capacity: usize, dtype: DType, device: &Device) -> Result<Self> {
         if capacity == 0 {
@@ -84,6 +85,7 @@ impl Cache {
         if capacity > config.max_position_embeddings {
             return Err(Error::prompt_too_long(capacity, config.max_position_embeddings));
         }
+        room_for(config, capacity, dtype)?;
         let rope = RopeTable::new(config.head_dim, config.rope_theta, &config.rope_scaling, capacity, dtype, device)?;
         let mut blocks = Vec::new();
         if blocks.try_reserve_exact(config.num_hidden_layers).is_err() {
@@ -127,6 +129,58 @@ impl Cache {
     }
 }
 
+/// Refuses a cache that no memory holds, before a part of it is made: sizes come from a config, and a request of the engine or of
+/// Candle that the system refuses could end the process.
+fn room_for(config: &CausalLmConfig, capacity: usize, dtype: DType) -> Result<()> {
+    // keys and values of all blocks, and the rotary table in f32 while it is made
+    let held = [2, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, dtype.size_in_bytes()];
+    let per_position = held.into_iter().try_fold(1usize, usize::checked_mul);
+    let table = config.head_dim.checked_mul(size_of::<f32>());
+    let bytes = per_position.zip(table).and_then(|(a, b)| a.checked_add(b)).and_then(|n| n.checked_mul(capacity));
+    let mut probe = Vec::<u8>::new();
+    let granted = bytes.is_some_and(|bytes| probe.try_reserve_exact(bytes).is_ok());
+    // the optimiser may remove an allocation that nobody looks at
+    std::hint::black_box(&probe);
+    if granted {
+        return Ok(());
+    }
+    let bytes = bytes.map_or("more bytes than can be counted".to_string(), |bytes| format!("{bytes} bytes"));
+    let message = format_args!("there is no memory for {capacity} positions: keys and values need {bytes}");
+    Err(Error::config("the cache", message))
+}
+
+/// Refuses weights that would change the result and that the config says nothing of: biases that it denies, norms of queries and
+/// keys. A model without them answers, but not as it was trained to.
+fn no_denied_tensor(config: &CausalLmConfig, layers: &VarBuilder<'_>) -> Result<()> {
+    let qkv = (config.qkv_bias, "attention_bias");
+    let out = (config.out_bias, "attention_bias");
+    let mlp = (config.mlp_bias, "mlp_bias");
+    let norm = (false, "the architecture");
+    let tensors = [
+        ("self_attn.q_proj.bias", qkv),
+        ("self_attn.k_proj.bias", qkv),
+        ("self_attn.v_proj.bias", qkv),
+        ("self_attn.o_proj.bias", out),
+        ("self_attn.q_norm.weight", norm),
+        ("self_attn.k_norm.weight", norm),
+        ("mlp.gate_proj.bias", mlp),
+        ("mlp.up_proj.bias", mlp),
+        ("mlp.down_proj.bias", mlp),
+    ];
+    for index in 0..config.num_hidden_layers {
+        let block = layers.pp(index);
+        for (name, (wanted, says)) in tensors {
+            if !wanted && block.contains_tensor(name) {
+                return Err(Error::config(
+                    "the model",
+                    format_args!("the weights have `{}.{name}`, {says} has no place for it", block.prefix()),
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
 /// A decoder.
 #[derive(Debug, Clone)]
 pub struct CausalLm {
@@ -159,9 +213,13 @@ impl CausalLm {
         for index in 0..config.num_hidden_layers {
             blocks.push(Block::load(config, layers.pp(index))?);
         }
-        // A `VarBuilder` of zeros or a `VarMap` has every name; only stored weights can tell that blocks are left over.
+        // A `VarBuilder` of zeros or a `VarMap` has every name; only stored weights can tell what is left over.
         let one_more = |index: usize| layers.pp(index).pp("input_layernorm").contains_tensor("weight");
-        if one_more(config.num_hidden_layers) && !one_more(usize::MAX) {
+        let stored = !one_more(usize::MAX);
+        if stored {
+            no_denied_tensor(config, &layers)?;
+        }
+        if one_more(config.num_hidden_layers) && stored {
             return Err(Error::config(
                 "the model",
                 format_args!(

@@ -62,6 +62,7 @@ struct RopeJson {
     #[serde(alias = "type")]
     rope_type: Option<String>,
     rope_theta: Option<f32>,
+    partial_rotary_factor: Option<f64>,
     factor: Option<f32>,
     low_freq_factor: Option<f32>,
     high_freq_factor: Option<f32>,
@@ -83,6 +84,7 @@ struct Json {
     rope_theta: Option<f32>,
     rope_scaling: Option<RopeJson>,
     rope_parameters: Option<RopeJson>,
+    partial_rotary_factor: Option<f64>,
     tie_word_embeddings: Option<bool>,
     attention_bias: Option<bool>,
     mlp_bias: Option<bool>,
@@ -136,6 +138,15 @@ impl CausalLmConfig {
                     supported: "silu",
                 })
             }
+        }
+        let of_rope = [&json.rope_scaling, &json.rope_parameters];
+        let partial = of_rope.into_iter().flatten().filter_map(|rope| rope.partial_rotary_factor);
+        if let Some(factor) = json.partial_rotary_factor.into_iter().chain(partial).find(|factor| *factor != 1.) {
+            return Err(Error::Unsupported {
+                what: "partial_rotary_factor",
+                found: factor.to_string(),
+                supported: "1: whole heads are rotated",
+            });
         }
         let theta_in_parameters = json.rope_parameters.as_ref().and_then(|r| r.rope_theta);
         let rope = json.rope_scaling.or(json.rope_parameters);
@@ -230,6 +241,16 @@ impl CausalLmConfig {
         if !(self.rope_theta.is_finite() && self.rope_theta > 0.) {
             return Err(Error::config(what, format_args!("rope_theta is {}", self.rope_theta)));
         }
+        let tokens =
+            self.bos_token_id.iter().map(|id| ("bos", id)).chain(self.eos_token_ids.iter().map(|id| ("eos", id)));
+        for (name, &id) in tokens {
+            if id as usize >= self.vocab_size {
+                return Err(Error::config(
+                    what,
+                    format_args!("{name}_token_id is {id}, the vocabulary has {} tokens", self.vocab_size),
+                ));
+            }
+        }
         if self.sliding_window == Some(0) {
             return Err(Error::config(what, "sliding_window is 0: a position sees at least itself"));
         }
@@ -247,7 +268,17 @@ fn rope_scaling(json: Option<&RopeJson>, what: &str) -> Result<RopeScaling> {
         None => Err(Error::config(what, format_args!("rope_scaling has no {name}"))),
     };
     match json.rope_type.as_deref() {
-        None | Some("default") => Ok(RopeScaling::None),
+        Some("default") => Ok(RopeScaling::None),
+        None => {
+            let factors = [json.factor, json.low_freq_factor, json.high_freq_factor];
+            if factors.iter().any(Option::is_some) || json.original_max_position_embeddings.is_some() {
+                return Err(Error::config(
+                    what,
+                    "rope_scaling has factors and no rope_type: how they scale is not said",
+                ));
+            }
+            Ok(RopeScaling::None)
+        }
         Some("linear") => Ok(RopeScaling::Linear { factor: field("factor", json.factor)? }),
         Some("llama3") => Ok(RopeScaling::Llama3 {
             factor: field("factor", json.factor)?,

@@ -2,7 +2,7 @@
 
 use crate::common::{builder, close, decoder_vars, row, tiny_config, Rng, TestResult};
 use candle_core::{DType, Device, Tensor};
-use candle_lazy_nn::models::{Cache, CausalLm, CausalLmConfig};
+use candle_lazy_nn::models::{Cache, CausalLm, CausalLmConfig, GenerateOptions};
 use candle_lazy_nn::{Error, LazyTensor, RopeScaling};
 use candle_transformers::models::llama as eager;
 
@@ -310,5 +310,35 @@ fn a_config_that_does_not_fit_its_weights_is_refused() -> TestResult {
     assert!(matches!(&bias, Err(Error::MissingTensor { name, .. }) if name.ends_with("q_proj.bias")), "{bias:?}");
     let zeros = candle_nn::VarBuilder::zeros(DType::F32, &Device::Cpu);
     assert!(CausalLm::load(zeros, &config).is_ok(), "a builder that has every name");
+    Ok(())
+}
+
+#[test]
+fn a_context_beyond_all_memory_is_an_error_and_not_the_end_of_the_process() -> TestResult {
+    let config = CausalLmConfig { max_position_embeddings: 1 << 40, ..tiny_config() };
+    let model = CausalLm::load(builder(&decoder_vars(&config, 9)?), &config)?;
+    for positions in [1 << 40, 1 << 36] {
+        let options = GenerateOptions { max_new_tokens: positions, ..GenerateOptions::default() };
+        let error = model.generate(&[1, 2], options).map(drop).unwrap_err().to_string();
+        assert!(error.contains("memory") && error.contains("positions"), "{error}");
+    }
+    // A long context that is asked for and not used costs nothing but the buffers of keys and values.
+    let options = GenerateOptions { max_new_tokens: 3, ..GenerateOptions::default() };
+    assert_eq!(model.generate(&[1, 2], options)?.collect::<Result<Vec<u32>, _>>()?.len(), 3);
+    Ok(())
+}
+
+#[test]
+fn weights_that_the_config_denies_are_an_error() -> TestResult {
+    let config = tiny_config();
+    let with_biases = CausalLmConfig { qkv_bias: true, ..config.clone() };
+    let error = CausalLm::load(builder(&decoder_vars(&with_biases, 3)?), &config).map(drop).unwrap_err().to_string();
+    assert!(error.contains("model.layers.0.self_attn.q_proj.bias") && error.contains("attention_bias"), "{error}");
+    for name in ["self_attn.o_proj.bias", "self_attn.q_norm.weight", "mlp.down_proj.bias"] {
+        let mut vars = decoder_vars(&config, 3)?;
+        vars.insert(format!("model.layers.2.{name}"), Tensor::zeros(24, DType::F32, &Device::Cpu)?);
+        let error = CausalLm::load(builder(&vars), &config).map(drop).unwrap_err().to_string();
+        assert!(error.contains(&format!("model.layers.2.{name}")), "{error}");
+    }
     Ok(())
 }

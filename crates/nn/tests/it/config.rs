@@ -106,3 +106,19 @@ fn sizes_that_contradict_each_other_are_refused() {
         assert!(matches!(check(change), Err(Error::Config { .. })), "case {index}");
     }
 }
+
+#[test]
+fn what_would_be_computed_otherwise_is_refused() {
+    let refused = |text: &str, says: &str| {
+        let error = CausalLmConfig::from_json(&json(text)).unwrap_err().to_string();
+        assert!(error.contains(says), "{text}: {error}");
+    };
+    refused(r#", "rope_scaling": {"factor": 4.0}"#, "no rope_type");
+    refused(r#", "rope_parameters": {"rope_theta": 1e4, "original_max_position_embeddings": 8192}"#, "no rope_type");
+    refused(r#", "partial_rotary_factor": 0.5"#, "partial_rotary_factor");
+    refused(r#", "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}"#, "partial_rotary_factor");
+    refused(r#", "eos_token_id": 49152"#, "eos_token_id is 49152");
+    refused(r#", "eos_token_id": [2, 60000]"#, "eos_token_id is 60000");
+    refused(r#", "bos_token_id": 4294967295"#, "bos_token_id");
+    assert!(CausalLmConfig::from_json(&json(r#", "partial_rotary_factor": 1.0, "rope_scaling": {}"#)).is_ok());
+}

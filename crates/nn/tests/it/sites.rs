@@ -227,3 +227,25 @@ fn the_encoder_names_the_line_and_the_module() -> TestResult {
     names(line!() - 1, result, &["embedding(f32 [2, 12], u32 [1, 1])", "(in embeddings.token_type_embeddings)", "7"]);
     Ok(())
 }
+
+/// A module of the user's own, whose `forward` is more than a call of another.
+struct Own;
+
+/// The line of the op in `Own`.
+const OWN: u32 = line!() + 4;
+
+impl Module for Own {
+    fn forward(&self, xs: &LazyTensor) -> Result<LazyTensor> {
+        Ok(xs.narrow(0, 5, 1)?)
+    }
+}
+
+#[test]
+fn a_module_of_ones_own_is_named_by_its_own_line() {
+    let x = zeros(&[2, 5]);
+    names(OWN, Own.forward(&x), &["narrow"]);
+    let boxed: Box<dyn Module> = Box::new(Own);
+    names(OWN, boxed.forward(&x), &["narrow"]);
+    let lent: &dyn Module = &boxed;
+    names(OWN, Module::forward(&lent, &x), &["narrow"]);
+}
