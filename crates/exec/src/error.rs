@@ -155,6 +155,27 @@ impl fmt::Display for Difference {
     }
 }
 
+/// Candle's error without the backtrace that it carries where `RUST_BACKTRACE` is set: in the middle of our text it would part the
+/// user's line from the rest, and it shows this crate's frames.
+pub(crate) fn bare(error: candle_core::Error) -> candle_core::Error {
+    match error {
+        candle_core::Error::WithBacktrace { inner, .. } => bare(*inner),
+        other => other,
+    }
+}
+
+/// What Candle's error says that our own text does not: op, shapes and dtypes stand before it.
+pub(crate) fn words(error: &candle_core::Error) -> String {
+    use candle_core::Error as C;
+    match error {
+        C::WithBacktrace { inner, .. } => words(inner),
+        C::DimOutOfRange { dim, .. } => format!("there is no dim {dim}"),
+        C::DuplicateDimIndex { dims, .. } => format!("a dim is named twice in {dims:?}"),
+        C::ShapeMismatch { buffer_size, shape } => format!("{buffer_size} elements do not make {shape:?}"),
+        other => other.to_string(),
+    }
+}
+
 impl From<Error> for candle_core::Error {
     fn from(error: Error) -> Self {
         match error {
@@ -231,7 +252,11 @@ impl Error {
         if self.site().is_some() {
             return self;
         }
-        Self::At { inner: Box::new(self), site: Box::new(BuildSite::here()) }
+        let inner = match self {
+            Self::Candle(error) => Self::Candle(bare(error)),
+            other => other,
+        };
+        Self::At { inner: Box::new(inner), site: Box::new(BuildSite::here()) }
     }
 }
 
@@ -269,6 +294,18 @@ mod tests {
         let error = Error::msg("nothing there").at_caller();
         assert!(error.to_string().starts_with("nothing there, at "), "{error}");
         assert_eq!(error.site().map(|site| site.location().line()), Some(line));
+    }
+
+    #[test]
+    fn a_backtrace_of_candles_stays_out_of_the_text() {
+        let inner = candle_core::Error::Msg("gone".into());
+        let traced = candle_core::Error::WithBacktrace {
+            inner: Box::new(inner),
+            backtrace: Box::new(std::backtrace::Backtrace::force_capture()),
+        };
+        assert_eq!(words(&traced), "gone");
+        let text = Error::from(traced).at_caller().to_string();
+        assert!(text.starts_with("gone, at ") && text.lines().count() == 1, "{text}");
     }
 
     #[test]

@@ -188,9 +188,9 @@ pub enum Error {
     },
 
     /// A text's vector holds a NaN or an infinity.
-    #[error("the vector of text {text} is not finite: {}", match first { Some(first) => first.to_string(), None => "every value on the way to it is".to_string() })]
+    #[error("the vector of text {} is not finite: {}", text + 1, match first { Some(first) => first.to_string(), None => "every value on the way to it is".to_string() })]
     NonFinite {
-        /// Index of the text.
+        /// Index of the text, from 0; the message counts from 1.
         text: usize,
         /// The first weight or op whose value is not finite, where one was found.
         first: Option<Box<NonFinite>>,

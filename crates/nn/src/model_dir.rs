@@ -101,6 +101,7 @@ impl ModelDir {
     ///
     /// # Errors
     /// As [`safetensors`] and [`Gguf::open`].
+    #[track_caller]
     pub fn var_builder(&self, dtype: DType, device: &Device) -> Result<VarBuilder<'static>> {
         match &self.weights {
             WeightFiles::Safetensors(paths) => safetensors(paths, dtype, device),
@@ -123,6 +124,7 @@ impl ModelDir {
     ///
     /// # Errors
     /// Where a file is missing, corrupt or of another architecture, and as [`CausalLm::load`].
+    #[track_caller]
     pub fn causal_lm(&self, dtype: DType, device: &Device) -> Result<CausalLm> {
         match &self.weights {
             WeightFiles::Gguf(path) => {
@@ -140,6 +142,7 @@ impl ModelDir {
     ///
     /// # Errors
     /// Where a file is missing, corrupt or of another architecture, and as [`SentenceEncoder::load`].
+    #[track_caller]
     pub fn sentence_encoder(&self, dtype: DType, device: &Device) -> Result<SentenceEncoder> {
         match &self.weights {
             WeightFiles::Gguf(path) => Err(Error::Unsupported {
@@ -149,8 +152,31 @@ impl ModelDir {
             }),
             WeightFiles::Safetensors(paths) => {
                 let config = BertConfig::from_file(self.file("config.json")?)?;
+                self.mean_pooling()?;
                 SentenceEncoder::load(safetensors(paths, dtype, device)?, &config)
             }
+        }
+    }
+
+    /// Refuses an encoder whose directory says that its tokens' vectors are pooled otherwise than by their mean
+    /// (`1_Pooling/config.json` of sentence-transformers).
+    fn mean_pooling(&self) -> Result<()> {
+        let path = self.dir.join("1_Pooling").join("config.json");
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(Error::io(&path, e)),
+        };
+        let modes: BTreeMap<String, serde_json::Value> =
+            serde_json::from_str(&text).map_err(|e| Error::config(path.display(), e))?;
+        let other = modes.iter().find(|(name, value)| {
+            name.starts_with("pooling_mode_") && *name != "pooling_mode_mean_tokens" && value.as_bool() == Some(true)
+        });
+        match other {
+            Some((name, _)) => {
+                Err(Error::Unsupported { what: "pooling", found: name.clone(), supported: "pooling_mode_mean_tokens" })
+            }
+            None => Ok(()),
         }
     }
 

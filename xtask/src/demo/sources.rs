@@ -3,6 +3,7 @@
 use super::Error;
 use crate::progress::Bars;
 use candle_lazy::nn::hub::{cache_dir, ModelSource, WheelModel, ALL_MINILM_L6_V2, SMOLLM2_135M_INSTRUCT};
+use candle_lazy::nn::models::{BertConfig, CausalLmConfig};
 use candle_lazy::nn::{ModelDir, WeightFiles};
 use std::path::{Path, PathBuf};
 
@@ -82,7 +83,8 @@ fn has_model_files(dir: &Path) -> bool {
             .any(|entry| entry.path().extension().is_some_and(|extension| extension == "gguf"))
 }
 
-/// An encoder calls itself a BERT in its config; everything else is taken for a language model.
+/// What a model is, by its config: a language model or an encoder, if it can be read as one. Anything else is an error now and
+/// not after the other model has run.
 fn role_of(model: &ModelDir) -> Result<Role, Error> {
     if !matches!(model.weights(), WeightFiles::Safetensors(_)) {
         return Ok(Role::Decoder);
@@ -94,9 +96,12 @@ fn role_of(model: &ModelDir) -> Result<Role, Error> {
     if !json.is_object() {
         return Err(wrong("no JSON object".to_string()));
     }
-    match json.get("model_type").and_then(serde_json::Value::as_str) {
-        Some("bert") => Ok(Role::Encoder),
-        _ => Ok(Role::Decoder),
+    let name = json.get("model_type").and_then(serde_json::Value::as_str);
+    match (CausalLmConfig::from_json(&text), BertConfig::from_json(&text)) {
+        (Ok(_), _) => Ok(Role::Decoder),
+        (_, Ok(_)) => Ok(Role::Encoder),
+        (_, Err(error)) if name == Some("bert") => Err(wrong(error.to_string())),
+        (Err(error), _) => Err(wrong(error.to_string())),
     }
 }
 
@@ -135,11 +140,28 @@ mod tests {
         }
     }
 
+    const BERT: &str = r#"{"model_type": "bert", "vocab_size": 9, "hidden_size": 4, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "intermediate_size": 4, "max_position_embeddings": 8}"#;
+
+    #[test]
+    fn a_config_that_is_neither_is_an_error_that_says_what_it_is() {
+        let scratch = Scratch::new("neither");
+        scratch.file("e/model.safetensors", "");
+        for other in ["roberta", "gemma"] {
+            scratch.file("e/config.json", &BERT.replace("bert", other));
+            let error = find(&[scratch.0.join("e")], Role::Encoder).unwrap_err().to_string();
+            assert!(error.contains("config.json") && error.contains(other), "{error}");
+        }
+        // without a name it is what it can be read as
+        scratch.file("e/config.json", &BERT.replace(r#""model_type": "bert", "#, ""));
+        assert!(find(&[scratch.0.join("e")], Role::Encoder).unwrap().is_some());
+    }
+
     #[test]
     fn one_directory_may_hold_both() {
         let scratch = Scratch::new("both");
         scratch.file("e/model.safetensors", "");
-        scratch.file("e/config.json", r#"{"model_type": "bert"}"#);
+        scratch.file("e/config.json", BERT);
         scratch.file("d/x.gguf", "");
         let dirs = [scratch.0.clone()];
         let encoder = find(&dirs, Role::Encoder).unwrap().unwrap();
@@ -182,7 +204,7 @@ mod tests {
         scratch.file("notes/readme.txt", "");
         scratch.file("d/x.gguf", "");
         assert!(find(std::slice::from_ref(&scratch.0), Role::Encoder).unwrap().is_none());
-        scratch.file("e/config.json", r#"{"model_type": "bert"}"#);
+        scratch.file("e/config.json", BERT);
         assert!(find(std::slice::from_ref(&scratch.0), Role::Encoder).is_err(), "no weights");
         scratch.file("e/model.safetensors.index.json", r#"{"weight_map": {"a": "1.safetensors"}}"#);
         let error = find(std::slice::from_ref(&scratch.0), Role::Encoder).unwrap_err().to_string();

@@ -69,14 +69,26 @@ fn check_length(tree: &Tree, longer: &[(&str, &str)]) -> Vec<Violation> {
     found
 }
 
-/// A test that does not run is no test.
+/// A test that does not run is no test: no attribute says `ignore`, nor does the fence of a doc test.
 pub(super) fn no_ignored_tests(tree: &Tree) -> Vec<Violation> {
+    const CHECK: &str = "ignored tests";
     let mut found = Vec::new();
+    let in_word = |c: char| c.is_alphanumeric() || c == '_';
     for (file, rust) in tree.rust() {
-        for (at, _) in rust.code.match_indices("ignore") {
-            let before = rust.code[..at].trim_end();
-            if before.ends_with("#[") || before.ends_with("cfg_attr(test,") {
-                found.push(Violation::new("ignored tests", place(file, at), "an ignored test"));
+        for (at, word) in rust.code.match_indices("ignore") {
+            let (before, after) = (&rust.code[..at], &rust.code[at + word.len()..]);
+            let whole = !before.ends_with(in_word) && !after.starts_with(in_word);
+            if whole && before.rfind("#[").is_some_and(|open| !before[open..].contains(']')) {
+                found.push(Violation::new(CHECK, place(file, at), "an ignored test"));
+            }
+        }
+        for (number, line) in file.text.lines().enumerate() {
+            let line = line.trim_start();
+            let doc = line.strip_prefix("///").or_else(|| line.strip_prefix("//!")).map(str::trim_start);
+            let fence = doc.and_then(|doc| doc.strip_prefix("```"));
+            if fence.is_some_and(|words| words.split(|c| !in_word(c)).any(|word| word == "ignore")) {
+                let place = format!("{}:{}", file.path, number + 1);
+                found.push(Violation::new(CHECK, place, "a doc test that is ignored"));
             }
         }
     }
@@ -268,9 +280,14 @@ mod tests {
         let tree = fixture(&[
             ("crates/a/src/a.rs", "#[test]\n#[ignore]\nfn a() {}\n"),
             ("crates/a/src/b.rs", "#[test]\n#[ignore = \"slow\"]\nfn a() {}\n"),
-            ("crates/a/src/c.rs", "// #[ignore]\nfn ignore() {}\n"),
+            ("crates/a/src/c.rs", "// #[ignore]\n#[test]\nfn ignore() { let s = [ignored]; }\n"),
+            ("crates/a/src/d.rs", "#[cfg_attr(all(), ignore)]\n#[test]\nfn a() {}\n"),
+            (
+                "crates/a/src/e.rs",
+                "/// A.\n/// ```rust,ignore\n/// a();\n/// ```\n/// ```text\n/// ignore\n/// ```\nfn a() {}\n",
+            ),
         ]);
-        assert_eq!(no_ignored_tests(&tree).len(), 2);
+        assert_eq!(no_ignored_tests(&tree).len(), 4);
     }
 
     #[test]

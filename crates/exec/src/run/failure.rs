@@ -49,7 +49,7 @@ pub(super) fn located(plan: &Plan, i: usize, bindings: &Bindings, error: Error) 
         return error;
     };
     let source: Box<dyn std::error::Error + Send + Sync> = match error {
-        Error::Candle(error) => Box::new(error),
+        Error::Candle(error) => Box::new(crate::error::bare(error)),
         other => Box::new(other),
     };
     Error::Run { op, operands, site, members, source }

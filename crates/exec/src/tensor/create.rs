@@ -14,7 +14,7 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 pub(super) fn shape_for<S: ShapeWithOneHole>(shape: S, count: usize) -> std::result::Result<Shape, ErrorKind> {
     let overflow = || ErrorKind::Shape(format!("the shape has more elements than a machine can count, not {count}"));
     let shape = catch_unwind(AssertUnwindSafe(|| shape.into_shape(count))).map_err(|_| overflow())?;
-    let shape = shape.map_err(|e| ErrorKind::Shape(e.to_string()))?;
+    let shape = shape.map_err(|e| ErrorKind::Shape(crate::error::words(&e)))?;
     match elem_count(shape.dims()) {
         Some(n) if n == count => Ok(shape),
         Some(n) => Err(ErrorKind::Shape(format!("{:?} has {n} elements, not {count}", shape.dims()))),
@@ -24,7 +24,7 @@ pub(super) fn shape_for<S: ShapeWithOneHole>(shape: S, count: usize) -> std::res
 
 /// What Candle refused outside of a graph, at the line that asked for it.
 fn refused(op: &'static str, error: candle_core::Error, site: &BuildSite) -> crate::error::Error {
-    Error::new(op, ErrorKind::Shape(error.to_string())).at(site).into()
+    Error::new(op, ErrorKind::Shape(crate::error::words(&error))).at(site).into()
 }
 
 /// A shape that does not fit the data it is for.

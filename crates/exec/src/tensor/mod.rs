@@ -224,9 +224,14 @@ impl LazyTensor {
         dims.to_indexes(self.shape(), op).map_err(|e| self.no_such_dim(op, &e, &site))
     }
 
-    fn no_such_dim(&self, op: &'static str, error: &candle_core::Error, site: &BuildSite) -> crate::error::Error {
+    pub(crate) fn no_such_dim(
+        &self,
+        op: &'static str,
+        error: &candle_core::Error,
+        site: &BuildSite,
+    ) -> crate::error::Error {
         use candle_lazy_graph::{Error, ErrorKind};
-        let detail = format!("{error} (shape {:?})", self.dims());
+        let detail = crate::error::words(error);
         Error::new(op, ErrorKind::Range(detail)).on(&[self.node.meta()]).at(site).into()
     }
 

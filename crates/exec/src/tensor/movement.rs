@@ -64,10 +64,9 @@ impl LazyTensor {
             return Self::refuse("stack", ErrorKind::Shape("no tensors".into()));
         };
         let site = BuildSite::here();
-        let dim = dim.to_index_plus_one(first.as_ref().shape(), "stack").map_err(|e| {
-            let meta = first.as_ref().node().meta();
-            candle_lazy_graph::Error::new("stack", ErrorKind::Range(e.to_string())).on(&[meta]).at(&site)
-        })?;
+        let first_shape = first.as_ref().shape();
+        let dim =
+            dim.to_index_plus_one(first_shape, "stack").map_err(|e| first.as_ref().no_such_dim("stack", &e, &site))?;
         for tensor in tensors {
             if tensor.as_ref().dims() != first.as_ref().dims() {
                 let (a, b) = (first.as_ref(), tensor.as_ref());

@@ -102,10 +102,8 @@ impl LazyTensor {
     #[track_caller]
     pub fn unsqueeze<D: Dim>(&self, dim: D) -> Result<Self> {
         let site = BuildSite::here();
-        let dim = dim.to_index_plus_one(self.shape(), "unsqueeze").map_err(|e| {
-            let detail = format!("{e} (shape {:?})", self.dims());
-            candle_lazy_graph::Error::new("unsqueeze", ErrorKind::Range(detail)).on(&[self.node().meta()]).at(&site)
-        })?;
+        let dim =
+            dim.to_index_plus_one(self.shape(), "unsqueeze").map_err(|e| self.no_such_dim("unsqueeze", &e, &site))?;
         let mut dims = self.dims().to_vec();
         dims.insert(dim, 1);
         self.reshape_dims(&dims)
@@ -275,7 +273,7 @@ macro_rules! dims_n {
                 pub fn $name(&self) -> Result<$ty> {
                     match self.shape().$name() {
                         Ok(dims) => Ok(dims),
-                        Err(e) => self.refuse_here(stringify!($name), ErrorKind::Shape(e.to_string())),
+                        Err(e) => self.refuse_here(stringify!($name), ErrorKind::Shape(crate::error::words(&e))),
                     }
                 }
             )*

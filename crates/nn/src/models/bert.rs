@@ -51,6 +51,9 @@ pub struct BertConfig {
     /// Name of the architecture; `bert` where it is given.
     #[serde(default)]
     pub model_type: Option<String>,
+    /// Whether a token sees only those before it; not computed.
+    #[serde(default)]
+    pub is_decoder: bool,
 }
 
 fn gelu() -> String {
@@ -64,6 +67,11 @@ fn two() -> usize {
 }
 fn eps() -> f64 {
     1e-12
+}
+
+#[derive(Deserialize)]
+struct Architecture {
+    model_type: Option<String>,
 }
 
 impl BertConfig {
@@ -86,6 +94,11 @@ impl BertConfig {
     }
 
     fn parse(text: &str, what: &str) -> Result<Self> {
+        // looked at first: the rest of another architecture's config need not be what ours is
+        let first: Architecture = serde_json::from_str(text).map_err(|e| Error::config(what, e))?;
+        if let Some(other) = first.model_type.filter(|name| name != "bert") {
+            return Err(Error::Unsupported { what: "encoder", found: other, supported: "bert" });
+        }
         let config: Self = serde_json::from_str(text).map_err(|e| Error::config(what, e))?;
         config.validate(what)?;
         Ok(config)
@@ -98,6 +111,13 @@ impl BertConfig {
     pub fn validate(&self, what: &str) -> Result<()> {
         if let Some(other) = self.model_type.as_deref().filter(|name| *name != "bert") {
             return Err(Error::Unsupported { what: "encoder", found: other.to_string(), supported: "bert" });
+        }
+        if self.is_decoder {
+            return Err(Error::Unsupported {
+                what: "is_decoder of a BERT",
+                found: "true".to_string(),
+                supported: "false: every token sees every other",
+            });
         }
         if self.position_embedding_type != "absolute" {
             return Err(Error::Unsupported {

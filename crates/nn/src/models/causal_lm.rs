@@ -13,7 +13,7 @@ use crate::lora::{LoraLinear, LoraWeights};
 use crate::mlp::Mlp;
 use crate::module::Module;
 use crate::norm::{rms_norm, RmsNorm};
-use crate::rope::RopeTable;
+use crate::rope::{RopeScaling, RopeTable};
 use crate::scope;
 use candle_core::{DType, Device};
 use candle_lazy_exec::LazyTensor;
@@ -65,8 +65,42 @@ impl Block {
 #[derive(Debug)]
 pub struct Cache {
     blocks: Vec<KvCache>,
-    rope: RopeTable,
+    rope: Rope,
     capacity: usize,
+}
+
+/// Rows of the rotary table that are made at first: enough for most texts, small beside any model.
+const FIRST_POSITIONS: usize = 4096;
+
+/// The rotary table as far as it was needed: a context of millions of positions costs nothing until a text reaches them.
+#[derive(Debug)]
+struct Rope {
+    table: RopeTable,
+    head_dim: usize,
+    theta: f32,
+    scaling: RopeScaling,
+    dtype: DType,
+    device: Device,
+}
+
+impl Rope {
+    fn new(config: &CausalLmConfig, capacity: usize, dtype: DType, device: &Device) -> Result<Self> {
+        let (head_dim, theta, scaling) = (config.head_dim, config.rope_theta, config.rope_scaling.clone());
+        let positions = capacity.min(FIRST_POSITIONS);
+        let table = RopeTable::new(head_dim, theta, &scaling, positions, dtype, device)?;
+        Ok(Self { table, head_dim, theta, scaling, dtype, device: device.clone() })
+    }
+
+    /// As [`RopeTable::slice`], for any position below `capacity`.
+    #[track_caller]
+    fn slice(&mut self, start: usize, len: usize, capacity: usize) -> Result<(LazyTensor, LazyTensor)> {
+        let end = start.saturating_add(len);
+        if end > self.table.positions() {
+            let positions = end.checked_next_power_of_two().unwrap_or(end).min(capacity);
+            self.table = RopeTable::new(self.head_dim, self.theta, &self.scaling, positions, self.dtype, &self.device)?;
+        }
+        self.table.slice(start, len)
+    }
 }
 
 impl Cache {
@@ -75,8 +109,8 @@ impl Cache {
     /// The buffers, 2 · layers · batch · kv heads · capacity · head dim elements of `dtype`, are made at the first use.
     ///
     /// # Errors
-    /// [`Error::PromptTooLong`] where `capacity` exceeds the model's context, [`Error::Config`] where it is 0 or needs more
-    /// memory (for one sequence, with the rotary table) than the system grants at once.
+    /// [`Error::PromptTooLong`] where `capacity` exceeds the model's context, [`Error::Config`] where it is 0, [`Error::Cache`]
+    /// where it needs more memory (for one sequence) than the system grants at once.
     #[track_caller]
     pub fn new(config: &CausalLmConfig, capacity: usize, dtype: DType, device: &Device) -> Result<Self> {
         if capacity == 0 {
@@ -86,7 +120,7 @@ impl Cache {
             return Err(Error::prompt_too_long(capacity, config.max_position_embeddings));
         }
         room_for(config, capacity, dtype)?;
-        let rope = RopeTable::new(config.head_dim, config.rope_theta, &config.rope_scaling, capacity, dtype, device)?;
+        let rope = Rope::new(config, capacity, dtype, device)?;
         let mut blocks = Vec::new();
         if blocks.try_reserve_exact(config.num_hidden_layers).is_err() {
             let layers = config.num_hidden_layers;
@@ -131,12 +165,10 @@ impl Cache {
 
 /// Refuses a cache that no memory holds, before a part of it is made: sizes come from a config, and a request of the engine or of
 /// Candle that the system refuses could end the process.
+#[track_caller]
 fn room_for(config: &CausalLmConfig, capacity: usize, dtype: DType) -> Result<()> {
-    // keys and values of all blocks, and the rotary table in f32 while it is made
     let held = [2, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, dtype.size_in_bytes()];
-    let per_position = held.into_iter().try_fold(1usize, usize::checked_mul);
-    let table = config.head_dim.checked_mul(size_of::<f32>());
-    let bytes = per_position.zip(table).and_then(|(a, b)| a.checked_add(b)).and_then(|n| n.checked_mul(capacity));
+    let bytes = held.into_iter().try_fold(capacity, usize::checked_mul);
     let mut probe = Vec::<u8>::new();
     let granted = bytes.is_some_and(|bytes| probe.try_reserve_exact(bytes).is_ok());
     // the optimiser may remove an allocation that nobody looks at
@@ -145,13 +177,12 @@ fn room_for(config: &CausalLmConfig, capacity: usize, dtype: DType) -> Result<()
         return Ok(());
     }
     let bytes = bytes.map_or("more bytes than can be counted".to_string(), |bytes| format!("{bytes} bytes"));
-    let message = format_args!("there is no memory for {capacity} positions: keys and values need {bytes}");
-    Err(Error::config("the cache", message))
+    Err(Error::cache(format_args!("there is no memory for {capacity} positions: keys and values need {bytes}")))
 }
 
-/// Refuses weights that would change the result and that the config says nothing of: biases that it denies, norms of queries and
-/// keys. A model without them answers, but not as it was trained to.
-fn no_denied_tensor(config: &CausalLmConfig, layers: &VarBuilder<'_>) -> Result<()> {
+/// Refuses weights that would change the result and that the config says nothing of: biases that it denies, norms, sinks and
+/// experts of related architectures. A model without them answers, but not as it was trained to.
+fn no_denied_tensor(config: &CausalLmConfig, vb: &VarBuilder<'_>) -> Result<()> {
     let qkv = (config.qkv_bias, "attention_bias");
     let out = (config.out_bias, "attention_bias");
     let mlp = (config.mlp_bias, "mlp_bias");
@@ -166,7 +197,25 @@ fn no_denied_tensor(config: &CausalLmConfig, layers: &VarBuilder<'_>) -> Result<
         ("mlp.gate_proj.bias", mlp),
         ("mlp.up_proj.bias", mlp),
         ("mlp.down_proj.bias", mlp),
+        ("self_attn.q_norm.bias", norm),
+        ("self_attn.k_norm.bias", norm),
+        ("self_attn.sinks", norm),
+        ("input_layernorm.bias", norm),
+        ("post_attention_layernorm.bias", norm),
+        ("pre_feedforward_layernorm.weight", norm),
+        ("post_feedforward_layernorm.weight", norm),
+        ("mlp.experts.0.up_proj.weight", norm),
     ];
+    for (part, name) in [(vb.pp("model.norm"), "bias"), (vb.pp("lm_head"), "bias")] {
+        if part.contains_tensor(name) {
+            let prefix = part.prefix();
+            return Err(Error::config(
+                "the model",
+                format_args!("the weights have `{prefix}.{name}`, the architecture has no place for it"),
+            ));
+        }
+    }
+    let layers = vb.pp("model.layers");
     for index in 0..config.num_hidden_layers {
         let block = layers.pp(index);
         for (name, (wanted, says)) in tensors {
@@ -217,7 +266,7 @@ impl CausalLm {
         let one_more = |index: usize| layers.pp(index).pp("input_layernorm").contains_tensor("weight");
         let stored = !one_more(usize::MAX);
         if stored {
-            no_denied_tensor(config, &layers)?;
+            no_denied_tensor(config, &vb)?;
         }
         if one_more(config.num_hidden_layers) && stored {
             return Err(Error::config(
@@ -378,7 +427,7 @@ impl CausalLm {
     #[track_caller]
     fn blocks_forward(&self, ids: &LazyTensor, position: usize, s: usize, cache: &mut Cache) -> Result<LazyTensor> {
         let _scope = scope::enter("model");
-        let (cos, sin) = cache.rope.slice(position, s)?;
+        let (cos, sin) = cache.rope.slice(position, s, cache.capacity)?;
         let at = Positions { cos, sin };
         let mut xs = self.embed.forward(ids)?;
         for (block, kv) in self.blocks.iter().zip(&mut cache.blocks) {

@@ -1,5 +1,6 @@
 //! What describes a decoder of the Llama family: Hugging Face's `config.json`, or the metadata of a GGUF file.
 
+use super::rope_config::{self, RopeJson};
 use crate::error::{Error, Result};
 use crate::rope::RopeScaling;
 use serde::Deserialize;
@@ -50,28 +51,20 @@ pub struct CausalLmConfig {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "a token id must be a whole number from 0 on, or a list of such")]
 enum OneOrMany {
     One(u32),
     Many(Vec<u32>),
 }
 
-/// `rope_scaling` (older files) and `rope_parameters` (newer ones) of a config.
+/// What is looked at first: the rest of another architecture's config need not be what ours is.
 #[derive(Deserialize)]
-struct RopeJson {
-    #[serde(alias = "type")]
-    rope_type: Option<String>,
-    rope_theta: Option<f32>,
-    partial_rotary_factor: Option<f64>,
-    factor: Option<f32>,
-    low_freq_factor: Option<f32>,
-    high_freq_factor: Option<f32>,
-    original_max_position_embeddings: Option<usize>,
+struct Architecture {
+    model_type: Option<String>,
 }
 
 #[derive(Deserialize)]
 struct Json {
-    model_type: Option<String>,
     vocab_size: usize,
     hidden_size: usize,
     intermediate_size: usize,
@@ -90,6 +83,8 @@ struct Json {
     mlp_bias: Option<bool>,
     use_sliding_window: Option<bool>,
     sliding_window: Option<usize>,
+    max_window_layers: Option<usize>,
+    layer_types: Option<Vec<String>>,
     hidden_act: Option<String>,
     bos_token_id: Option<OneOrMany>,
     eos_token_id: Option<OneOrMany>,
@@ -116,8 +111,8 @@ impl CausalLmConfig {
     }
 
     fn parse(text: &str, what: &str) -> Result<Self> {
-        let json: Json = serde_json::from_str(text).map_err(|e| Error::config(what, e))?;
-        let architecture = json.model_type.as_deref().unwrap_or("llama");
+        let first: Architecture = serde_json::from_str(text).map_err(|e| Error::config(what, e))?;
+        let architecture = first.model_type.as_deref().unwrap_or("llama");
         let qwen2 = match architecture {
             "llama" | "mistral" => false,
             "qwen2" => true,
@@ -129,6 +124,7 @@ impl CausalLmConfig {
                 })
             }
         };
+        let json: Json = serde_json::from_str(text).map_err(|e| Error::config(what, e))?;
         match json.hidden_act.as_deref() {
             None | Some("silu" | "swish") => {}
             Some(other) => {
@@ -139,22 +135,11 @@ impl CausalLmConfig {
                 })
             }
         }
-        let of_rope = [&json.rope_scaling, &json.rope_parameters];
-        let partial = of_rope.into_iter().flatten().filter_map(|rope| rope.partial_rotary_factor);
-        if let Some(factor) = json.partial_rotary_factor.into_iter().chain(partial).find(|factor| *factor != 1.) {
-            return Err(Error::Unsupported {
-                what: "partial_rotary_factor",
-                found: factor.to_string(),
-                supported: "1: whole heads are rotated",
-            });
+        if let Some(factor) = json.partial_rotary_factor.filter(|factor| *factor != 1.) {
+            return Err(rope_config::partial(factor));
         }
-        let theta_in_parameters = json.rope_parameters.as_ref().and_then(|r| r.rope_theta);
-        let rope = json.rope_scaling.or(json.rope_parameters);
-        // Qwen2 writes a window into every config and says beside it whether it is used.
-        let sliding_window = match (qwen2, json.use_sliding_window) {
-            (_, Some(false)) | (true, None) => None,
-            _ => json.sliding_window,
-        };
+        let sliding_window = window(&json, qwen2, what)?;
+        let rope = rope_config::read(json.rope_scaling, json.rope_parameters, what)?;
         let attention_bias = json.attention_bias.unwrap_or(false);
         let config = Self {
             vocab_size: json.vocab_size,
@@ -169,8 +154,8 @@ impl CausalLmConfig {
             },
             max_position_embeddings: json.max_position_embeddings,
             rms_norm_eps: json.rms_norm_eps,
-            rope_theta: json.rope_theta.or(theta_in_parameters).unwrap_or(10_000.),
-            rope_scaling: rope_scaling(rope.as_ref(), what)?,
+            rope_theta: json.rope_theta.or(rope.theta).unwrap_or(10_000.),
+            rope_scaling: rope.scaling,
             tie_word_embeddings: json.tie_word_embeddings.unwrap_or(false),
             qkv_bias: qwen2 || attention_bias,
             out_bias: !qwen2 && attention_bias,
@@ -258,40 +243,46 @@ impl CausalLmConfig {
     }
 }
 
-fn rope_scaling(json: Option<&RopeJson>, what: &str) -> Result<RopeScaling> {
-    let Some(json) = json else {
-        return Ok(RopeScaling::None);
+/// Qwen2 looks through a window from layer `max_window_layers` on, which is this many where the config does not say.
+const QWEN2_WINDOW_FROM: usize = 28;
+
+/// The window of all layers, if there is one. Some layers with one and others without are not computed.
+fn window(json: &Json, qwen2: bool, what: &str) -> Result<Option<usize>> {
+    // Qwen2 writes a window into every config and says beside it whether it is used.
+    let window = match (qwen2, json.use_sliding_window) {
+        (_, Some(false)) | (true, None) => None,
+        _ => json.sliding_window,
     };
-    let field = |name: &str, value: Option<f32>| match value {
-        Some(value) if value.is_finite() && value > 0. => Ok(value),
-        Some(value) => Err(Error::config(what, format_args!("rope_scaling.{name} is {value}"))),
-        None => Err(Error::config(what, format_args!("rope_scaling has no {name}"))),
+    let layers = json.num_hidden_layers;
+    let mixed = |name: &str, found: String| {
+        Error::config(what, format_args!("{name} gives {found} of {layers} layers a window: all or none are computed"))
     };
-    match json.rope_type.as_deref() {
-        Some("default") => Ok(RopeScaling::None),
-        None => {
-            let factors = [json.factor, json.low_freq_factor, json.high_freq_factor];
-            if factors.iter().any(Option::is_some) || json.original_max_position_embeddings.is_some() {
-                return Err(Error::config(
-                    what,
-                    "rope_scaling has factors and no rope_type: how they scale is not said",
-                ));
+    let with_window = match (&json.layer_types, qwen2) {
+        (Some(types), _) => {
+            if types.len() != layers {
+                let count = types.len();
+                return Err(Error::config(what, format_args!("layer_types names {count} layers, there are {layers}")));
             }
-            Ok(RopeScaling::None)
+            if let Some(other) = types.iter().find(|t| !matches!(t.as_str(), "full_attention" | "sliding_attention")) {
+                return Err(Error::Unsupported {
+                    what: "layer type",
+                    found: other.clone(),
+                    supported: "full_attention, sliding_attention",
+                });
+            }
+            let count = types.iter().filter(|t| *t == "sliding_attention").count();
+            if count > 0 && window.is_none() {
+                return Err(Error::config(what, "layer_types has sliding_attention and no sliding_window is in use"));
+            }
+            count
         }
-        Some("linear") => Ok(RopeScaling::Linear { factor: field("factor", json.factor)? }),
-        Some("llama3") => Ok(RopeScaling::Llama3 {
-            factor: field("factor", json.factor)?,
-            low_freq_factor: field("low_freq_factor", json.low_freq_factor)?,
-            high_freq_factor: field("high_freq_factor", json.high_freq_factor)?,
-            original_context: json
-                .original_max_position_embeddings
-                .ok_or_else(|| Error::config(what, "rope_scaling has no original_max_position_embeddings"))?,
-        }),
-        Some(other) => Err(Error::Unsupported {
-            what: "rope scaling",
-            found: other.to_string(),
-            supported: "default, linear, llama3",
-        }),
+        (None, true) => layers.saturating_sub(json.max_window_layers.unwrap_or(QWEN2_WINDOW_FROM)),
+        (None, false) => layers,
+    };
+    match with_window {
+        _ if window.is_none() => Ok(None),
+        0 => Ok(None),
+        n if n == layers => Ok(window),
+        n => Err(mixed(if json.layer_types.is_some() { "layer_types" } else { "max_window_layers" }, n.to_string())),
     }
 }

@@ -7,6 +7,7 @@ pub mod bert;
 pub mod causal_lm;
 pub mod causal_lm_config;
 pub mod generate;
+mod rope_config;
 
 pub use bert::{BertConfig, BertModel, SentenceEncoder};
 pub use causal_lm::{Cache, CausalLm};

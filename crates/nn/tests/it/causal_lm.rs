@@ -334,11 +334,37 @@ fn weights_that_the_config_denies_are_an_error() -> TestResult {
     let with_biases = CausalLmConfig { qkv_bias: true, ..config.clone() };
     let error = CausalLm::load(builder(&decoder_vars(&with_biases, 3)?), &config).map(drop).unwrap_err().to_string();
     assert!(error.contains("model.layers.0.self_attn.q_proj.bias") && error.contains("attention_bias"), "{error}");
-    for name in ["self_attn.o_proj.bias", "self_attn.q_norm.weight", "mlp.down_proj.bias"] {
+    for name in ["self_attn.o_proj.bias", "self_attn.q_norm.weight", "mlp.down_proj.bias", "input_layernorm.bias"] {
         let mut vars = decoder_vars(&config, 3)?;
         vars.insert(format!("model.layers.2.{name}"), Tensor::zeros(24, DType::F32, &Device::Cpu)?);
         let error = CausalLm::load(builder(&vars), &config).map(drop).unwrap_err().to_string();
         assert!(error.contains(&format!("model.layers.2.{name}")), "{error}");
     }
+    for name in ["model.norm.bias", "lm_head.bias"] {
+        let mut vars = decoder_vars(&config, 3)?;
+        vars.insert(name.to_string(), Tensor::zeros(24, DType::F32, &Device::Cpu)?);
+        let error = CausalLm::load(builder(&vars), &config).map(drop).unwrap_err().to_string();
+        assert!(error.contains(name), "{error}");
+    }
     Ok(())
+}
+
+#[test]
+fn a_text_may_pass_the_rows_of_the_rotary_table_that_are_made_at_first() -> TestResult {
+    let config = CausalLmConfig { max_position_embeddings: 1 << 14, num_hidden_layers: 1, ..tiny_config() };
+    let model = CausalLm::load(builder(&decoder_vars(&config, 5)?), &config)?;
+    let ids: Vec<u32> = (0..4300).map(|i| i % 61).collect();
+    // in one piece, and step by step over the end of the first rows
+    let mut whole = model.new_cache(5000)?;
+    let want = model.forward(&LazyTensor::from(row(&ids)?), &mut whole)?.eval()?;
+    let mut pieces = model.new_cache(5000)?;
+    let mut got = None;
+    for piece in [&ids[..4090], &ids[4090..4095], &ids[4095..4097], &ids[4097..]] {
+        let logits = model.forward(&LazyTensor::from(row(piece)?), &mut pieces)?;
+        let mut roots = pieces.handles();
+        roots.push(&logits);
+        candle_lazy_exec::materialize(&roots)?;
+        got = Some(logits.eval()?);
+    }
+    close(&got.ok_or("no piece")?, &want, 1e-5)
 }

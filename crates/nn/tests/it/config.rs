@@ -120,5 +120,55 @@ fn what_would_be_computed_otherwise_is_refused() {
     refused(r#", "eos_token_id": 49152"#, "eos_token_id is 49152");
     refused(r#", "eos_token_id": [2, 60000]"#, "eos_token_id is 60000");
     refused(r#", "bos_token_id": 4294967295"#, "bos_token_id");
-    assert!(CausalLmConfig::from_json(&json(r#", "partial_rotary_factor": 1.0, "rope_scaling": {}"#)).is_ok());
+    refused(r#", "rope_scaling": {"short_factor": [1.0], "long_factor": [2.0]}"#, "rope_scaling.long_factor");
+    refused(r#", "rope_scaling": {"rope_type": "default", "attention_factor": 2.0}"#, "attention_factor");
+    refused(r#", "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8}}"#, "full_attention");
+    refused(r#", "rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 2}"#, "type dynamic");
+    let linear = r#""rope_scaling": {"type": "linear", "factor": 2}"#;
+    refused(&format!(r#", {linear}, "rope_parameters": {{"rope_type": "linear", "factor": 4}}"#), "different ways");
+    refused(&format!(r#", {linear}, "rope_parameters": {{"rope_type": "yarn"}}"#), "yarn");
+    let llama3 = r#", "rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1"#;
+    refused(&format!("{llama3}, \"high_freq_factor\": 1, \"original_max_position_embeddings\": 64}}"), "not below");
+    refused(&format!("{llama3}, \"high_freq_factor\": 4, \"original_max_position_embeddings\": 0}}"), "above 0");
+    refused(r#", "eos_token_id": -1"#, "whole number");
+    refused(
+        r#", "model_type": "qwen2", "use_sliding_window": true, "sliding_window": 8, "max_window_layers": 7"#,
+        "23 of 30",
+    );
+    refused(r#", "sliding_window": 8, "layer_types": ["full_attention"]"#, "layer_types names 1 layers");
+    refused(r#", "model_type": "gemma", "hidden_size": null"#, "gemma");
+    let same = format!(r#", {linear}, "rope_parameters": {{"rope_type": "linear", "factor": 2, "rope_theta": 5e5}}"#);
+    for text in [r#", "partial_rotary_factor": 1.0, "rope_scaling": {}"#, same.as_str()] {
+        assert!(CausalLmConfig::from_json(&json(text)).is_ok(), "{text}");
+    }
+}
+
+#[test]
+fn an_object_without_a_word_on_scaling_hides_no_other() -> TestResult {
+    let text =
+        r#", "rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 4, "rope_theta": 20000.0}"#;
+    let config = CausalLmConfig::from_json(&json(text))?;
+    assert_eq!((config.rope_scaling, config.rope_theta), (RopeScaling::Linear { factor: 4. }, 20_000.));
+    let text = r#", "rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 4, "rope_theta": 30000.0}"#;
+    let config = CausalLmConfig::from_json(&json(text))?;
+    assert_eq!((config.rope_scaling, config.rope_theta), (RopeScaling::Linear { factor: 4. }, 30_000.));
+    Ok(())
+}
+
+#[test]
+fn windows_of_qwen2_begin_where_the_config_says() -> TestResult {
+    let window = |more: &str| {
+        let qwen2 = r#", "model_type": "qwen2", "use_sliding_window": true, "sliding_window": 8"#;
+        CausalLmConfig::from_json(&json(&format!("{qwen2}{more}"))).map(|c| c.sliding_window)
+    };
+    assert_eq!(window(r#", "max_window_layers": 0"#)?, Some(8));
+    assert_eq!(window(r#", "max_window_layers": 30"#)?, None);
+    assert_eq!(window(r#", "max_window_layers": 99"#)?, None);
+    let types = |name: &str| format!(r#", "layer_types": [{}]"#, vec![format!("\"{name}\""); 30].join(", "));
+    assert_eq!(window(&types("full_attention"))?, None);
+    assert_eq!(window(&types("sliding_attention"))?, Some(8));
+    // 28 where it is not said: two of thirty layers have a window
+    assert!(window("").is_err());
+    assert!(window(&types("chunked_attention")).is_err());
+    Ok(())
 }

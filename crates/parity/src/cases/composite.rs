@@ -5,8 +5,19 @@ use crate::case::Domain;
 use candle_core::DType;
 use candle_lazy_graph::{Op, UnaryOp};
 
-const ROWS: [&[usize]; 9] =
-    [&[3, 17], &[2, 3, 5], &[4, 1025], &[2, 0, 4], &[7], &[1, 1], &[2, 3, 0], &[2, 3, 4, 33], &[2, 8200]];
+const ROWS: [&[usize]; 11] = [
+    &[3, 17],
+    &[2, 3, 5],
+    &[3, 2],
+    &[2, 2, 3],
+    &[4, 1025],
+    &[2, 0, 4],
+    &[7],
+    &[1, 1],
+    &[2, 3, 0],
+    &[2, 3, 4, 33],
+    &[2, 8200],
+];
 
 const ACTIVATIONS: [UnaryOp; 5] = [UnaryOp::Silu, UnaryOp::Gelu, UnaryOp::GeluErf, UnaryOp::Relu, UnaryOp::Sigmoid];
 
