@@ -13,7 +13,7 @@ pub mod view;
 
 pub use error::{Error, Result};
 pub use functional::{
-    attention, cross_entropy, gelu, gelu_erf, group_norm, layer_norm, linear, log_softmax, lora, lora_add, matmul,
-    rms_norm, rope, rope_i, silu, silu_mul, softmax,
+    attention, cross_entropy, embedding, gelu, gelu_erf, gelu_erf_mul, gelu_mul, group_norm, layer_norm, linear,
+    log_softmax, lora, lora_add, matmul, rms_norm, rope, rope_i, silu, silu_mul, softmax,
 };
 pub use kernels::AttentionParams;

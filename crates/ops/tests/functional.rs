@@ -223,11 +223,35 @@ fn a_target_that_is_its_types_largest_value_picks_nothing() {
 }
 
 #[test]
+fn embedding_gradients() {
+    for dtype in [DType::U8, DType::U32, DType::I64] {
+        for dims in [&[5usize][..], &[2, 3], &[1, 2, 2], &[]] {
+            let count = dims.iter().product::<usize>();
+            let ids: Vec<u32> = (0..count as u32).map(|i| i * i % 4).collect();
+            let ids = Tensor::from_vec(ids, dims, &CPU).unwrap().to_dtype(dtype).unwrap();
+            check_grads("embedding", &[&[4, 3]], &|t| ops::embedding(&t[0], &ids));
+            let stepped = Tensor::stack(&[&ids, &ids], ids.rank()).unwrap().narrow(ids.rank(), 1, 1).unwrap();
+            check_grads("embedding", &[&[4, 3]], &|t| ops::embedding(&t[0], &stepped.squeeze(ids.rank())?));
+        }
+    }
+}
+
+#[test]
+fn an_id_that_is_its_types_largest_value_is_no_row() {
+    let table = Var::from_tensor(&Tensor::new(&[[1f32, 2.], [3., 4.]], &CPU).unwrap()).unwrap();
+    let y = ops::embedding(table.as_tensor(), &Tensor::new(&[1u32, u32::MAX, 1], &CPU).unwrap()).unwrap();
+    assert_eq!(flat(&y), [3.0, 4.0, 0.0, 0.0, 3.0, 4.0]);
+    assert_eq!(flat(y.backward().unwrap().get(table.as_tensor()).unwrap()), [0.0, 0.0, 2.0, 2.0]);
+}
+
+#[test]
 fn activation_gradients() {
     check_grads("gelu", &[&[3, 7]], &|a| ops::gelu(&a[0]));
     check_grads("gelu-erf", &[&[3, 7]], &|a| ops::gelu_erf(&a[0]));
     check_grads("silu", &[&[3, 7]], &|a| ops::silu(&a[0]));
     check_grads("silu-mul", &[&[3, 7], &[3, 7]], &|a| ops::silu_mul(&a[0], &a[1]));
+    check_grads("gelu-mul", &[&[3, 7], &[3, 7]], &|a| ops::gelu_mul(&a[0], &a[1]));
+    check_grads("gelu-erf-mul", &[&[3, 7], &[3, 7]], &|a| ops::gelu_erf_mul(&a[0], &a[1]));
     check_composed("gelu", &[&[3, 7]], &|a| ops::gelu(&a[0]), &|a| a[0].gelu());
     check_composed("gelu-erf", &[&[3, 7]], &|a| ops::gelu_erf(&a[0]), &|a| a[0].gelu_erf());
     check_composed("silu", &[&[3, 7]], &|a| ops::silu(&a[0]), &|a| a[0].silu());

@@ -18,7 +18,7 @@ fn sample_programs(dtype: DType) -> Vec<(&'static str, RowProgram, usize)> {
         ("rms_norm", programs::rms_norm(true, dtype).unwrap(), 2),
         ("layer_norm", programs::layer_norm(true, true, dtype).unwrap(), 3),
         ("residual_rms_norm", programs::residual_rms_norm(dtype).unwrap(), 3),
-        ("silu_mul", programs::silu_mul(dtype).unwrap(), 2),
+        ("glu", programs::glu(UnaryFn::Silu, dtype).unwrap(), 2),
         ("gelu", programs::unary(UnaryFn::Gelu, dtype).unwrap(), 1),
     ]
 }

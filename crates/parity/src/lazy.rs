@@ -101,6 +101,7 @@ pub fn record(op: &Op, s: &[f64], x: &[LazyTensor]) -> Result<LazyTensor> {
         Op::Lora { base: true } => x[0].lora_add(&x[3], &x[1], &x[2], s[0])?,
         Op::Glu { act: UnaryOp::Silu } => x[0].silu_mul(&x[1])?,
         Op::Glu { act: UnaryOp::Gelu } => x[0].gelu_mul(&x[1])?,
+        Op::Glu { act: UnaryOp::GeluErf } => x[0].gelu_erf_mul(&x[1])?,
         Op::Rope { interleaved: false } => x[0].rope(&x[1], &x[2])?,
         Op::Rope { interleaved: true } => x[0].rope_i(&x[1], &x[2])?,
         Op::Attention { mask, causal, softcap, window } => {

@@ -3,7 +3,7 @@
 
 use crate::case::{Case, Layout};
 use candle_core::DType;
-use candle_lazy_graph::{Op, OpClass, ReduceOp};
+use candle_lazy_graph::{Op, OpClass, ReduceOp, UnaryOp};
 
 /// Why Candle's own op may run for this case, or `None` where a kernel of ours must.
 #[must_use]
@@ -28,10 +28,14 @@ pub fn candle_runs(case: &Case) -> Option<&'static str> {
 /// Why the `ops` functions on plain tensors do not have this op.
 #[must_use]
 pub fn no_function(op: &Op) -> Option<&'static str> {
-    if op.class() == OpClass::Composite && !matches!(op, Op::Embedding) {
-        return None;
+    match op {
+        Op::Glu { act: UnaryOp::Relu | UnaryOp::Sigmoid } => {
+            Some("neither `LazyTensor` nor `ops` names this gated unit: no model of today's has it")
+        }
+        Op::Unary(UnaryOp::Gelu | UnaryOp::GeluErf | UnaryOp::Silu) | Op::Matmul => None,
+        op if op.class() == OpClass::Composite => None,
+        _ => Some("`ops` offers composites only; a primitive on plain tensors is Candle's"),
     }
-    Some("`ops` offers composites only; a primitive on plain tensors is Candle's")
 }
 
 /// Why eager Candle's result is no measure for this case.
@@ -72,10 +76,12 @@ pub fn no_gradient(case: &Case) -> Option<&'static str> {
 /// Why the gradient of an `ops` function cannot be measured for this case, where that of the decomposition can.
 #[must_use]
 pub fn no_function_gradient(case: &Case) -> Option<&'static str> {
-    let Op::GroupNorm { groups, .. } = &case.op else {
-        return None;
+    let dims = &case.inputs.first()?.dims;
+    let width = match &case.op {
+        Op::GroupNorm { groups, .. } => dims.iter().skip(1).product::<usize>() / groups.max(&1),
+        Op::LayerNorm { .. } => *dims.last()?,
+        _ => return None,
     };
-    let width = case.inputs.first()?.dims.iter().skip(1).product::<usize>() / groups.max(&1);
     (width <= 2).then_some(
         "a row of two numbers is normalised to ±1 whatever they are: but for eps the terms of its gradient cancel, and what is \
          left is rounding, which only the order of eager's own ops repeats",

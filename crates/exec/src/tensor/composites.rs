@@ -146,6 +146,15 @@ impl LazyTensor {
         Self::record(Op::Glu { act: UnaryOp::Gelu }, &[], &[self, up])
     }
 
+    /// gelu(self)·up with the exact form.
+    ///
+    /// # Errors
+    /// When shapes or dtypes differ.
+    #[track_caller]
+    pub fn gelu_erf_mul(&self, up: &Self) -> Result<Self> {
+        Self::record(Op::Glu { act: UnaryOp::GeluErf }, &[], &[self, up])
+    }
+
     /// Rotary position embedding, pairs (i, i + d/2): x (b, h, s, d); cos and sin (s, d/2) or (b, s, d/2)
     /// (arXiv:2104.09864, eq. 34).
     ///

@@ -1,4 +1,4 @@
-//! Activations: gelu in both forms, silu, and SwiGLU's product.
+//! Activations: gelu in both forms, silu, and the products of gated units.
 
 use super::apply::{RowCall, Tracked1, Tracked2};
 use super::{alike, float, wide};
@@ -137,24 +137,51 @@ pub fn silu(x: &Tensor) -> Result<Tensor> {
     unary("silu", x, U::Silu, silu_slope, Tensor::silu)
 }
 
-/// silu(gate)·up for two tensors of one shape and dtype (a float).
+/// silu(gate)·up for two tensors of one shape and dtype (a float): SwiGLU's product (Shazeer, arXiv:2002.05202, §2).
 ///
 /// # Errors
 /// Shapes or dtypes that differ, or a dtype that is not a float.
 pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    const OP: &str = "silu-mul";
-    float(OP, gate)?;
-    alike(OP, "up", gate, up)?;
+    glu("silu-mul", gate, up, U::Silu, silu_slope, Tensor::silu)
+}
+
+/// gelu(gate)·up with gelu's tanh form for two tensors of one shape and dtype (a float): GeGLU's product (Shazeer,
+/// arXiv:2002.05202, §2).
+///
+/// # Errors
+/// Shapes or dtypes that differ, or a dtype that is not a float.
+pub fn gelu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    glu("gelu-mul", gate, up, U::Gelu, gelu_slope, Tensor::gelu)
+}
+
+/// gelu(gate)·up with gelu's exact form for two tensors of one shape and dtype (a float).
+///
+/// # Errors
+/// Shapes or dtypes that differ, or a dtype that is not a float.
+pub fn gelu_erf_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    glu("gelu-erf-mul", gate, up, U::GeluErf, gelu_erf_slope, Tensor::gelu_erf)
+}
+
+fn glu(
+    op: &'static str,
+    gate: &Tensor,
+    up: &Tensor,
+    act: U,
+    slope: Slope,
+    composed: fn(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    float(op, gate)?;
+    alike(op, "up", gate, up)?;
     if gate.dims() != up.dims() {
-        return Err(Error::shape(OP, format!("gate {:?}, up {:?}", gate.dims(), up.dims())).into());
+        return Err(Error::shape(op, format!("gate {:?}, up {:?}", gate.dims(), up.dims())).into());
     }
     let dtype = gate.dtype();
     if !gate.device().is_cpu() {
         let (g, u) = (gate.to_dtype(wide(dtype))?, up.to_dtype(wide(dtype))?);
-        return g.silu()?.mul(&u)?.to_dtype(dtype);
+        return composed(&g)?.mul(&u)?.to_dtype(dtype);
     }
-    let class = class(OP, dtype)?;
-    let call = RowCall::new(OP, programs::silu_mul(dtype)?, 0);
+    let class = class(op, dtype)?;
+    let call = RowCall::new(op, programs::glu(act, dtype)?, 0);
     let bwd = move |gate: &Tensor, up: &Tensor, g: &Tensor| {
         let (tg, tu) = (gate.track_op(), up.track_op());
         let (gate, up) = (gate.detach(), up.detach());
@@ -162,22 +189,22 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
             let mut b = RowProgram::builder(class);
             let (gate_, up_, g_) = (b.load(0), b.load(1), b.load(2));
             let mut c = Consts { b: &mut b, values: Vec::new() };
-            let d = silu_slope(&mut c, gate_);
-            let t = if fault::active("grad.silu_mul.up_factor") { g_ } else { c.mul(g_, up_) };
+            let d = slope(&mut c, gate_);
+            let t = if fault::active("grad.glu.up_factor") { g_ } else { c.mul(g_, up_) };
             let dx = c.mul(t, d);
             let values = c.values;
             b.output(dx, dtype);
-            let call = RowCall::new(OP, b.finish()?, 0).with_params(&values);
+            let call = RowCall::new(op, b.finish()?, 0).with_params(&values);
             Some(call.detached(&[&gate, &up, g])?)
         } else {
             None
         };
-        let d_up = if tu && !fault::active("grad.silu_mul.no_up") {
+        let d_up = if tu && !fault::active("grad.glu.no_up") {
             let mut b = RowProgram::builder(class);
             let (gate_, g_) = (b.load(0), b.load(1));
-            let y = if fault::active("grad.silu_mul.up") { g_ } else { emit::silu_mul(&mut b, gate_, g_)? };
+            let y = if fault::active("grad.glu.up") { g_ } else { emit::glu(&mut b, act, gate_, g_)? };
             b.output(y, dtype);
-            Some(RowCall::new(OP, b.finish()?, 0).detached(&[&gate, g])?)
+            Some(RowCall::new(op, b.finish()?, 0).detached(&[&gate, g])?)
         } else {
             None
         };

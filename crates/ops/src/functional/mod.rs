@@ -8,15 +8,17 @@ mod activation;
 mod apply;
 mod attention;
 mod cross_entropy;
+mod embedding;
 mod group_norm;
 mod linear;
 mod norm;
 mod rope;
 mod softmax;
 
-pub use activation::{gelu, gelu_erf, silu, silu_mul};
+pub use activation::{gelu, gelu_erf, gelu_erf_mul, gelu_mul, silu, silu_mul};
 pub use attention::attention;
 pub use cross_entropy::cross_entropy;
+pub use embedding::embedding;
 pub use group_norm::group_norm;
 pub use linear::{linear, lora, lora_add, matmul};
 pub use norm::{layer_norm, rms_norm};

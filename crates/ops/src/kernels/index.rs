@@ -18,17 +18,28 @@ const OP: &str = "index-select";
 /// # Errors
 /// `IndexOutOfRange` with the first offending position, `ShapeMismatch`, `DTypeMismatch`, `OutOfBounds`; nothing is written then.
 pub fn index_select(src: &View<'_>, ids: &View<'_>, dim: usize, out: &mut SliceMut<'_>) -> Result<()> {
+    index_select_as(OP, src, ids, dim, out)
+}
+
+/// [`index_select`], called `op` in its errors.
+pub(crate) fn index_select_as(
+    op: &'static str,
+    src: &View<'_>,
+    ids: &View<'_>,
+    dim: usize,
+    out: &mut SliceMut<'_>,
+) -> Result<()> {
     src.check()?;
     ids.check()?;
     let dims = src.dims();
     let Some(&size) = dims.get(dim) else {
-        return Err(Error::shape(OP, format!("dim {dim} of {dims:?}")));
+        return Err(Error::shape(op, format!("dim {dim} of {dims:?}")));
     };
     let n_ids = ids.layout.elem_count();
     let (left, right) = (count(&dims[..dim]), count(&dims[dim + 1..]));
     let total = left.saturating_mul(n_ids).saturating_mul(right);
-    check_out(OP, out, src.dtype(), total)?;
-    let ids = read_ids(OP, ids, size)?;
+    check_out(op, out, src.dtype(), total)?;
+    let ids = read_ids(op, ids, size)?;
     if total == 0 {
         return Ok(());
     }

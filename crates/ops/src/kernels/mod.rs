@@ -18,7 +18,7 @@ pub(crate) use attention::visible;
 pub use attention::{attention, AttentionParams};
 pub use copy::{arange, cast, copy_into, fill};
 pub use index::index_select;
-pub(crate) use index::read_ids;
+pub(crate) use index::{index_select_as, read_ids};
 pub use lora::lora;
 pub use matmul::matmul;
 pub use random::{philox, random, Distribution};

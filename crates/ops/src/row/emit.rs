@@ -144,17 +144,17 @@ pub fn layer_norm(b: &mut Builder, x: Reg, weight: Option<Reg>, bias: Option<Reg
     Ok(out)
 }
 
-/// silu(gate) · up (SwiGLU's product).
+/// act(gate) · up (the product of a gated unit).
 ///
 /// # Errors
 /// `InvalidProgram` if a register is unknown.
-pub fn silu_mul(b: &mut Builder, gate: Reg, up: Reg) -> Result<Reg> {
+pub fn glu(b: &mut Builder, act: U, gate: Reg, up: Reg) -> Result<Reg> {
     for r in [gate, up] {
         if b.kind_of(r).is_none() {
             return Err(Error::program(format!("unknown register {}", r.0)));
         }
     }
-    let (gate, up) = if fault::active("emit.silu_mul.gate") { (up, gate) } else { (gate, up) };
-    let act = b.push(Instr::Unary(U::Silu, gate));
+    let (gate, up) = if fault::active("emit.glu.gate") { (up, gate) } else { (gate, up) };
+    let act = b.push(Instr::Unary(act, gate));
     Ok(b.binary(B::Mul, act, up))
 }

@@ -60,14 +60,14 @@ pub fn layer_norm(weight: bool, bias: bool, dtype: DType) -> Result<RowProgram> 
     b.finish()
 }
 
-/// silu(gate)·up, elementwise. Inputs: gate, up.
+/// act(gate)·up, elementwise. Inputs: gate, up.
 ///
 /// # Errors
 /// `Unsupported` for a dtype that is not a float.
-pub fn silu_mul(dtype: DType) -> Result<RowProgram> {
-    let mut b = RowProgram::builder(class("silu-mul", dtype)?);
+pub fn glu(act: UnaryFn, dtype: DType) -> Result<RowProgram> {
+    let mut b = RowProgram::builder(class("glu", dtype)?);
     let (gate, up) = (b.load(0), b.load(1));
-    let y = emit::silu_mul(&mut b, gate, up)?;
+    let y = emit::glu(&mut b, act, gate, up)?;
     b.output(y, dtype);
     b.finish()
 }

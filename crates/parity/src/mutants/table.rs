@@ -61,7 +61,7 @@ const ROW: &[Row] = &[
     ("row.root_mean.count", "a norm's root of a sum instead of a mean", "rms_norm layer_norm", "all-passes"),
     ("emit.layer_norm.weight", "layer norm without weight", "layer_norm", "all-passes"),
     ("emit.layer_norm.bias", "layer norm without bias", "layer_norm", "all-passes"),
-    ("emit.silu_mul.gate", "gate and up change places", "glu", "ops"),
+    ("emit.glu.gate", "gate and up change places", "glu", "ops"),
 ];
 
 const KERNELS: &[Row] = &[
@@ -138,9 +138,9 @@ const BACKWARDS: &[Row] = &[
     ("grad.gelu.sech", "gelu's gradient lacks 1 − t²", "gelu", "ops-tracked"),
     ("grad.gelu.cubic", "gelu's gradient lacks the cubic term", "gelu", "ops-tracked"),
     ("grad.gelu_erf.density", "gelu_erf's gradient lacks the density", "gelu_erf", "ops-tracked"),
-    ("grad.silu_mul.up_factor", "the gate's gradient lacks up", "glu", "ops-tracked"),
-    ("grad.silu_mul.no_up", "up gets no gradient", "glu", "ops-tracked"),
-    ("grad.silu_mul.up", "up's gradient lacks the gate", "glu", "ops-tracked"),
+    ("grad.glu.up_factor", "the gate's gradient lacks up", "glu", "ops-tracked"),
+    ("grad.glu.no_up", "up gets no gradient", "glu", "ops-tracked"),
+    ("grad.glu.up", "up's gradient lacks the gate", "glu", "ops-tracked"),
     ("grad.softmax.sum", "softmax's gradient lacks the sum", "softmax", "ops-tracked"),
     ("grad.log_softmax.weight", "log-softmax's gradient lacks the weight", "log_softmax", "ops-tracked"),
     ("grad.norm.eps", "a norm's gradient lacks eps", "rms_norm layer_norm group_norm", "ops-tracked"),
@@ -172,6 +172,7 @@ const BACKWARDS: &[Row] = &[
     ("group_norm.groups", "groups and channels of a group change places", "group_norm", "ops"),
     ("cross_entropy.target", "every target is the first class", "cross_entropy", "ops"),
     ("cross_entropy.mean", "a mean is a sum", "cross_entropy", "ops"),
+    ("grad.embedding.row", "every row's gradient goes to the first id's row", "embedding", "ops-tracked"),
     ("grad.cross_entropy.target", "the gradient lacks the target", "cross_entropy", "ops-tracked"),
     ("grad.cross_entropy.chain", "the loss's gradient is not multiplied in", "cross_entropy", "ops-tracked"),
 ];
