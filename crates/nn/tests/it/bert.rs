@@ -6,12 +6,12 @@ use candle_lazy_nn::models::{BertConfig, BertModel, SentenceEncoder};
 use candle_lazy_nn::{Error, LazyTensor};
 use candle_transformers::models::bert as eager;
 
-fn config() -> Result<BertConfig, Error> {
-    BertConfig::from_json(
-        r#"{"model_type": "bert", "vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2,
-            "num_attention_heads": 3, "intermediate_size": 40, "hidden_act": "gelu",
-            "max_position_embeddings": 16, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "pad_token_id": 0}"#,
-    )
+pub(crate) const CONFIG: &str = r#"{"model_type": "bert", "vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 3, "intermediate_size": 40, "hidden_act": "gelu", "max_position_embeddings": 16,
+    "type_vocab_size": 2, "layer_norm_eps": 1e-12, "pad_token_id": 0}"#;
+
+pub(crate) fn config() -> Result<BertConfig, Error> {
+    BertConfig::from_json(CONFIG)
 }
 
 fn eager_config(config: &BertConfig) -> eager::Config {
@@ -53,7 +53,7 @@ fn shapes(config: &BertConfig, scale: &str, shift: &str) -> Vec<(String, Vec<usi
     shapes
 }
 
-fn weights(config: &BertConfig, seed: u64) -> candle_core::Result<Vars> {
+pub(crate) fn weights(config: &BertConfig, seed: u64) -> candle_core::Result<Vars> {
     random_vars(&shapes(config, "weight", "bias"), seed)
 }
 

@@ -71,6 +71,29 @@ fn what_is_absent_is_named() -> TestResult {
 }
 
 #[test]
+fn an_encoder_that_pools_otherwise_is_refused() -> TestResult {
+    let dir = tempfile::tempdir()?;
+    let config = crate::bert::config()?;
+    let json = crate::bert::CONFIG;
+    std::fs::write(dir.path().join("config.json"), json)?;
+    candle_core::safetensors::save(&crate::bert::weights(&config, 4)?, dir.path().join("model.safetensors"))?;
+    let load = || ModelDir::open(dir.path())?.sentence_encoder(DType::F32, &Device::Cpu).map(|_| ());
+    load()?;
+    let pooling = dir.path().join("1_Pooling").join("config.json");
+    std::fs::create_dir(dir.path().join("1_Pooling"))?;
+    let mean = r#"{"word_embedding_dimension": 24, "pooling_mode_cls_token": false, "pooling_mode_mean_tokens": true}"#;
+    std::fs::write(&pooling, mean)?;
+    load()?;
+    std::fs::write(&pooling, mean.replace("token\": false", "token\": true"))?;
+    let error = load();
+    assert!(matches!(&error, Err(Error::Unsupported { found, .. }) if found == "pooling_mode_cls_token"), "{error:?}");
+    std::fs::write(&pooling, "[")?;
+    let error = load();
+    assert!(matches!(&error, Err(Error::Config { .. })), "{error:?}");
+    Ok(())
+}
+
+#[test]
 fn an_index_names_files_beside_it_and_no_others() -> TestResult {
     let dir = tempfile::tempdir()?;
     let open = |index: &str| {
