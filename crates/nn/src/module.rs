@@ -43,6 +43,20 @@ impl<M: Module + ?Sized> Module for Box<M> {
     }
 }
 
+impl<M: Module + ?Sized> Module for std::sync::Arc<M> {
+    #[track_caller]
+    fn forward(&self, xs: &LazyTensor) -> Result<LazyTensor> {
+        (**self).forward_at_caller(xs)
+    }
+}
+
+impl<M: Module + ?Sized> Module for std::rc::Rc<M> {
+    #[track_caller]
+    fn forward(&self, xs: &LazyTensor) -> Result<LazyTensor> {
+        (**self).forward_at_caller(xs)
+    }
+}
+
 /// Full name of tensor `name` under the builder's prefix.
 pub(crate) fn full_name(vb: &VarBuilder<'_>, name: &str) -> String {
     let prefix = vb.prefix();

@@ -150,6 +150,15 @@ fn the_first_number_that_is_none_is_found_with_its_line() {
     }
     assert!(!y.is_ready() && !log.is_ready(), "looking changes nothing");
     assert!(randn(&[3]).tanh().unwrap().first_nonfinite().unwrap().is_none());
+    // an infinity that is meant stands before the NaN that is not
+    let mask = LazyTensor::causal_mask(3, 3, None, DType::F32, &Device::Cpu).unwrap();
+    let (line, broken) = (line!(), mask.sub(&mask).unwrap());
+    let y = broken.exp().unwrap();
+    assert!(y.first_nonfinite().unwrap().unwrap().op.unwrap().starts_with("causal_mask"));
+    let found = y.first_nan().unwrap().unwrap();
+    assert!(found.op.as_deref() == Some("sub") && found.value.is_nan(), "{found}");
+    assert_eq!((found.site.location().line(), found.count), (line, 3), "{found}");
+    assert!(mask.exp().unwrap().first_nan().unwrap().is_none());
 }
 
 #[test]

@@ -135,12 +135,15 @@ impl fmt::Display for NonFinite {
     }
 }
 
-fn nonfinite(node: &Node, expr: Option<&Expr>, tensor: &Tensor) -> Result<Option<NonFinite>> {
+/// What is looked for.
+type Unwanted = fn(f64) -> bool;
+
+fn find_in(node: &Node, expr: Option<&Expr>, tensor: &Tensor, unwanted: Unwanted) -> Result<Option<NonFinite>> {
     if !tensor.dtype().is_float() {
         return Ok(None);
     }
     let numbers = numbers(tensor)?;
-    let Some((at, &value)) = numbers.iter().enumerate().find(|(_, x)| !x.is_finite()) else {
+    let Some((at, &value)) = numbers.iter().enumerate().find(|(_, &x)| unwanted(x)) else {
         return Ok(None);
     };
     let operands = expr.map(|e| e.inputs.iter().map(|n| n.meta()).collect::<Vec<Meta<'_>>>());
@@ -152,7 +155,7 @@ fn nonfinite(node: &Node, expr: Option<&Expr>, tensor: &Tensor) -> Result<Option
         site: node.site().clone(),
         index: index_of(tensor.dims(), at),
         value,
-        count: numbers.iter().filter(|x| !x.is_finite()).count(),
+        count: numbers.iter().filter(|&&x| unwanted(x)).count(),
     }))
 }
 
@@ -161,15 +164,27 @@ fn nonfinite(node: &Node, expr: Option<&Expr>, tensor: &Tensor) -> Result<Option
 ///
 /// Everything pending is run once, with every intermediate value kept until the end, and nothing becomes ready. A tensor
 /// that was evaluated before is a leaf here: its history is gone. An infinity that is meant, such as the −∞ of a causal
-/// mask, is found like any other.
+/// mask, is found like any other: [`first_nan`] looks for a NaN alone.
 ///
 /// # Errors
 /// As [`crate::run::eval_all`].
 pub fn first_nonfinite(tensors: &[&LazyTensor]) -> Result<Option<NonFinite>> {
+    first(tensors, |x| !x.is_finite())
+}
+
+/// The same as [`first_nonfinite`] for the first NaN, in a graph whose infinities are meant.
+///
+/// # Errors
+/// As [`crate::run::eval_all`].
+pub fn first_nan(tensors: &[&LazyTensor]) -> Result<Option<NonFinite>> {
+    first(tensors, f64::is_nan)
+}
+
+fn first(tensors: &[&LazyTensor], unwanted: Unwanted) -> Result<Option<NonFinite>> {
     let roots: Vec<Arc<Node>> = tensors.iter().map(|t| t.node().clone()).collect();
     let recorded = recorded(&roots);
     for leaf in &recorded.leaves {
-        if let Some(found) = nonfinite(leaf, None, &ready_tensor(leaf)?)? {
+        if let Some(found) = find_in(leaf, None, &ready_tensor(leaf)?, unwanted)? {
             return Ok(Some(found));
         }
     }
@@ -180,7 +195,7 @@ pub fn first_nonfinite(tensors: &[&LazyTensor]) -> Result<Option<NonFinite>> {
             // another thread made it ready meanwhile
             None => ready_tensor(node)?,
         };
-        if let Some(found) = nonfinite(node, Some(expr), &tensor)? {
+        if let Some(found) = find_in(node, Some(expr), &tensor, unwanted)? {
             return Ok(Some(found));
         }
     }

@@ -379,6 +379,11 @@ fn candle_op(ctx: &Ctx<'_>, op: &Op<Sym>, slots: &mut [SlotValue]) -> Result<()>
                 dims.as_slice()
             ))));
         }
+        if result.device().is_cpu() {
+            // nothing of Candle's checks that a storage holds what its shape says
+            candle_lazy_ops::storage::with_view(&result, |_| Ok(()))
+                .map_err(|error| Error::Candle(candle_core::Error::Msg(format!("custom op {name}: {error}"))))?;
+        }
     }
     if result.dims() != dims.as_slice() || result.dtype() != output.dtype {
         return Err(Error::Internal(format!(

@@ -14,7 +14,7 @@ mod kernel;
 mod slots;
 
 pub use checked::eval_all_checked;
-pub use inspect::{first_nonfinite, NonFinite};
+pub use inspect::{first_nan, first_nonfinite, NonFinite};
 
 use crate::buffer::BufferValue;
 use crate::config::EvalOptions;

@@ -54,7 +54,14 @@ impl LazyTensor {
     /// When evaluation fails, or Candle has no gradient for an op.
     #[track_caller]
     pub fn backward(&self) -> Result<GradStore> {
-        Ok(self.eval()?.backward()?)
+        // no closure here: it would name this line
+        match self.eval()?.backward() {
+            Ok(gradients) => Ok(gradients),
+            Err(error) => {
+                let detail = format!("backward({:?}): {}", self.dims(), crate::error::words(&error));
+                Err(crate::error::Error::Candle(candle_core::Error::Msg(detail)).at_caller())
+            }
+        }
     }
 
     /// Which dim `axis` is, counted from the end where it is negative.
@@ -116,6 +123,9 @@ impl LazyTensor {
     /// When the dtype is not floating-point.
     #[track_caller]
     pub fn round_to(&self, decimals: i32) -> Result<Self> {
+        if !self.dtype().is_float() && decimals >= 0 {
+            return Ok(self.clone());
+        }
         let factor = 10f64.powi(decimals);
         self.affine(factor, 0.0)?.round()?.affine(1.0 / factor, 0.0)
     }
@@ -167,9 +177,6 @@ impl LazyTensor {
     /// When the dim is out of range or the dtype has no product.
     #[track_caller]
     pub fn cumsum<D: Dim>(&self, dim: D) -> Result<Self> {
-        if self.rank() == 0 {
-            return Ok(self.clone());
-        }
         let dim = self.dim_index(dim, "cumsum")?;
         let last = self.rank() - 1;
         let upper = Self::triu2(self.dims()[dim], self.dtype(), self.device())?;

@@ -11,6 +11,7 @@ macro_rules! read_as {
         $(
             impl TryFrom<&LazyTensor> for $list {
                 type Error = Error;
+                #[track_caller]
                 fn try_from(tensor: &LazyTensor) -> Result<Self> {
                     tensor.$read()
                 }
@@ -18,6 +19,7 @@ macro_rules! read_as {
 
             impl TryFrom<LazyTensor> for $list {
                 type Error = Error;
+                #[track_caller]
                 fn try_from(tensor: LazyTensor) -> Result<Self> {
                     tensor.$read()
                 }

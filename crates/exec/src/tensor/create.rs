@@ -2,6 +2,7 @@
 
 use super::LazyTensor;
 use crate::error::Result;
+use candle_core::scalar::Scalar;
 use candle_core::shape::ShapeWithOneHole;
 use candle_core::{DType, Device, NdArray, Shape, Tensor, WithDType};
 use candle_lazy_graph::infer::elem_count;
@@ -31,6 +32,18 @@ fn refused(op: &'static str, error: candle_core::Error, site: &BuildSite) -> cra
 fn of_data<T: WithDType>(op: &'static str, kind: ErrorKind, count: usize, site: &BuildSite) -> crate::error::Error {
     let data = [count];
     Error::new(op, kind).on(&[Meta { dims: &data, dtype: T::DTYPE }]).at(site).into()
+}
+
+/// An integer.
+fn whole<T: WithDType>(value: T) -> Option<i128> {
+    match value.to_scalar() {
+        Scalar::U8(v) => Some(v.into()),
+        Scalar::U32(v) => Some(v.into()),
+        Scalar::I16(v) => Some(v.into()),
+        Scalar::I32(v) => Some(v.into()),
+        Scalar::I64(v) => Some(v.into()),
+        _ => None,
+    }
 }
 
 impl LazyTensor {
@@ -95,14 +108,43 @@ impl LazyTensor {
     /// The numbers from `start` to before `end`, `step` apart: a leaf of one dim.
     ///
     /// # Errors
-    /// When the step is 0 or Candle cannot make the tensor.
+    /// When the step is 0 or lost in rounding, or there are more numbers than memory.
     #[track_caller]
     pub fn arange_step<T: WithDType>(start: T, end: T, step: T, device: &Device) -> Result<Self> {
         if step == T::zero() {
             let detail = format!("a step of 0 from {start} to {end}");
             return Self::refuse("arange", candle_lazy_graph::ErrorKind::Range(detail));
         }
-        Ok(Self::from(Tensor::arange_step(start, end, step, device)?))
+        let site = BuildSite::here();
+        let refuse = |detail: String| Error::new("arange", ErrorKind::Range(detail)).at(&site);
+        let up = step > T::zero();
+        let inside = |v: T| if up { v < end } else { v > end };
+        let (from, to, by) = (start.to_f64(), end.to_f64(), step.to_f64());
+        // rounding errors of the sum may add a few
+        let count = if inside(start) { ((to - from) / by).ceil() } else { 0.0 };
+        crate::buffer::granted(T::DTYPE, count as usize).map_err(|e| refuse(e.to_string()))?;
+        let mut data = Vec::new();
+        let mut current = start;
+        while inside(current) {
+            data.push(current);
+            // what is left is less than a step: the next sum might overflow the dtype, and is not needed
+            if let (Some(to), Some(at), Some(by)) = (whole(end), whole(current), whole(step)) {
+                if (to - at).abs() <= by.abs() {
+                    break;
+                }
+            }
+            let before = current;
+            current += step;
+            if current == before {
+                let dtype = T::DTYPE.as_str();
+                return Err(refuse(format!(
+                    "{dtype} cannot count from {start} to {end} by {step}: {before} + {step} is {before}"
+                ))
+                .into());
+            }
+        }
+        let len = data.len();
+        Self::from_vec(data, len, device)
     }
 
     /// start + i·step for `len` numbers, computed in f64 and rounded once: recorded, so that another length makes no new plan.

@@ -2,6 +2,7 @@
 
 use super::LazyTensor;
 use crate::error::Result;
+use candle_core::scalar::Scalar;
 use candle_core::{DType, WithDType};
 use candle_lazy_graph::{BinaryOp, CmpOp, ErrorKind, Op, UnaryOp};
 
@@ -24,7 +25,6 @@ macro_rules! unary {
 
 unary! {
     neg => Neg, "−x.";
-    abs => Abs, "|x|.";
     recip => Recip, "1/x.";
     sqr => Sqr, "x².";
     sqrt => Sqrt, "√x.";
@@ -37,13 +37,40 @@ unary! {
     erf => Erf, "The error function.";
     gelu => Gelu, "GELU, tanh form: x/2·(1 + tanh(√(2/π)(x + 0.044715x³))) (arXiv:1606.08415, §2).";
     gelu_erf => GeluErf, "GELU, exact form: x/2·(1 + erf(x/√2)) (arXiv:1606.08415, §2).";
-    relu => Relu, "max(x, 0).";
     silu => Silu, "x/(1 + e⁻ˣ).";
     sigmoid => Sigmoid, "1/(1 + e⁻ˣ).";
-    floor => Floor, "The largest integer not above x.";
-    ceil => Ceil, "The smallest integer not below x.";
-    round => Round, "The nearest integer, halves away from zero.";
-    sign => Sign, "−1, 0 or 1.";
+}
+
+macro_rules! unary_of_any {
+    ($($name:ident => $op:ident, $doc:literal, |$x:ident| $whole:expr;)*) => {
+        impl LazyTensor {
+            $(
+                #[doc = $doc]
+                /// Any dtype, as Candle's.
+                ///
+                /// # Errors
+                /// When the dtype is not supported.
+                #[track_caller]
+                pub fn $name(&self) -> Result<Self> {
+                    if self.dtype().is_float() {
+                        return Self::record(Op::Unary(UnaryOp::$op), &[], &[self]);
+                    }
+                    let $x = self;
+                    $whole
+                }
+            )*
+        }
+    };
+}
+
+// of integers these are other ops, or nothing at all
+unary_of_any! {
+    abs => Abs, "|x|.", |x| if x.dtype() == DType::I64 { x.mul(&x.sign()?) } else { Ok(x.clone()) };
+    relu => Relu, "max(x, 0).", |x| if x.dtype() == DType::I64 { x.maximum(0i64) } else { Ok(x.clone()) };
+    floor => Floor, "The largest integer not above x.", |x| Ok(x.clone());
+    ceil => Ceil, "The smallest integer not below x.", |x| Ok(x.clone());
+    round => Round, "The nearest integer, halves away from zero.", |x| Ok(x.clone());
+    sign => Sign, "−1, 0 or 1.", |x| if x.dtype() == DType::I64 { x.maximum(-1i64)?.minimum(1i64) } else { x.minimum(1u8) };
 }
 
 macro_rules! binary {
@@ -80,7 +107,7 @@ binary! {
     sub, broadcast_sub => Op::Binary(BinaryOp::Sub), "a − b.";
     mul, broadcast_mul => Op::Binary(BinaryOp::Mul), "a·b.";
     div, broadcast_div => Op::Binary(BinaryOp::Div), "a/b.";
-    pow, broadcast_pow => Op::Binary(BinaryOp::Pow), "aᵇ, float; unlike Candle's also of a negative a and a whole b.";
+    pow, broadcast_pow => Op::Binary(BinaryOp::Pow), "aᵇ, float; unlike Candle's also of a negative a and a whole b (a tracked tensor runs Candle's: NaN there).";
 }
 
 /// The right-hand side of a comparison: a tensor or a number.
@@ -88,8 +115,49 @@ binary! {
 pub enum TensorOrScalar<'a> {
     /// A tensor of the same shape.
     Tensor(&'a LazyTensor),
-    /// A number, converted to the tensor's dtype.
-    Scalar(f64),
+    /// A number, converted to the tensor's dtype as Candle does: a whole number wraps where it is too large for an integer
+    /// tensor, a float saturates.
+    Scalar(Scalar),
+}
+
+/// A number in a tensor's dtype.
+enum Number {
+    /// One that f64 holds; a scalar of the op.
+    Param(f64),
+    /// An integer that f64 does not hold; a leaf.
+    Leaf(LazyTensor),
+}
+
+impl LazyTensor {
+    /// `scalar` as this tensor's dtype has it.
+    #[track_caller]
+    fn number(&self, scalar: Scalar) -> Result<Number> {
+        let whole = match scalar {
+            Scalar::U8(v) => Some(i64::from(v)),
+            Scalar::U32(v) => Some(i64::from(v)),
+            Scalar::I16(v) => Some(i64::from(v)),
+            Scalar::I32(v) => Some(i64::from(v)),
+            Scalar::I64(v) => Some(v),
+            _ => None,
+        };
+        let float = scalar.to_f64();
+        let value = match (self.dtype(), whole) {
+            (DType::U8, Some(v)) => i64::from(v as u8),
+            (DType::U32, Some(v)) => i64::from(v as u32),
+            (DType::I64, Some(v)) => v,
+            (DType::U8, None) => i64::from(float as u8),
+            (DType::U32, None) => i64::from(float as u32),
+            (DType::I64, None) => float as i64,
+            // a float tensor; i64 rounds once, not by way of f64
+            (DType::F32, Some(v)) => return Ok(Number::Param(f64::from(v as f32))),
+            _ => return Ok(Number::Param(float)),
+        };
+        // a float is that large only where the value lies beyond what f64 holds
+        if value.unsigned_abs() <= 1 << 53 {
+            return Ok(Number::Param(value as f64));
+        }
+        Ok(Number::Leaf(Self::new(value, self.device())?))
+    }
 }
 
 impl<'a> From<&'a LazyTensor> for TensorOrScalar<'a> {
@@ -100,7 +168,7 @@ impl<'a> From<&'a LazyTensor> for TensorOrScalar<'a> {
 
 impl<T: WithDType> From<T> for TensorOrScalar<'_> {
     fn from(value: T) -> Self {
-        Self::Scalar(value.to_f64())
+        Self::Scalar(value.to_scalar())
     }
 }
 
@@ -120,9 +188,10 @@ macro_rules! compare {
                             self.same_shape(rhs, stringify!($name), stringify!($broadcast))?;
                             Self::record(Op::Compare(CmpOp::$op), &[], &[self, rhs])
                         }
-                        TensorOrScalar::Scalar(value) => {
-                            Self::record(Op::CompareScalar(CmpOp::$op), &[value], &[self])
-                        }
+                        TensorOrScalar::Scalar(value) => match self.number(value)? {
+                            Number::Param(value) => Self::record(Op::CompareScalar(CmpOp::$op), &[value], &[self]),
+                            Number::Leaf(rhs) => Self::record(Op::Compare(CmpOp::$op), &[], &[self, &rhs]),
+                        },
                     }
                 }
 
@@ -165,14 +234,17 @@ macro_rules! extreme {
                             self.same_shape(rhs, stringify!($name), stringify!($broadcast))?;
                             Self::record(Op::Binary(BinaryOp::$op), &[], &[self, rhs])
                         }
-                        TensorOrScalar::Scalar(value) if self.dtype().is_float() => {
-                            let bounds: fn(f64) -> [f64; 2] = $bounds;
-                            Self::record(Op::Clamp, &bounds(value), &[self])
-                        }
-                        TensorOrScalar::Scalar(value) => {
-                            let rhs = Self::filled(value, (), self.dtype(), self.device())?;
-                            Self::record(Op::Binary(BinaryOp::$op), &[], &[self, &rhs])
-                        }
+                        TensorOrScalar::Scalar(value) => match self.number(value)? {
+                            Number::Param(value) if self.dtype().is_float() => {
+                                let bounds: fn(f64) -> [f64; 2] = $bounds;
+                                Self::record(Op::Clamp, &bounds(value), &[self])
+                            }
+                            Number::Param(value) => {
+                                let rhs = Self::filled(value, (), self.dtype(), self.device())?;
+                                Self::record(Op::Binary(BinaryOp::$op), &[], &[self, &rhs])
+                            }
+                            Number::Leaf(rhs) => Self::record(Op::Binary(BinaryOp::$op), &[], &[self, &rhs]),
+                        },
                     }
                 }
 
@@ -204,7 +276,7 @@ impl LazyTensor {
     pub fn clamp<'a>(&self, min: impl Into<TensorOrScalar<'a>>, max: impl Into<TensorOrScalar<'a>>) -> Result<Self> {
         match (min.into(), max.into()) {
             (TensorOrScalar::Scalar(min), TensorOrScalar::Scalar(max)) if self.dtype().is_float() => {
-                Self::record(Op::Clamp, &[min, max], &[self])
+                Self::record(Op::Clamp, &[min.to_f64(), max.to_f64()], &[self])
             }
             (min, max) => self.maximum(min)?.minimum(max),
         }

@@ -140,19 +140,15 @@ impl LazyTensor {
         Self::cat(&parts, dim)
     }
 
-    /// Repeated `repeats` times along each dim; where `repeats` is longer than the rank, dims of size one come in front.
+    /// Repeated `repeats` times along each dim, the rest once; where `repeats` is longer than the rank, dims of size one come in front.
     ///
     /// # Errors
-    /// When `repeats` is shorter than the rank, or the result too large.
+    /// When the result is too large.
     #[track_caller]
     pub fn repeat<S: Into<Shape>>(&self, repeats: S) -> Result<Self> {
         let repeats = repeats.into();
         let repeats = repeats.dims();
-        if repeats.len() < self.rank() {
-            let detail = format!("{repeats:?} for {:?}: needs one number per dim", self.dims());
-            return Self::refuse("repeat", ErrorKind::Shape(detail));
-        }
-        let mut dims = vec![1; repeats.len() - self.rank()];
+        let mut dims = vec![1; repeats.len().saturating_sub(self.rank())];
         dims.extend_from_slice(self.dims());
         let mut result = self.reshape(dims.as_slice())?;
         for (dim, &n) in repeats.iter().enumerate() {

@@ -7,7 +7,9 @@ use crate::error::Result;
 ///
 /// `forward` records; nothing is computed before the result, or something made from it, is evaluated. The ops of a module
 /// name the lines of its own `forward`; with `#[track_caller]` on an implementation, as on those of this library, they name
-/// the line that called it.
+/// the line that called it. Rust hands the caller's line neither through a pointer to a function (`map(LazyTensor::relu)`) nor
+/// through a bare trait object (`forward` on a `&dyn Module` or an `Arc<dyn Module>`): there the line is the module's own. A
+/// `Box<dyn Module>`, and `xs.apply(&module)` with a reference to one, keep it.
 pub trait Module {
     /// Records the module applied to `xs`.
     ///
@@ -27,12 +29,26 @@ pub trait Module {
     }
 }
 
-impl Module for Box<dyn Module> {
-    #[track_caller]
-    fn forward(&self, xs: &LazyTensor) -> Result<LazyTensor> {
-        (**self).forward_at_caller(xs)
-    }
+// Not for every pointer to every module: that would overlap with closures below, which are modules too.
+macro_rules! behind_a_pointer {
+    ($($pointer:ty),* $(,)?) => {
+        $(impl Module for $pointer {
+            #[track_caller]
+            fn forward(&self, xs: &LazyTensor) -> Result<LazyTensor> {
+                (**self).forward_at_caller(xs)
+            }
+        })*
+    };
 }
+
+behind_a_pointer!(
+    Box<dyn Module>,
+    Box<dyn Module + Send>,
+    Box<dyn Module + Send + Sync>,
+    &dyn Module,
+    &(dyn Module + Send),
+    &(dyn Module + Send + Sync),
+);
 
 impl<F: Fn(&LazyTensor) -> Result<LazyTensor>> Module for F {
     fn forward(&self, xs: &LazyTensor) -> Result<LazyTensor> {
@@ -138,5 +154,10 @@ mod tests {
         assert_eq!(line_of(boxed[0].forward(&x)), WIDE);
         assert_eq!(line_of(boxed[1].forward(&x)), line!());
         assert_eq!(line_of(x.apply(&boxed[1])), line!());
+        let shared: Box<dyn Module + Send + Sync> = Box::new(Native);
+        assert_eq!(line_of(shared.forward(&x)), line!());
+        assert_eq!(line_of(x.apply(&shared)), line!());
+        let lent: &dyn Module = &Native;
+        assert_eq!(line_of(x.apply(&lent)), line!());
     }
 }

@@ -50,6 +50,14 @@ impl LazyTensor {
         crate::run::first_nonfinite(&[self])
     }
 
+    /// The same for the first NaN alone, where infinities are meant, as in a mask. See [`first_nan`](crate::run::first_nan).
+    ///
+    /// # Errors
+    /// As [`LazyTensor::first_nonfinite`].
+    pub fn first_nan(&self) -> Result<Option<NonFinite>> {
+        crate::run::first_nan(&[self])
+    }
+
     /// Refuses to read another rank or dtype than the tensor has, before anything is computed.
     fn readable(&self, op: &'static str, rank: usize, dtype: DType, site: &BuildSite) -> Result<()> {
         let refuse = |kind| Err(candle_lazy_graph::Error::new(op, kind).on(&[self.node().meta()]).at(site).into());

@@ -40,12 +40,15 @@ impl LazyTensor {
         self.reshape_dims(&flat)
     }
 
-    /// Dims `start` to `end` (inclusive) as one.
+    /// Dims `start` to `end` (inclusive) as one; a tensor without dims becomes one of one dim, as Candle's.
     ///
     /// # Errors
     /// When a dim is out of range.
     #[track_caller]
     pub fn flatten<D1: Dim, D2: Dim>(&self, start: D1, end: D2) -> Result<Self> {
+        if self.rank() == 0 {
+            return self.flatten_all();
+        }
         let start = self.dim_index(start, "flatten")?;
         let end = self.dim_index(end, "flatten")?;
         self.flatten_range(start, end)
@@ -57,6 +60,9 @@ impl LazyTensor {
     /// When the dim is out of range.
     #[track_caller]
     pub fn flatten_to<D: Dim>(&self, end: D) -> Result<Self> {
+        if self.rank() == 0 {
+            return self.flatten_all();
+        }
         let end = self.dim_index(end, "flatten_to")?;
         self.flatten_range(0, end)
     }
@@ -67,6 +73,9 @@ impl LazyTensor {
     /// When the dim is out of range.
     #[track_caller]
     pub fn flatten_from<D: Dim>(&self, start: D) -> Result<Self> {
+        if self.rank() == 0 {
+            return self.flatten_all();
+        }
         let start = self.dim_index(start, "flatten_from")?;
         self.flatten_range(start, self.rank().saturating_sub(1))
     }
@@ -158,12 +167,15 @@ impl LazyTensor {
         Self::record(Op::Narrow { dim: dim as u8, start, len }, &[], &[self])
     }
 
-    /// Index `i` of the first dim.
+    /// Index `i` of the first dim; a tensor without dims is itself, as Candle's.
     ///
     /// # Errors
-    /// When the index is out of range or there is no dim.
+    /// When the index is out of range.
     #[track_caller]
     pub fn get(&self, i: usize) -> Result<Self> {
+        if self.rank() == 0 {
+            return Ok(self.clone());
+        }
         self.index_on("get", 0, i)
     }
 
