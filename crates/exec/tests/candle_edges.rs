@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // as tests do
 
+use candle_core::op::CmpOp;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor, Var, D};
 use candle_lazy_exec::LazyTensor;
 
@@ -45,6 +46,7 @@ fn integers_meet_numbers_as_candles_do() {
                 same(lazy.le($number), eager.le($number));
                 same(lazy.gt($number), eager.gt($number));
                 same(lazy.ge($number), eager.ge($number));
+                same(lazy.cmp($number, CmpOp::Ne), eager.cmp($number, CmpOp::Ne));
                 same(lazy.maximum($number), eager.maximum($number));
                 same(lazy.minimum($number), eager.minimum($number));
                 same(lazy.clamp($number, 255u8), eager.clamp($number, 255u8));

@@ -64,6 +64,18 @@ impl LazyTensor {
         }
     }
 
+    /// Evaluates and writes this tensor to a safetensors file of its own, under `name`.
+    ///
+    /// # Errors
+    /// When evaluation fails or the file cannot be written.
+    #[track_caller]
+    pub fn save_safetensors<P: AsRef<std::path::Path>>(&self, name: &str, filename: P) -> Result<()> {
+        match self.eval()?.save_safetensors(name, filename) {
+            Ok(()) => Ok(()),
+            Err(error) => Err(crate::error::Error::from(error).at_caller()),
+        }
+    }
+
     /// Which dim `axis` is, counted from the end where it is negative.
     ///
     /// # Errors

@@ -268,6 +268,23 @@ extreme! {
 }
 
 impl LazyTensor {
+    /// The comparison `op` with a tensor of the same shape and dtype, or with a number; see [`LazyTensor::eq`].
+    ///
+    /// # Errors
+    /// When shapes, dtypes or devices differ.
+    #[track_caller]
+    pub fn cmp<'a>(&self, rhs: impl Into<TensorOrScalar<'a>>, op: candle_core::op::CmpOp) -> Result<Self> {
+        use candle_core::op::CmpOp as C;
+        match op {
+            C::Eq => self.eq(rhs),
+            C::Ne => self.ne(rhs),
+            C::Lt => self.lt(rhs),
+            C::Le => self.le(rhs),
+            C::Gt => self.gt(rhs),
+            C::Ge => self.ge(rhs),
+        }
+    }
+
     /// min(max(x, min), max); the bounds are tensors of this shape and dtype or numbers.
     ///
     /// # Errors

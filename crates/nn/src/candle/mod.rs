@@ -21,6 +21,7 @@
 
 mod context;
 mod modules;
+pub mod safetensors;
 
 pub use crate::__candle_bail as bail;
 pub use candle_core::backprop;
@@ -36,6 +37,21 @@ pub use context::Context;
 /// The error type and what belongs to it, under the path that Candle gives it.
 pub mod error {
     pub use super::{Context, Error, Result};
+}
+
+/// What a comparison asks, under the path that Candle gives it.
+pub mod op {
+    pub use candle_core::op::CmpOp;
+}
+
+/// The result with the engine's error, which names the caller's line unless it names one already.
+#[track_caller]
+pub(crate) fn here<T, E: Into<Error>>(result: std::result::Result<T, E>) -> Result<T> {
+    // no closure here: an error inside of one would name this line
+    match result {
+        Ok(value) => Ok(value),
+        Err(error) => Err(error.into().at_caller()),
+    }
 }
 
 /// Returns early with [`Error::Msg`], as Candle's `bail!`.

@@ -1,6 +1,6 @@
 //! Named weights as leaves.
 
-use crate::candle::{DType, Device, Error, Result, Shape, Tensor};
+use crate::candle::{here, DType, Device, Error, Result, Shape, Tensor};
 use crate::module::full_name;
 use crate::weights::safetensors;
 use candle_nn::var_builder::{Renamer, SimpleBackend};
@@ -98,48 +98,54 @@ impl<'a> VarBuilder<'a> {
     ///
     /// # Errors
     /// When a file cannot be read or is no safetensors file, or two have a tensor of one name.
+    #[track_caller]
     pub fn from_mmaped_safetensors<P: AsRef<Path>>(paths: &[P], dtype: DType, device: &Device) -> Result<Self> {
-        Ok(safetensors(paths, dtype, device)?.into())
+        Ok(here(safetensors(paths, dtype, device))?.into())
     }
 
     /// Over a safetensors file in memory.
     ///
     /// # Errors
     /// When it is none.
+    #[track_caller]
     pub fn from_buffered_safetensors(data: Vec<u8>, dtype: DType, device: &Device) -> Result<Self> {
-        Ok(candle_nn::VarBuilder::from_buffered_safetensors(data, dtype, device)?.into())
+        Ok(here(candle_nn::VarBuilder::from_buffered_safetensors(data, dtype, device))?.into())
     }
 
     /// Over a safetensors file in memory.
     ///
     /// # Errors
     /// When it is none.
+    #[track_caller]
     pub fn from_slice_safetensors(data: &'a [u8], dtype: DType, device: &Device) -> Result<Self> {
-        Ok(candle_nn::VarBuilder::from_slice_safetensors(data, dtype, device)?.into())
+        Ok(here(candle_nn::VarBuilder::from_slice_safetensors(data, dtype, device))?.into())
     }
 
     /// Over a numpy file.
     ///
     /// # Errors
     /// When it cannot be read.
+    #[track_caller]
     pub fn from_npz<P: AsRef<Path>>(path: P, dtype: DType, device: &Device) -> Result<Self> {
-        Ok(candle_nn::VarBuilder::from_npz(path, dtype, device)?.into())
+        Ok(here(candle_nn::VarBuilder::from_npz(path, dtype, device))?.into())
     }
 
     /// Over a PyTorch file.
     ///
     /// # Errors
     /// When it cannot be read.
+    #[track_caller]
     pub fn from_pth<P: AsRef<Path>>(path: P, dtype: DType, device: &Device) -> Result<Self> {
-        Ok(candle_nn::VarBuilder::from_pth(path, dtype, device)?.into())
+        Ok(here(candle_nn::VarBuilder::from_pth(path, dtype, device))?.into())
     }
 
     /// Over one state of a PyTorch file.
     ///
     /// # Errors
     /// When it cannot be read.
+    #[track_caller]
     pub fn from_pth_with_state<P: AsRef<Path>>(path: P, dtype: DType, state: &str, device: &Device) -> Result<Self> {
-        Ok(candle_nn::VarBuilder::from_pth_with_state(path, dtype, state, device)?.into())
+        Ok(here(candle_nn::VarBuilder::from_pth_with_state(path, dtype, state, device))?.into())
     }
 
     /// The same, asking for other names.
