@@ -38,10 +38,12 @@ pub const DTYPES: [DType; 7] = [DType::U8, DType::U32, DType::I64, DType::BF16, 
 /// The largest rank that can be recorded.
 pub const MAX_RANK: usize = 8;
 
-/// The number of elements, or `None` where it overflows.
+/// The number of elements, or `None` where it overflows. Sizes that overflow beside a 0 count as overflowing, whatever their
+/// order: strides are products of some of them.
 #[must_use]
 pub fn elem_count(dims: &[usize]) -> Option<usize> {
-    dims.iter().try_fold(1usize, |acc, &d| acc.checked_mul(d))
+    let without_zeros = dims.iter().try_fold(1usize, |acc, &d| acc.checked_mul(d.max(1)))?;
+    Some(if dims.contains(&0) { 0 } else { without_zeros })
 }
 
 /// The shape that two shapes broadcast to (numpy's rule: aligned at the end, size one stretches).

@@ -131,3 +131,12 @@ fn unknown_dtypes_are_refused() {
     fails(Op::Binary(BinaryOp::Add), &[(&[2], DType::I32), (&[2], DType::I32)], &["i32"]);
     fails(Op::Cast(DType::F8E4M3), &[(&[2], F32)], &["unsupported"]);
 }
+
+#[test]
+fn sizes_that_overflow_beside_a_zero_overflow_in_any_order() {
+    assert_eq!((elem_count(&[]), elem_count(&[0, 3]), elem_count(&[2, 3])), (Some(1), Some(0), Some(6)));
+    let big = 1usize << 40;
+    for dims in [[0, big, big], [big, 0, big], [big, big, 0]] {
+        assert_eq!(elem_count(&dims), None, "{dims:?}");
+    }
+}

@@ -173,13 +173,12 @@ impl Cursor<'_> {
             return Err(self.bad(format_args!("tensor `{name}` has {rank} dims, at most {MAX_DIMS} are legal")));
         }
         let mut shape = Vec::new();
-        let mut elements = Some(1u64);
         for _ in 0..rank {
             let dim = self.u64()?;
-            elements = elements.and_then(|n| n.checked_mul(dim));
             shape.push(usize::try_from(dim).map_err(|e| self.bad(format_args!("tensor `{name}`: {e}")))?);
         }
         shape.reverse();
+        let elements = super::elements(&shape);
         let id = self.u32()?;
         let offset = self.u64()?;
         let Some(dtype) = dtype_of(id) else {

@@ -14,3 +14,12 @@ pub(crate) use gguf::as_u64;
 pub use gguf::Gguf;
 pub use gguf_header::{GgufHeader, GgufTensorInfo};
 pub use safetensors::{safetensors, SafetensorsFile};
+
+/// The number of elements; `None` where sizes overflow, a 0 among them or not: Candle multiplies some of them for strides.
+fn elements(shape: &[usize]) -> Option<u64> {
+    let without_zeros = shape.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim.max(1)))?;
+    if shape.contains(&0) {
+        return Some(0);
+    }
+    u64::try_from(without_zeros).ok()
+}

@@ -104,7 +104,7 @@ impl SafetensorsFile {
             let Some((bits, dtype)) = dtype_of(&entry.dtype) else {
                 return Err(bad(format!("tensor `{name}` has the unknown dtype `{}`", entry.dtype)));
             };
-            let elements = entry.shape.iter().try_fold(1u64, |n, &dim| n.checked_mul(u64::try_from(dim).ok()?));
+            let elements = super::elements(&entry.shape);
             let bytes = elements.and_then(|n| n.checked_mul(bits)).map(|n| n / 8);
             if bytes != Some(end - begin) {
                 return Err(bad(format!(

@@ -99,7 +99,7 @@ fn headers_that_lie_are_refused() -> TestResult {
     let alignment = |n: u32| header((0, 1), &[entry("general.alignment", 4, &n.to_le_bytes()), vec![0; 64]].concat());
     let twice = [tensor("t", &[1], 0, 0), tensor("t", &[1], 0, 0), vec![0; 64]].concat();
     let with = |t: Vec<u8>| header((1, 0), &[t, vec![0; 128]].concat());
-    let cases: [(&str, Vec<u8>); 17] = [
+    let cases: [(&str, Vec<u8>); 19] = [
         ("does not begin", b"GGML0000".to_vec()),
         ("version", [b"GGUF".to_vec(), 1u32.to_le_bytes().to_vec(), vec![0; 32]].concat()),
         ("version", [b"GGUF".to_vec(), 99u32.to_le_bytes().to_vec(), vec![0; 32]].concat()),
@@ -121,6 +121,9 @@ fn headers_that_lie_are_refused() -> TestResult {
         ("dims", with(tensor("t", &[1, 1, 1, 1, 1], 0, 0))),
         ("storage type", with(tensor("t", &[32], 99, 0))),
         ("larger than the file", with(tensor("t", &[1 << 40, 1 << 40], 0, 0))),
+        // no element, and sizes that overflow beside the 0, in either order
+        ("larger than the file", with(tensor("t", &[0, 1 << 40, 1 << 40], 0, 0))),
+        ("larger than the file", with(tensor("t", &[1 << 40, 1 << 40, 0], 0, 0))),
         ("the file ends before", with(tensor("t", &[32], 0, u64::MAX))),
         ("divide into", with(tensor("t", &[33], 8, 0))),
     ];

@@ -144,6 +144,8 @@ fn headers_that_lie_are_refused() -> TestResult {
         (format!("{{{}}}", tensor("a", "F32", "[2]", 4, 12)), 12, "gap"),
         (format!("{{{}}}", tensor("a", "Q9", "[2]", 0, 8)), 8, "unknown dtype"),
         (format!("{{{}}}", tensor("a", "F32", "[4294967296, 4294967296, 4]", 0, 8)), 8, "does not fill"),
+        (format!("{{{}}}", tensor("a", "F32", "[0, 4294967296, 4294967296]", 0, 0)), 0, "does not fill"),
+        (format!("{{{}}}", tensor("a", "F32", "[4294967296, 4294967296, 0]", 0, 0)), 0, "does not fill"),
         (format!("{{{}, {}}}", tensor("a", "F32", "[2]", 0, 8), tensor("b", "F32", "[2]", 4, 12)), 12, "overlap"),
         (r#"{"a": {"dtype": "F32"}}"#.to_string(), 0, "`a`"),
         ("[1, 2]".to_string(), 0, "no JSON object"),
