@@ -26,6 +26,7 @@ const ALLOWED: &[(&str, &str, What)] = &[
             "eval_all_with",
             "eval_all_with_report",
             "eval_all_checked",
+            "first_nan",
             "first_nonfinite",
             "NonFinite",
             "materialize",
