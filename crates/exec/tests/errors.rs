@@ -61,11 +61,11 @@ macro_rules! refused {
 #[test]
 fn elementwise_ops_refuse_dtypes_and_shapes() {
     let (a, b, i) = (f(&[2, 3]), f(&[4]), of(&[2, 3], DType::U32));
-    let h = of(&[2, 3], DType::F16);
+    let (h, short) = (of(&[2, 3], DType::F16), of(&[2, 3], DType::I16));
     let seen = &mut Seen::default();
     refused! { seen;
         "neg", ["u32 [2, 3]", ".to_dtype(DType::F32)"]: i.neg();
-        "abs", ["u32 [2, 3]"]: i.abs();
+        "abs", ["i16 [2, 3]"]: short.abs();
         "recip", ["u32 [2, 3]"]: i.recip();
         "sqr", ["u32 [2, 3]"]: i.sqr();
         "sqrt", ["u32 [2, 3]"]: i.sqrt();
@@ -78,13 +78,13 @@ fn elementwise_ops_refuse_dtypes_and_shapes() {
         "erf", ["u32 [2, 3]"]: i.erf();
         "gelu", ["u32 [2, 3]"]: i.gelu();
         "gelu_erf", ["u32 [2, 3]"]: i.gelu_erf();
-        "relu", ["u32 [2, 3]"]: i.relu();
+        "relu", ["i16 [2, 3]"]: short.relu();
         "silu", ["u32 [2, 3]"]: i.silu();
         "sigmoid", ["u32 [2, 3]"]: i.sigmoid();
-        "floor", ["u32 [2, 3]"]: i.floor();
-        "ceil", ["u32 [2, 3]"]: i.ceil();
-        "round", ["u32 [2, 3]"]: i.round();
-        "sign", ["u32 [2, 3]"]: i.sign();
+        "floor", ["i16 [2, 3]"]: short.floor();
+        "ceil", ["i16 [2, 3]"]: short.ceil();
+        "round", ["i16 [2, 3]"]: short.round();
+        "sign", ["i16 [2, 3]"]: short.sign();
         "powf", ["u32 [2, 3]"]: i.powf(2.0);
         "add", ["f32 [2, 3], f32 [4]", "broadcast_add"]: a.add(&b);
         "sub", ["[2, 3]", "broadcast_sub"]: a.sub(&b);

@@ -46,13 +46,13 @@ macro_rules! unary_of_any {
         impl LazyTensor {
             $(
                 #[doc = $doc]
-                /// Any dtype, as Candle's.
+                /// Floats and integers, as Candle's.
                 ///
                 /// # Errors
                 /// When the dtype is not supported.
                 #[track_caller]
                 pub fn $name(&self) -> Result<Self> {
-                    if self.dtype().is_float() {
+                    if !matches!(self.dtype(), DType::U8 | DType::U32 | DType::I64) {
                         return Self::record(Op::Unary(UnaryOp::$op), &[], &[self]);
                     }
                     let $x = self;
