@@ -54,8 +54,10 @@ fn modules_name_the_line_and_their_path() -> TestResult {
     {
         names(line!(), activation.forward(&ids), &[name, "u32 [1]", ".to_dtype(DType::F32)"]);
     }
-    let boxed: Box<dyn Module> = Box::new(Activation::Relu);
-    names(line!(), boxed.forward(&ids), &["relu", "u32 [1]"]);
+    let boxed: Box<dyn Module> = Box::new(Activation::Silu);
+    names(line!(), boxed.forward(&ids), &["silu", "u32 [1]"]);
+    let shared: std::sync::Arc<dyn Module> = std::sync::Arc::new(Activation::Silu);
+    names(line!(), shared.forward(&ids), &["silu", "u32 [1]"]);
     let dense = |i: usize, o: usize| Linear::new(zeros(&[o, i]), None);
     let module = Mlp::new(dense(4, 6)?, dense(4, 6)?, dense(6, 4)?);
     names(line!(), module.forward(&x), &["linear", "f32 [2, 5], f32 [6, 4]"]);
