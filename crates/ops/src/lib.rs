@@ -8,6 +8,7 @@ pub mod functional;
 pub mod kernels;
 mod math;
 pub mod row;
+pub mod simd;
 pub mod storage;
 pub mod view;
 

@@ -347,9 +347,9 @@ fn weigh<T: Real>(state: &mut Query<T>, scores: &mut [T; BLOCK], acc: &mut [T]) 
     }
     // Nothing finite so far: any shift gives weights of 0 (or NaN for NaN scores), -∞ - -∞ would not.
     let shift = if max == T::NEG_INF { T::ZERO } else { max };
-    let keep = if fault::active("attention.rescale") { T::ONE } else { (state.max - shift).exp() };
+    let keep = if fault::active("attention.rescale") { T::ONE } else { (state.max - shift).exp::<false>() };
     for s in scores.iter_mut() {
-        *s = (*s - shift).exp();
+        *s = (*s - shift).exp::<false>();
     }
     let ones = [T::ONE; BLOCK];
     if max != state.max {

@@ -18,5 +18,5 @@ pub(crate) fn dot<T: Real>(a: &[T], b: &[T]) -> T {
     for ((l, &x), &y) in lanes.iter_mut().zip(rest).zip(cb.remainder()) {
         *l = *l + x * y;
     }
-    fold(lanes, |a, b| a + b)
+    fold(&mut lanes, |a, b| a + b)
 }

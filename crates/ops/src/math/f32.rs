@@ -2,25 +2,26 @@
 
 use super::{consts, Real};
 use crate::element::Element;
+use crate::simd::mul_add;
 
 impl Real for f32 {
     consts!(f32);
 
     #[inline(always)]
-    fn exp(self) -> Self {
-        exp(self)
+    fn exp<const FMA: bool>(self) -> Self {
+        exp::<FMA>(self)
     }
     #[inline(always)]
-    fn log(self) -> Self {
-        log(self)
+    fn log<const FMA: bool>(self) -> Self {
+        log::<FMA>(self)
     }
     #[inline(always)]
-    fn tanh(self) -> Self {
-        tanh(self)
+    fn tanh<const FMA: bool>(self) -> Self {
+        tanh::<FMA>(self)
     }
     #[inline(always)]
-    fn erf(self) -> Self {
-        erf(self)
+    fn erf<const FMA: bool>(self) -> Self {
+        erf::<FMA>(self)
     }
 
     #[inline(always)]
@@ -57,24 +58,24 @@ const LN2_LO: f32 = -2.121_944_4e-4;
 /// x = n·ln 2 + r with |r| ≤ ln 2 / 2, and 2ⁿ is multiplied in as two halves so that both ends of the
 /// range come out right.
 #[inline(always)]
-pub(crate) fn exp(x: f32) -> f32 {
+pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
     // Outside this range the result is 0 or ∞ anyway; the comparisons let a NaN through.
     let x = if x < -104.0 { -104.0 } else { x };
     let x = if x > 89.0 { 89.0 } else { x };
-    let t = x * std::f32::consts::LOG2_E + ROUNDER;
+    let t = mul_add::<FMA>(x, std::f32::consts::LOG2_E, ROUNDER);
     let n = t - ROUNDER;
     // r and what its rounding lost: without the second part the result would be off by up to a whole ulp.
-    let (high, low) = (x - n * LN2_HI, n * LN2_LO);
+    let (high, low) = (mul_add::<FMA>(-n, LN2_HI, x), n * LN2_LO);
     let r = high - low;
     let lost = (high - r) - low;
     let mut p = 0.001_395_170_3f32;
-    p = p * r + 0.008_369_598;
-    p = p * r + 0.041_666_187;
-    p = p * r + 0.166_665_12;
-    p = p * r + 0.5;
+    p = mul_add::<FMA>(p, r, 0.008_369_598);
+    p = mul_add::<FMA>(p, r, 0.041_666_187);
+    p = mul_add::<FMA>(p, r, 0.166_665_12);
+    p = mul_add::<FMA>(p, r, 0.5);
     // 1 + r is kept with its rounding error too, so that only the last addition rounds noticeably.
     let one = 1.0 + r;
-    let p = one + ((r - (one - 1.0)) + (r * r * p + lost));
+    let p = one + ((r - (one - 1.0)) + mul_add::<FMA>(r * r, p, lost));
     let n = (t.to_bits() as i32).wrapping_sub(ROUNDER.to_bits() as i32);
     let half = n >> 1;
     let rest = n.wrapping_sub(half);
@@ -91,7 +92,7 @@ fn pow2(n: i32) -> f32 {
 ///
 /// x = 2ᵉ·m with m in [2/3, 4/3); log m is f - f²/2 + f³·P(f) for f = m - 1.
 #[inline(always)]
-pub(crate) fn log(x: f32) -> f32 {
+pub(crate) fn log<const FMA: bool>(x: f32) -> f32 {
     // Subnormals are scaled into the normal range first.
     let tiny = x < f32::MIN_POSITIVE;
     let scaled = if tiny { x * 8_388_608.0 } else { x };
@@ -103,17 +104,17 @@ pub(crate) fn log(x: f32) -> f32 {
     let e = e as f32 + bias;
     let f = m - 1.0;
     let mut p = 0.123_584_54f32;
-    p = p * f - 0.128_470_55;
-    p = p * f + 0.106_612_556;
-    p = p * f - 0.121_952_98;
-    p = p * f + 0.143_128_47;
-    p = p * f - 0.166_796_15;
-    p = p * f + 0.199_993_06;
-    p = p * f - 0.249_998_2;
-    p = p * f + 0.333_333_37;
+    p = mul_add::<FMA>(p, f, -0.128_470_55);
+    p = mul_add::<FMA>(p, f, 0.106_612_556);
+    p = mul_add::<FMA>(p, f, -0.121_952_98);
+    p = mul_add::<FMA>(p, f, 0.143_128_47);
+    p = mul_add::<FMA>(p, f, -0.166_796_15);
+    p = mul_add::<FMA>(p, f, 0.199_993_06);
+    p = mul_add::<FMA>(p, f, -0.249_998_2);
+    p = mul_add::<FMA>(p, f, 0.333_333_37);
     let f2 = f * f;
-    let tail = f2 * f * p + e * LN2_LO;
-    let r = e * LN2_HI + (f + (tail - 0.5 * f2));
+    let tail = mul_add::<FMA>(f2 * f, p, e * LN2_LO);
+    let r = mul_add::<FMA>(e, LN2_HI, f + mul_add::<FMA>(-0.5, f2, tail));
     let r = if x == 0.0 { f32::NEG_INFINITY } else { r };
     let r = if x < 0.0 { f32::NAN } else { r };
     let r = if x == f32::INFINITY { x } else { r };
@@ -128,17 +129,17 @@ pub(crate) fn log(x: f32) -> f32 {
 ///
 /// A polynomial in x² below 0.65, 1 - 2/(e²ˣ + 1) above.
 #[inline(always)]
-pub(crate) fn tanh(x: f32) -> f32 {
+pub(crate) fn tanh<const FMA: bool>(x: f32) -> f32 {
     let a = x.abs();
     let t = x * x;
     let mut p = 0.002_031_754_7f32;
-    p = p * t - 0.008_053_952;
-    p = p * t + 0.021_650_156;
-    p = p * t - 0.053_937_47;
-    p = p * t + 0.133_331_33;
-    p = p * t - 0.333_333_28;
-    let small = a + a * t * p;
-    let large = 1.0 - 2.0 / (exp(a + a) + 1.0);
+    p = mul_add::<FMA>(p, t, -0.008_053_952);
+    p = mul_add::<FMA>(p, t, 0.021_650_156);
+    p = mul_add::<FMA>(p, t, -0.053_937_47);
+    p = mul_add::<FMA>(p, t, 0.133_331_33);
+    p = mul_add::<FMA>(p, t, -0.333_333_28);
+    let small = mul_add::<FMA>(a * t, p, a);
+    let large = 1.0 - 2.0 / (exp::<FMA>(a + a) + 1.0);
     let r = if a < 0.65 { small } else { large };
     f32::from_bits(r.to_bits() | (x.to_bits() & 0x8000_0000))
 }
@@ -147,28 +148,28 @@ pub(crate) fn tanh(x: f32) -> f32 {
 ///
 /// x·(1 + P(x²)) below 0.92, 1 - e^Q(|x|) above, where Q fits log erfc.
 #[inline(always)]
-pub(crate) fn erf(x: f32) -> f32 {
+pub(crate) fn erf<const FMA: bool>(x: f32) -> f32 {
     let a = x.abs();
     let t = x * x;
     let mut p = 8.345_191e-5f32;
-    p = p * t - 0.000_813_742_8;
-    p = p * t + 0.005_200_633_3;
-    p = p * t - 0.026_859_27;
-    p = p * t + 0.112_836_94;
-    p = p * t - 0.376_126_35;
-    p = p * t + 0.128_379_17;
-    let small = x + x * p;
+    p = mul_add::<FMA>(p, t, -0.000_813_742_8);
+    p = mul_add::<FMA>(p, t, 0.005_200_633_3);
+    p = mul_add::<FMA>(p, t, -0.026_859_27);
+    p = mul_add::<FMA>(p, t, 0.112_836_94);
+    p = mul_add::<FMA>(p, t, -0.376_126_35);
+    p = mul_add::<FMA>(p, t, 0.128_379_17);
+    let small = mul_add::<FMA>(x, p, x);
     // erf rounds to 1 from 3.92 on; the comparison lets a NaN through.
     let c = if a > 4.0 { 4.0 } else { a };
     let mut q = -2.082_868e-5f32;
-    q = q * c + 0.000_431_394_2;
-    q = q * c - 0.004_156_257_5;
-    q = q * c + 0.025_080_623;
-    q = q * c - 0.108_220_39;
-    q = q * c - 0.633_400_86;
-    q = q * c - 1.129_488_5;
-    q = q * c + 0.000_169_205_54;
-    let large = 1.0 - exp(q);
+    q = mul_add::<FMA>(q, c, 0.000_431_394_2);
+    q = mul_add::<FMA>(q, c, -0.004_156_257_5);
+    q = mul_add::<FMA>(q, c, 0.025_080_623);
+    q = mul_add::<FMA>(q, c, -0.108_220_39);
+    q = mul_add::<FMA>(q, c, -0.633_400_86);
+    q = mul_add::<FMA>(q, c, -1.129_488_5);
+    q = mul_add::<FMA>(q, c, 0.000_169_205_54);
+    let large = 1.0 - exp::<FMA>(q);
     let large = f32::from_bits(large.to_bits() | (x.to_bits() & 0x8000_0000));
     if a < 0.92 {
         small

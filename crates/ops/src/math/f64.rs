@@ -7,19 +7,19 @@ impl Real for f64 {
     consts!(f64);
 
     #[inline(always)]
-    fn exp(self) -> Self {
+    fn exp<const FMA: bool>(self) -> Self {
         self.exp()
     }
     #[inline(always)]
-    fn log(self) -> Self {
+    fn log<const FMA: bool>(self) -> Self {
         self.ln()
     }
     #[inline(always)]
-    fn tanh(self) -> Self {
+    fn tanh<const FMA: bool>(self) -> Self {
         self.tanh()
     }
     #[inline(always)]
-    fn erf(self) -> Self {
+    fn erf<const FMA: bool>(self) -> Self {
         libm::erf(self)
     }
 

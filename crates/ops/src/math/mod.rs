@@ -7,7 +7,8 @@
 mod f32;
 mod f64;
 
-/// What register arithmetic needs of its type. `f32` and `f64` are the only ones.
+/// What register arithmetic needs of its type. `f32` and `f64` are the only ones. `FMA` says whether the code may use a fused
+/// multiply-add: where the instruction set lacks one it would be a call.
 pub(crate) trait Real:
     crate::element::Element
     + PartialOrd
@@ -31,12 +32,12 @@ pub(crate) trait Real:
 
     fn abs(self) -> Self;
     fn sqrt(self) -> Self;
-    fn exp(self) -> Self;
-    fn log(self) -> Self;
-    fn sin(self) -> Self;
-    fn cos(self) -> Self;
-    fn tanh(self) -> Self;
-    fn erf(self) -> Self;
+    fn exp<const FMA: bool>(self) -> Self;
+    fn log<const FMA: bool>(self) -> Self;
+    fn sin<const FMA: bool>(self) -> Self;
+    fn cos<const FMA: bool>(self) -> Self;
+    fn tanh<const FMA: bool>(self) -> Self;
+    fn erf<const FMA: bool>(self) -> Self;
     fn floor(self) -> Self;
     fn ceil(self) -> Self;
     fn round(self) -> Self;
@@ -54,15 +55,15 @@ pub(crate) trait Real:
 
     /// 0.5·x·(1 + tanh(√(2/π)·x·(1 + 0.044715·x²))), evaluated in the order Candle uses.
     #[inline(always)]
-    fn gelu(self) -> Self {
+    fn gelu<const FMA: bool>(self) -> Self {
         let inner = Self::SQRT_2_OVER_PI * self * (Self::ONE + Self::GELU_CUBIC * self * self);
-        Self::HALF * self * (Self::ONE + inner.tanh())
+        Self::HALF * self * (Self::ONE + inner.tanh::<FMA>())
     }
 
     /// 0.5·x·(1 + erf(x/√2)).
     #[inline(always)]
-    fn gelu_erf(self) -> Self {
-        ((self * Self::FRAC_1_SQRT_2).erf() + Self::ONE) * Self::HALF * self
+    fn gelu_erf<const FMA: bool>(self) -> Self {
+        ((self * Self::FRAC_1_SQRT_2).erf::<FMA>() + Self::ONE) * Self::HALF * self
     }
 
     /// cap·tanh(x·slope) for a score x, with slope = scale/cap, rounded once where there is a wider type: an exponential of the
@@ -71,14 +72,14 @@ pub(crate) trait Real:
 
     /// 1/(1 + e⁻ˣ).
     #[inline(always)]
-    fn sigmoid(self) -> Self {
-        Self::ONE / (Self::ONE + (-self).exp())
+    fn sigmoid<const FMA: bool>(self) -> Self {
+        Self::ONE / (Self::ONE + (-self).exp::<FMA>())
     }
 
     /// x/(1 + e⁻ˣ); -∞ gives NaN, as Candle's does.
     #[inline(always)]
-    fn silu(self) -> Self {
-        self / (Self::ONE + (-self).exp())
+    fn silu<const FMA: bool>(self) -> Self {
+        self / (Self::ONE + (-self).exp::<FMA>())
     }
 }
 
@@ -103,11 +104,11 @@ macro_rules! consts {
             self.sqrt()
         }
         #[inline(always)]
-        fn sin(self) -> Self {
+        fn sin<const FMA: bool>(self) -> Self {
             self.sin()
         }
         #[inline(always)]
-        fn cos(self) -> Self {
+        fn cos<const FMA: bool>(self) -> Self {
             self.cos()
         }
         #[inline(always)]

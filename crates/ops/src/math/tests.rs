@@ -53,41 +53,57 @@ fn check(name: &str, (e, x): (f64, f32), limit: f64) {
 
 #[test]
 fn exp_is_within_two_ulps_everywhere() {
-    check("exp", worst(<f32 as Real>::exp, f64::exp, 2039), 2.0);
-    check("exp", worst_in(<f32 as Real>::exp, f64::exp, -104.5, 89.5), 2.0);
-    check("exp", worst_in(<f32 as Real>::exp, f64::exp, -1.0, 1.0), 2.0);
+    check("exp", worst(<f32 as Real>::exp::<false>, f64::exp, 2039), 2.0);
+    check("exp", worst(<f32 as Real>::exp::<true>, f64::exp, 2039), 2.0);
+    check("exp", worst_in(<f32 as Real>::exp::<false>, f64::exp, -104.5, 89.5), 2.0);
+    check("exp", worst_in(<f32 as Real>::exp::<true>, f64::exp, -104.5, 89.5), 2.0);
+    check("exp", worst_in(<f32 as Real>::exp::<false>, f64::exp, -1.0, 1.0), 2.0);
+    check("exp", worst_in(<f32 as Real>::exp::<true>, f64::exp, -1.0, 1.0), 2.0);
 }
 
 #[test]
 fn log_is_within_two_ulps_everywhere() {
-    check("log", worst(<f32 as Real>::log, f64::ln, 2039), 2.0);
-    check("log", worst_in(<f32 as Real>::log, f64::ln, 0.5, 2.0), 2.0);
+    check("log", worst(<f32 as Real>::log::<false>, f64::ln, 2039), 2.0);
+    check("log", worst(<f32 as Real>::log::<true>, f64::ln, 2039), 2.0);
+    check("log", worst_in(<f32 as Real>::log::<false>, f64::ln, 0.5, 2.0), 2.0);
+    check("log", worst_in(<f32 as Real>::log::<true>, f64::ln, 0.5, 2.0), 2.0);
 }
 
 #[test]
 fn tanh_is_within_two_ulps_everywhere() {
-    check("tanh", worst(<f32 as Real>::tanh, f64::tanh, 2039), 2.0);
-    check("tanh", worst_in(<f32 as Real>::tanh, f64::tanh, -10.0, 10.0), 2.0);
+    check("tanh", worst(<f32 as Real>::tanh::<false>, f64::tanh, 2039), 2.0);
+    check("tanh", worst(<f32 as Real>::tanh::<true>, f64::tanh, 2039), 2.0);
+    check("tanh", worst_in(<f32 as Real>::tanh::<false>, f64::tanh, -10.0, 10.0), 2.0);
+    check("tanh", worst_in(<f32 as Real>::tanh::<true>, f64::tanh, -10.0, 10.0), 2.0);
 }
 
 #[test]
 fn erf_is_within_two_ulps_everywhere() {
-    check("erf", worst(<f32 as Real>::erf, libm::erf, 2039), 2.0);
-    check("erf", worst_in(<f32 as Real>::erf, libm::erf, -4.5, 4.5), 2.0);
+    check("erf", worst(<f32 as Real>::erf::<false>, libm::erf, 2039), 2.0);
+    check("erf", worst(<f32 as Real>::erf::<true>, libm::erf, 2039), 2.0);
+    check("erf", worst_in(<f32 as Real>::erf::<false>, libm::erf, -4.5, 4.5), 2.0);
+    check("erf", worst_in(<f32 as Real>::erf::<true>, libm::erf, -4.5, 4.5), 2.0);
 }
 
 #[test]
 fn sigmoid_and_silu_follow_exp() {
     let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
-    check("sigmoid", worst_in(<f32 as Real>::sigmoid, sigmoid, -80.0, 30.0), 4.0);
+    check("sigmoid", worst_in(<f32 as Real>::sigmoid::<false>, sigmoid, -80.0, 30.0), 4.0);
+    check("sigmoid", worst_in(<f32 as Real>::sigmoid::<true>, sigmoid, -80.0, 30.0), 4.0);
     let silu = |x: f64| x / (1.0 + (-x).exp());
-    check("silu", worst_in(<f32 as Real>::silu, silu, -80.0, 30.0), 4.0);
+    check("silu", worst_in(<f32 as Real>::silu::<false>, silu, -80.0, 30.0), 4.0);
+    check("silu", worst_in(<f32 as Real>::silu::<true>, silu, -80.0, 30.0), 4.0);
 }
 
 #[test]
 fn special_values_come_out_right() {
+    special_values::<false>();
+    special_values::<true>();
+}
+
+fn special_values<const FMA: bool>() {
     let (inf, nan) = (f32::INFINITY, f32::NAN);
-    let exp = <f32 as Real>::exp;
+    let exp = <f32 as Real>::exp::<FMA>;
     assert_eq!(exp(inf), inf);
     assert_eq!(exp(-inf), 0.0);
     assert!(exp(nan).is_nan());
@@ -96,29 +112,40 @@ fn special_values_come_out_right() {
     assert_eq!(exp(1e30), inf);
     assert_eq!(exp(-1e30), 0.0);
     assert!(exp(-103.0) > 0.0, "subnormal results are kept");
-    let log = <f32 as Real>::log;
+    let log = <f32 as Real>::log::<FMA>;
     assert_eq!(log(0.0), -inf);
     assert_eq!(log(-0.0), -inf);
     assert_eq!(log(1.0), 0.0);
     assert_eq!(log(inf), inf);
     assert!(log(-1.0).is_nan() && log(-inf).is_nan() && log(nan).is_nan());
-    let tanh = <f32 as Real>::tanh;
+    let tanh = <f32 as Real>::tanh::<FMA>;
     assert_eq!((tanh(inf), tanh(-inf), tanh(0.0)), (1.0, -1.0, 0.0));
     assert!(tanh(nan).is_nan());
     assert!(tanh(-0.0).is_sign_negative());
-    let erf = <f32 as Real>::erf;
+    let erf = <f32 as Real>::erf::<FMA>;
     assert_eq!((erf(inf), erf(-inf), erf(0.0)), (1.0, -1.0, 0.0));
     assert!(erf(nan).is_nan());
     assert!(erf(-0.0).is_sign_negative());
-    assert_eq!(<f32 as Real>::sigmoid(-inf), 0.0);
-    assert_eq!(<f32 as Real>::sigmoid(inf), 1.0);
-    assert!(<f32 as Real>::silu(-inf).is_nan(), "as Candle's");
+    assert_eq!(<f32 as Real>::sigmoid::<FMA>(-inf), 0.0);
+    assert_eq!(<f32 as Real>::sigmoid::<FMA>(inf), 1.0);
+    assert!(<f32 as Real>::silu::<FMA>(-inf).is_nan(), "as Candle's");
 }
 
 #[test]
 fn a_loop_gives_each_element_the_bits_of_a_single_call() {
+    bits_of_a_loop::<false>();
+    bits_of_a_loop::<true>();
+}
+
+fn bits_of_a_loop<const FMA: bool>() {
     let x: Vec<f32> = (0..1003).map(|i| (i as f32 - 500.0) * 0.173).collect();
-    for f in [<f32 as Real>::exp, <f32 as Real>::log, <f32 as Real>::tanh, <f32 as Real>::erf, <f32 as Real>::gelu] {
+    for f in [
+        <f32 as Real>::exp::<FMA>,
+        <f32 as Real>::log::<FMA>,
+        <f32 as Real>::tanh::<FMA>,
+        <f32 as Real>::erf::<FMA>,
+        <f32 as Real>::gelu::<FMA>,
+    ] {
         let all: Vec<u32> = x.iter().map(|&v| f(v).to_bits()).collect();
         for (i, &v) in x.iter().enumerate() {
             let one = std::hint::black_box(f(std::hint::black_box(v))).to_bits();
@@ -130,9 +157,9 @@ fn a_loop_gives_each_element_the_bits_of_a_single_call() {
 #[test]
 fn f64_functions_are_the_platforms() {
     for x in [-3.0, -0.5, 0.0, 0.7, 12.0f64] {
-        assert_eq!(<f64 as Real>::exp(x), x.exp());
-        assert_eq!(<f64 as Real>::tanh(x), x.tanh());
-        assert_eq!(<f64 as Real>::erf(x), libm::erf(x));
+        assert_eq!(<f64 as Real>::exp::<false>(x), x.exp());
+        assert_eq!(<f64 as Real>::tanh::<false>(x), x.tanh());
+        assert_eq!(<f64 as Real>::erf::<false>(x), libm::erf(x));
     }
 }
 

@@ -8,13 +8,14 @@ use super::program::{BinaryFn, FloatKind, ReduceFn, UnaryFn};
 use crate::element::Element;
 use crate::fault;
 use crate::math::Real;
+use crate::simd::versions;
 use candle_core::DType;
 use half::{bf16, f16};
 
 /// Elements per segment of a sum. Part of the numbers a program gives: see [`sum_into`].
 pub(crate) const SEGMENT: usize = 1024;
 /// Accumulators per segment of a sum.
-const LANES: usize = 16;
+const LANES: usize = 128;
 
 /// An argument of a loop: one value for the tile, one per row, or one per element.
 #[derive(Clone, Copy)]
@@ -112,8 +113,20 @@ fn map2<T: Real>(a: Arg<'_, T>, b: Arg<'_, T>, dst: &mut [T], rows: usize, cols:
     }
 }
 
+versions! {
 /// `c != 0 ? a : b` over a tile.
-pub(crate) fn select<T: Real>(c: Arg<'_, T>, a: Arg<'_, T>, b: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize) {
+pub(crate) fn select<T: Real>(c: Arg<'_, T>, a: Arg<'_, T>, b: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize) = select_body;
+}
+
+#[inline(always)]
+fn select_body<T: Real, const FMA: bool>(
+    c: Arg<'_, T>,
+    a: Arg<'_, T>,
+    b: Arg<'_, T>,
+    dst: &mut [T],
+    rows: usize,
+    cols: usize,
+) {
     let (rows, cols) = shape(&[c, a, b], rows, cols);
     if cols == 0 {
         return;
@@ -167,8 +180,13 @@ fn truth<T: Real>(b: bool) -> T {
     }
 }
 
+versions! {
 /// A function of one argument over a tile.
-pub(crate) fn unary<T: Real>(f: UnaryFn, a: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize) {
+pub(crate) fn unary<T: Real>(f: UnaryFn, a: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize) = unary_body;
+}
+
+#[inline(always)]
+fn unary_body<T: Real, const FMA: bool>(f: UnaryFn, a: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize) {
     macro_rules! go {
         ($e:expr) => {
             map1(a, dst, rows, cols, $e)
@@ -181,17 +199,17 @@ pub(crate) fn unary<T: Real>(f: UnaryFn, a: Arg<'_, T>, dst: &mut [T], rows: usi
         UnaryFn::Sqr => go!(|x| x * x),
         UnaryFn::Sqrt => go!(T::sqrt),
         UnaryFn::Rsqrt => go!(|x: T| T::ONE / x.sqrt()),
-        UnaryFn::Exp => go!(T::exp),
-        UnaryFn::Log => go!(T::log),
-        UnaryFn::Sin => go!(T::sin),
-        UnaryFn::Cos => go!(T::cos),
-        UnaryFn::Tanh => go!(T::tanh),
-        UnaryFn::Erf => go!(T::erf),
-        UnaryFn::Gelu => go!(T::gelu),
-        UnaryFn::GeluErf => go!(T::gelu_erf),
+        UnaryFn::Exp => go!(T::exp::<FMA>),
+        UnaryFn::Log => go!(T::log::<FMA>),
+        UnaryFn::Sin => go!(T::sin::<FMA>),
+        UnaryFn::Cos => go!(T::cos::<FMA>),
+        UnaryFn::Tanh => go!(T::tanh::<FMA>),
+        UnaryFn::Erf => go!(T::erf::<FMA>),
+        UnaryFn::Gelu => go!(T::gelu::<FMA>),
+        UnaryFn::GeluErf => go!(T::gelu_erf::<FMA>),
         UnaryFn::Relu => go!(|x| if x > T::ZERO { x } else { T::ZERO }),
-        UnaryFn::Silu => go!(T::silu),
-        UnaryFn::Sigmoid => go!(T::sigmoid),
+        UnaryFn::Silu => go!(T::silu::<FMA>),
+        UnaryFn::Sigmoid => go!(T::sigmoid::<FMA>),
         UnaryFn::Floor => go!(T::floor),
         UnaryFn::Ceil => go!(T::ceil),
         UnaryFn::Round => go!(T::round),
@@ -202,8 +220,20 @@ pub(crate) fn unary<T: Real>(f: UnaryFn, a: Arg<'_, T>, dst: &mut [T], rows: usi
     }
 }
 
+versions! {
 /// A function of two arguments over a tile.
-pub(crate) fn binary<T: Real>(f: BinaryFn, a: Arg<'_, T>, b: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize) {
+pub(crate) fn binary<T: Real>(f: BinaryFn, a: Arg<'_, T>, b: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize) = binary_body;
+}
+
+#[inline(always)]
+fn binary_body<T: Real, const FMA: bool>(
+    f: BinaryFn,
+    a: Arg<'_, T>,
+    b: Arg<'_, T>,
+    dst: &mut [T],
+    rows: usize,
+    cols: usize,
+) {
     macro_rules! go {
         ($e:expr) => {
             map2(a, b, dst, rows, cols, $e)
@@ -240,8 +270,13 @@ fn spoil_last<T: Real>(dst: &mut [T], truth: bool) {
     }
 }
 
+versions! {
 /// Rounds a tile to a storage type's precision.
-pub(crate) fn round<T: Real>(to: FloatKind, a: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize) {
+pub(crate) fn round<T: Real>(to: FloatKind, a: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize) = round_body;
+}
+
+#[inline(always)]
+fn round_body<T: Real, const FMA: bool>(to: FloatKind, a: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize) {
     if fault::any() && fault::active(&format!("row.round.{to:?}")) {
         return map1(a, dst, rows, cols, |x| x);
     }
@@ -252,8 +287,20 @@ pub(crate) fn round<T: Real>(to: FloatKind, a: Arg<'_, T>, dst: &mut [T], rows: 
     }
 }
 
+versions! {
 /// √(sum/n + eps) over a tile, in f64 and rounded once.
-pub(crate) fn root_mean<T: Real>(sum: Arg<'_, T>, n: f64, eps: f64, dst: &mut [T], rows: usize, cols: usize) {
+pub(crate) fn root_mean<T: Real>(sum: Arg<'_, T>, n: f64, eps: f64, dst: &mut [T], rows: usize, cols: usize) = root_mean_body;
+}
+
+#[inline(always)]
+fn root_mean_body<T: Real, const FMA: bool>(
+    sum: Arg<'_, T>,
+    n: f64,
+    eps: f64,
+    dst: &mut [T],
+    rows: usize,
+    cols: usize,
+) {
     let n = if fault::active("row.root_mean.count") { 1.0 } else { n };
     let eps = if fault::active("row.root_mean.eps") { 0.0 } else { eps };
     map1(sum, dst, rows, cols, |x| T::from_f64((x.to_f64() / n + eps).sqrt()));
@@ -270,8 +317,20 @@ pub(crate) fn reduce_init<T: Real>(f: ReduceFn) -> T {
     }
 }
 
+versions! {
 /// Folds a tile's elements into one accumulator per row. `first` says whether column 0 is the row's first element.
-pub(crate) fn reduce<T: Real>(f: ReduceFn, a: Arg<'_, T>, acc: &mut [T], rows: usize, cols: usize, first: bool) {
+pub(crate) fn reduce<T: Real>(f: ReduceFn, a: Arg<'_, T>, acc: &mut [T], rows: usize, cols: usize, first: bool) = reduce_body;
+}
+
+#[inline(always)]
+fn reduce_body<T: Real, const FMA: bool>(
+    f: ReduceFn,
+    a: Arg<'_, T>,
+    acc: &mut [T],
+    rows: usize,
+    cols: usize,
+    first: bool,
+) {
     for (r, acc) in acc.iter_mut().take(rows).enumerate() {
         if let RowArg::Slice(x) = a.row(r, cols) {
             let x = if fault::any() && fault::active(&format!("row.{f:?}.last")) {
@@ -288,9 +347,9 @@ pub(crate) fn reduce<T: Real>(f: ReduceFn, a: Arg<'_, T>, acc: &mut [T], rows: u
     }
 }
 
-/// Adds `x` to `acc` in the fixed order of this crate: per segment of 1,024 elements 16 accumulators
-/// (element `i` goes to accumulator `i mod 16`), folded in halves (8, 4, 2, 1), then segment by segment.
-/// `x` starts at a multiple of a segment, so the order depends on the row's length alone.
+/// Adds `x` to `acc` in the fixed order of this crate: per segment of 1,024 elements 128 accumulators (element `i` goes to
+/// accumulator `i mod 128`), folded in halves (64, 32, …, 1), then segment by segment. `x` starts at a multiple of a segment, so
+/// the order depends on the row's length alone.
 #[inline(always)]
 fn sum_into<T: Real>(x: &[T], acc: &mut T) {
     if fault::active("row.sum.f16") {
@@ -301,74 +360,90 @@ fn sum_into<T: Real>(x: &[T], acc: &mut T) {
     let segments = if fault::active("row.sum.segment") { 1 } else { usize::MAX };
     let whole_chunks_only = fault::active("row.sum.remainder");
     for segment in x.chunks(SEGMENT).take(segments) {
-        // Three levels of four: a large element meets nine additions instead of sixty-four, so its rounding errors do not
-        // pile up.
-        let mut top = [T::ZERO; LANES];
-        for part in segment.chunks(16 * LANES) {
-            let mut middle = [T::ZERO; LANES];
-            for group in part.chunks(4 * LANES) {
-                let mut lanes = [T::ZERO; LANES];
-                let mut chunks = group.chunks_exact(LANES);
-                for chunk in &mut chunks {
-                    add_lanes(&mut lanes, chunk);
-                }
-                if !whole_chunks_only {
-                    add_lanes(&mut lanes, chunks.remainder());
-                }
-                add_lanes(&mut middle, &lanes);
+        // An accumulator meets eight additions at most, so that a large element's rounding errors do not pile up.
+        let mut lanes = [T::ZERO; LANES];
+        let rest = fold_chunks(segment, &mut lanes, |l, v| l + v);
+        if !whole_chunks_only {
+            for (l, &v) in lanes.iter_mut().zip(rest) {
+                *l = *l + v;
             }
-            add_lanes(&mut top, &middle);
         }
-        // The lanes meet in f64, and round once: a short row's sum is as good as its type allows.
+        // The accumulators meet in f64, and round once: a short row's sum is as good as its type allows.
+        let used = segment.len().min(LANES).next_power_of_two();
         let mut wide = [0f64; LANES];
-        for (w, &v) in wide.iter_mut().zip(&top) {
+        for (w, &v) in wide.iter_mut().zip(&lanes).take(used) {
             *w = v.to_f64();
         }
-        *acc = *acc + T::from_f64(if T::DTYPE == DType::F64 { fold_exactly(wide) } else { fold(wide, |a, b| a + b) });
+        let sum = if T::DTYPE == DType::F64 {
+            fold_exactly(&mut wide[..used])
+        } else {
+            fold(&mut wide[..used], |a, b| a + b)
+        };
+        *acc = *acc + T::from_f64(sum);
     }
+}
+
+/// Takes element `i` of every whole chunk of `LANES` elements into lane `i`, and gives what remains.
+///
+/// Half of the lanes at a time, in an array that nothing points to: it stays in registers.
+#[inline(always)]
+fn fold_chunks<'a, T: Real>(x: &'a [T], lanes: &mut [T; LANES], f: impl Fn(T, T) -> T) -> &'a [T] {
+    const HALF: usize = LANES / 2;
+    for (half, lanes) in lanes.chunks_exact_mut(HALF).enumerate() {
+        let mut held = [T::ZERO; HALF];
+        held.copy_from_slice(lanes);
+        for chunk in x.chunks_exact(LANES) {
+            // a length that the compiler knows
+            if let Some(Ok(chunk)) = chunk.chunks_exact(HALF).nth(half).map(<&[T; HALF]>::try_from) {
+                for (h, &v) in held.iter_mut().zip(chunk) {
+                    *h = f(*h, v);
+                }
+            }
+        }
+        lanes.copy_from_slice(&held);
+    }
+    x.chunks_exact(LANES).remainder()
 }
 
 /// Folds f64 lanes as [`fold`] does, carrying what each addition rounds away (Knuth's two-sum) and adding it at the end: there
 /// is no wider type to meet in.
-fn fold_exactly(mut lanes: [f64; LANES]) -> f64 {
+#[inline(always)]
+fn fold_exactly(lanes: &mut [f64]) -> f64 {
     let mut lost = 0f64;
-    let mut width = LANES / 2;
+    let mut width = lanes.len() / 2;
     while width > 0 {
-        for i in fault::one_if("row.fold.lane")..width {
-            let (a, b) = (lanes[i], lanes[i + width]);
-            let sum = a + b;
-            let b_seen = sum - a;
-            lost += (a - (sum - b_seen)) + (b - b_seen);
-            lanes[i] = sum;
+        let (low, high) = lanes.split_at_mut(width);
+        let skip = fault::one_if("row.fold.lane");
+        for (a, &b) in low.iter_mut().zip(high.iter()).skip(skip) {
+            let sum = *a + b;
+            let b_seen = sum - *a;
+            lost += (*a - (sum - b_seen)) + (b - b_seen);
+            *a = sum;
         }
         width /= 2;
     }
+    let sum = lanes.first().copied().unwrap_or_default();
     // An infinite or NaN sum stays what it is: what it "lost" is NaN.
     if lost.is_finite() {
-        lanes[0] + lost
+        sum + lost
     } else {
-        lanes[0]
+        sum
     }
 }
 
+/// Folds a power of two of lanes in halves.
 #[inline(always)]
-fn add_lanes<T: Real>(lanes: &mut [T; LANES], x: &[T]) {
-    for (l, &v) in lanes.iter_mut().zip(x) {
-        *l = *l + v;
-    }
-}
-
-/// Folds the lanes in halves.
-#[inline(always)]
-pub(crate) fn fold<T: Real>(mut lanes: [T; LANES], f: impl Fn(T, T) -> T) -> T {
-    let mut width = LANES / 2;
+pub(crate) fn fold<T: Real>(lanes: &mut [T], f: impl Fn(T, T) -> T) -> T {
+    let mut width = lanes.len() / 2;
     while width > 0 {
-        for i in fault::one_if("row.fold.lane")..width {
-            lanes[i] = f(lanes[i], lanes[i + width]);
+        let (low, high) = lanes.split_at_mut(width);
+        let skip = fault::one_if("row.fold.lane");
+        for (a, &b) in low.iter_mut().zip(high.iter()).skip(skip) {
+            *a = f(*a, b);
         }
         width /= 2;
     }
-    lanes[0]
+    lanes.first().copied().unwrap_or_default()
 }
 
 #[inline(always)]
@@ -379,17 +454,15 @@ fn extreme_into<T: Real>(x: &[T], acc: &mut T, first: bool, start: T, better: im
         return;
     }
     let mut lanes = [start; LANES];
-    let mut chunks = x.chunks_exact(LANES);
-    for chunk in &mut chunks {
-        for (l, &v) in lanes.iter_mut().zip(chunk) {
-            *l = if better(*l, v) { v } else { *l };
-        }
-    }
-    for (l, &v) in lanes.iter_mut().zip(chunks.remainder()) {
+    let rest = fold_chunks(x, &mut lanes, |l, v| if better(l, v) { v } else { l });
+    for (l, &v) in lanes.iter_mut().zip(rest) {
         *l = if better(*l, v) { v } else { *l };
     }
-    let m = fold(lanes, |a, b| if better(a, b) { b } else { a });
+    let m = fold(&mut lanes, |a, b| if better(a, b) { b } else { a });
     if better(*acc, m) {
         *acc = m;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,7 +4,7 @@
 //! tiled kernel runs it: tiles of a few thousand elements stay in cache, one vectorisable loop per
 //! instruction, rows in parallel.
 //!
-//! **The order of a sum** depends on the row's length alone: 16 interleaved accumulators per segment of 1,024
+//! **The order of a sum** depends on the row's length alone: 128 interleaved accumulators per segment of 1,024
 //! elements, folded in halves, segments added in order. So a row's bits are the same alone or among
 //! thousands, on one thread or many, contiguous or strided.
 
