@@ -10,6 +10,7 @@ use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::math::Real;
+use crate::simd::versions;
 use crate::view::{each_dtype, Slice, SliceMut, Strided, View};
 use rayon::prelude::*;
 
@@ -282,9 +283,7 @@ impl Job<'_> {
                 // Keys outside the query's range stay at -∞, weight 0, so that the order of the sum is the block's own.
                 let mut scores = [T::NEG_INF; BLOCK];
                 let query = &sc.q[i * s.d..(i + 1) * s.d];
-                for j in lo..hi {
-                    scores[j] = dot(query, &keys[j * kp..j * kp + s.d]);
-                }
+                products(query, &keys[lo * kp..], kp, &mut scores[lo..hi]);
                 self.adjust(b, h, first + i, key, (lo, hi), &mut scores, &mut sc.mask);
                 let acc = &mut sc.acc[i * s.dv..(i + 1) * s.dv];
                 weigh(state, &mut scores, acc);
@@ -339,17 +338,34 @@ impl Job<'_> {
     }
 }
 
+versions! {
+/// The products of a query with keys that stand `pitch` apart, one for each score.
+fn products<T: Real>(query: &[T], keys: &[T], pitch: usize, scores: &mut [T]) = products_body;
+}
+
+#[inline(always)]
+fn products_body<T: Real, const FMA: bool>(query: &[T], keys: &[T], pitch: usize, scores: &mut [T]) {
+    for (j, score) in scores.iter_mut().enumerate() {
+        *score = dot::<T, FMA>(query, &keys[j * pitch..j * pitch + query.len()]);
+    }
+}
+
+versions! {
 /// Turns a block's scores into weights, updates the running maximum and sum, and rescales what was accumulated.
-fn weigh<T: Real>(state: &mut Query<T>, scores: &mut [T; BLOCK], acc: &mut [T]) {
+fn weigh<T: Real>(state: &mut Query<T>, scores: &mut [T; BLOCK], acc: &mut [T]) = weigh_body;
+}
+
+#[inline(always)]
+fn weigh_body<T: Real, const FMA: bool>(state: &mut Query<T>, scores: &mut [T; BLOCK], acc: &mut [T]) {
     let mut max = state.max;
     for &s in scores.iter() {
         max = if s > max { s } else { max };
     }
     // Nothing finite so far: any shift gives weights of 0 (or NaN for NaN scores), -∞ - -∞ would not.
     let shift = if max == T::NEG_INF { T::ZERO } else { max };
-    let keep = if fault::active("attention.rescale") { T::ONE } else { (state.max - shift).exp::<false>() };
+    let keep = if fault::active("attention.rescale") { T::ONE } else { (state.max - shift).exp::<FMA>() };
     for s in scores.iter_mut() {
-        *s = (*s - shift).exp::<false>();
+        *s = (*s - shift).exp::<FMA>();
     }
     let ones = [T::ONE; BLOCK];
     if max != state.max {
@@ -364,12 +380,16 @@ fn weigh<T: Real>(state: &mut Query<T>, scores: &mut [T; BLOCK], acc: &mut [T]) 
         state.sum = state.sum + T::get(sum);
         return;
     }
-    state.sum = state.sum + dot(&scores[..], &ones);
+    state.sum = state.sum + dot::<T, FMA>(&scores[..], &ones);
 }
 
+versions! {
 /// Adds the weighted values to `acc`, key by key in order; four keys share one pass over `acc`, which changes no bit.
+fn accumulate<T: Real>(weights: &[T], values: &[T], pitch: usize, acc: &mut [T]) = accumulate_body;
+}
+
 #[inline(always)]
-fn accumulate<T: Real>(weights: &[T], values: &[T], pitch: usize, acc: &mut [T]) {
+fn accumulate_body<T: Real, const FMA: bool>(weights: &[T], values: &[T], pitch: usize, acc: &mut [T]) {
     let n = acc.len();
     let row = |j: usize| &values[j * pitch..j * pitch + n];
     let mut j = 0;
@@ -378,14 +398,15 @@ fn accumulate<T: Real>(weights: &[T], values: &[T], pitch: usize, acc: &mut [T])
         let d = if lossy { T::ZERO } else { d };
         let (x, y, z, w) = (row(j), row(j + 1), row(j + 2), row(j + 3));
         for ((((o, &x), &y), &z), &w) in acc.iter_mut().zip(x).zip(y).zip(z).zip(w) {
-            *o = (((*o + a * x) + b * y) + c * z) + d * w;
+            let sum = b.mul_add::<FMA>(y, a.mul_add::<FMA>(x, *o));
+            *o = d.mul_add::<FMA>(w, c.mul_add::<FMA>(z, sum));
         }
         j += 4;
     }
     let skip = if fault::active("attention.value_tail") { weights.len() } else { j };
     for (j, &p) in weights.iter().enumerate().skip(skip) {
         for (o, &x) in acc.iter_mut().zip(row(j)) {
-            *o = *o + p * x;
+            *o = p.mul_add::<FMA>(x, *o);
         }
     }
 }
@@ -400,3 +421,45 @@ macro_rules! slice_from {
     };
 }
 slice_from!(half::bf16 => BF16, half::f16 => F16, f32 => F32, f64 => F64);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::tests::{fused, with_each};
+
+    fn numbers(n: usize, seed: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 37 + seed * 101) % 127) as f32 / 31.0 - 2.0).collect()
+    }
+
+    /// Every version against the body that it was compiled from, bit for bit.
+    #[test]
+    fn versions_give_the_bits_of_their_bodies() {
+        for d in [1usize, 7, 16, 33, 64, 80] {
+            let (query, keys) = (numbers(d, 1), numbers(BLOCK * d, 2));
+            with_each(|isa| {
+                let fma = fused(isa);
+                let (mut got, mut want) = ([0f32; BLOCK], [0f32; BLOCK]);
+                products(&query, &keys, d, &mut got);
+                if fma {
+                    products_body::<f32, true>(&query, &keys, d, &mut want);
+                } else {
+                    products_body::<f32, false>(&query, &keys, d, &mut want);
+                }
+                assert_eq!(got, want, "products {isa:?} {d}");
+                let state = || Query { max: 0.5f32, sum: 1.25, start: 0, end: BLOCK };
+                let (mut a, mut b) = ((state(), numbers(d, 3)), (state(), numbers(d, 3)));
+                weigh(&mut a.0, &mut got, &mut a.1);
+                accumulate(&got[1..], &keys, d, &mut a.1);
+                if fma {
+                    weigh_body::<f32, true>(&mut b.0, &mut want, &mut b.1);
+                    accumulate_body::<f32, true>(&want[1..], &keys, d, &mut b.1);
+                } else {
+                    weigh_body::<f32, false>(&mut b.0, &mut want, &mut b.1);
+                    accumulate_body::<f32, false>(&want[1..], &keys, d, &mut b.1);
+                }
+                assert_eq!(got, want, "weigh {isa:?} {d}");
+                assert_eq!((a.0.max, a.0.sum, a.1), (b.0.max, b.0.sum, b.1), "accumulate {isa:?} {d}");
+            });
+        }
+    }
+}

@@ -43,6 +43,8 @@ pub(crate) trait Real:
     fn round(self) -> Self;
     fn pow(self, e: Self) -> Self;
     fn is_nan(self) -> bool;
+    /// self·b + c, rounded once where `FMA`, else twice.
+    fn mul_add<const FMA: bool>(self, b: Self, c: Self) -> Self;
 
     /// Reads a run of any element type as this type.
     fn read<E: crate::element::Element>(src: &[E], dst: &mut [Self]);
@@ -130,6 +132,14 @@ macro_rules! consts {
         #[inline(always)]
         fn is_nan(self) -> bool {
             self.is_nan()
+        }
+        #[inline(always)]
+        fn mul_add<const FMA: bool>(self, b: Self, c: Self) -> Self {
+            if FMA {
+                self.mul_add(b, c)
+            } else {
+                self * b + c
+            }
         }
     };
 }
