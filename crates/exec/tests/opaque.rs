@@ -54,6 +54,33 @@ fn scaled(factor: f32, runs: &Arc<AtomicUsize>) -> Arc<Box<dyn CustomOp1 + Send 
     Arc::new(Box::new(Scaled { factor, runs: runs.clone() }))
 }
 
+/// `Scaled` refuses what is not contiguous; no plan may hand it that.
+#[test]
+fn a_custom_op_gets_contiguous_inputs_whatever_views_were_recorded() {
+    let runs = Arc::new(AtomicUsize::new(0));
+    let var = Var::from_tensor(&x()).unwrap();
+    for leaf in [x(), var.as_tensor().clone()] {
+        let lazy = LazyTensor::from(&leaf);
+        let views = [
+            (lazy.t().unwrap(), leaf.t().unwrap()),
+            (lazy.broadcast_as((2, 2, 3)).unwrap(), leaf.broadcast_as((2, 2, 3)).unwrap()),
+            (lazy.narrow(1, 1, 2).unwrap(), leaf.narrow(1, 1, 2).unwrap()),
+            (lazy.contiguous().unwrap().t().unwrap(), leaf.t().unwrap()),
+        ];
+        for (view, eager) in views {
+            for options in [EvalOptions::default(), EvalOptions::no_passes(), EvalOptions::only_pass("noop_views")] {
+                let y = view.custom_op1_arc(&scaled(2.0, &runs), view.shape(), DType::F32).unwrap();
+                let got = candle_lazy_exec::eval_all_with(&[&y], &options).unwrap().0.remove(0);
+                let want = (&eager * 2.0).unwrap();
+                assert_eq!(got.dims(), want.dims());
+                let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                assert_eq!(flat(&got), flat(&want));
+            }
+            view.custom_op1_arc(&scaled(2.0, &runs), view.shape(), DType::F32).unwrap().eval_checked().unwrap();
+        }
+    }
+}
+
 fn x() -> Tensor {
     Tensor::from_vec((0..6).map(|i| i as f32 - 2.5).collect::<Vec<_>>(), (2, 3), &CPU).unwrap()
 }

@@ -9,6 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_lazy_graph::{ArgOp, BinaryOp, CmpOp, CustomOp, Distribution, Op, ReduceOp, ScatterOp, UnaryOp};
 use candle_lazy_ops::view::SliceMut;
 use candle_lazy_ops::{fault, kernels};
+use smallvec::SmallVec;
 
 /// The values of an additive causal mask (queries, keys), row-major.
 pub(super) fn causal_mask_values(dims: &[usize], window: Option<usize>) -> Vec<f32> {
@@ -171,7 +172,9 @@ pub(super) fn qmatmul(x: &[Tensor], weight: &QTensor, dims: &[usize]) -> Result<
 /// A custom op, differentiable if it has a backward.
 pub(super) fn custom(customs: &[CustomOp], params: &[f64], x: &[Tensor]) -> Result<Tensor> {
     let op = params.first().and_then(|&i| customs.get(i as usize));
-    match (op, x) {
+    // Which layout an input has depends on the plan; whether an op takes it must not.
+    let x = x.iter().map(Tensor::contiguous).collect::<candle_core::Result<SmallVec<[Tensor; 3]>>>()?;
+    match (op, x.as_slice()) {
         (Some(CustomOp::One(op)), [a]) => Ok(a.apply_op1_arc(op.clone())?),
         (Some(CustomOp::Two(op)), [a, b]) => Ok(a.apply_op2_arc(b, op.clone())?),
         (Some(CustomOp::Three(op)), [a, c, b]) if fault::active("custom.operands") => {
