@@ -87,6 +87,8 @@ pub struct Summary {
     pub failures: Vec<Failure>,
     /// Why cells were skipped, and how many.
     pub skips: BTreeMap<String, usize>,
+    /// Why the gradients of cells were not checked, and of how many; their results were.
+    pub without_gradient: BTreeMap<&'static str, usize>,
 }
 
 impl Summary {
@@ -119,6 +121,9 @@ impl Summary {
             row.worst_share = cell.share;
             row.worst_ulp = cell.ulp;
             row.worst_case = format!("{case}, {mode}");
+        }
+        if let Some(why) = cell.without_gradient {
+            *self.without_gradient.entry(why).or_default() += 1;
         }
         match &cell.outcome {
             Outcome::Passed => {}
@@ -157,6 +162,9 @@ impl Summary {
         self.failures.extend(other.failures);
         for (why, count) in other.skips {
             *self.skips.entry(why).or_default() += count;
+        }
+        for (why, count) in other.without_gradient {
+            *self.without_gradient.entry(why).or_default() += count;
         }
     }
 
@@ -197,6 +205,9 @@ impl Summary {
         for (why, count) in &self.skips {
             let _ = writeln!(out, "skipped {count}: {why}");
         }
+        for (why, count) in &self.without_gradient {
+            let _ = writeln!(out, "checked without gradient {count}: {why}");
+        }
         let _ = write!(out, "{}", self.last_line());
         out
     }
@@ -213,7 +224,7 @@ fn first_line(e: &Error) -> String {
     e.to_string().lines().next().unwrap_or_default().to_string()
 }
 
-fn message(panic: &(dyn std::any::Any + Send)) -> String {
+pub(crate) fn message(panic: &(dyn std::any::Any + Send)) -> String {
     panic
         .downcast_ref::<String>()
         .cloned()
@@ -256,7 +267,13 @@ pub(crate) fn check_cell(subject: &mut Subject, mode: Mode) -> Option<Cell> {
             _ => None,
         };
         match again {
-            Some(Cell { verdict: Some(verdict), .. }) if verdict.ours.ulp.is_finite() => draws.push(verdict),
+            // a result and a gradient, or the gradients of two inputs, are two things
+            Some(Cell { verdict: Some(verdict), .. })
+                if verdict.ours.ulp.is_finite() && verdict.gradient == draws[0].gradient =>
+            {
+                draws.push(verdict);
+            }
+            Some(again) if again.only_over_its_limit().is_some() => {}
             Some(Cell { outcome: Outcome::Failed(what), .. }) => {
                 cell.outcome = Outcome::Failed(format!("drawn again: {what}"));
                 return Some(cell);

@@ -4,6 +4,7 @@ pub(crate) mod blocks;
 mod functions;
 mod gradient;
 mod lazy_modes;
+mod magnitude;
 mod module;
 mod recorded;
 
@@ -12,13 +13,13 @@ use crate::compare::{rounding, same_bits, Verdict, LUCK};
 use crate::referee::{judge, Judged};
 use crate::unsupported;
 use crate::value::to_arr;
-use crate::{eager, opaque, Result};
+use crate::{eager, opaque, Error, Result};
 use candle_core::{DType, Tensor};
 use candle_lazy_graph::passes::PASSES;
 use candle_lazy_graph::Exactness;
 use std::collections::BTreeMap;
 
-pub use gradient::{gradients, judge_gradients, Gradients, GRADIENT_ULP, GRADIENT_ULP_F32, GRADIENT_ULP_F64};
+pub use gradient::{gradients, judge_gradients, Gradients};
 pub use lazy_modes::{evaluate, expected_kernels};
 pub use recorded::{DecomposeFault, Wrong, DECOMPOSE_FAULTS};
 
@@ -122,13 +123,15 @@ pub struct Cell {
     pub kernels: BTreeMap<&'static str, usize>,
     /// What the rounding rule measured, where it was applied last.
     pub verdict: Option<Verdict>,
+    /// Why no gradient was checked, where one should have been.
+    pub without_gradient: Option<&'static str>,
 }
 
 impl Cell {
     /// A cell without kernels.
     #[must_use]
     pub fn of(outcome: Outcome) -> Self {
-        Self { outcome, ulp: 0.0, share: 0.0, kernels: BTreeMap::new(), verdict: None }
+        Self { outcome, ulp: 0.0, share: 0.0, kernels: BTreeMap::new(), verdict: None, without_gradient: None }
     }
 
     /// Takes the rounding rule's verdict for the cell's.
@@ -139,6 +142,15 @@ impl Cell {
             self.outcome = Outcome::Failed(text.clone());
         }
         self.verdict = Some(verdict);
+    }
+
+    /// Takes what a second check of the same cell found, where this one found nothing.
+    pub(crate) fn and(&mut self, other: Self) {
+        self.outcome = other.outcome;
+        self.without_gradient = other.without_gradient;
+        if other.share >= self.share || matches!(self.outcome, Outcome::Failed(_)) {
+            (self.ulp, self.share, self.verdict) = (other.ulp, other.share, other.verdict);
+        }
     }
 
     /// The verdict, where nothing but an error somewhat beyond its limit is wrong with the cell.
@@ -177,7 +189,12 @@ impl Subject {
         let judged = judge(&case.op, &case.held_scalars()?, &arrays.iter().collect::<Vec<_>>(), dtype)?;
         let eager = match unsupported::eager_is_wrong(&case) {
             Some(_) => None,
-            None => quietly(|| eager::run_case(&case, &inputs)),
+            None => match (contained(|| eager::run_case(&case, &inputs)), unsupported::eager_refuses(&case)) {
+                (Ok(eager), None) => Some(eager),
+                (Err(_), Some(_)) => None,
+                (Ok(_), Some(why)) => return Err(Error::NoTwin(format!("eager does what the table says not: {why}"))),
+                (Err(e), None) => return Err(Error::NoTwin(format!("eager refuses, and the table has no reason: {e}"))),
+            },
         };
         Ok(Self { case, seed, inputs, eager, judged, baseline: None })
     }
@@ -231,7 +248,8 @@ impl Subject {
     /// The twin against inference and the reference: a twin or a reference that means something else shows here.
     fn check_eager(&self) -> Result<Option<Cell>> {
         let Some(eager) = &self.eager else {
-            return Ok(Some(Cell::of(Outcome::Skipped("Candle refuses these inputs, or is known to be wrong".into()))));
+            let why = unsupported::eager_is_wrong(&self.case).or_else(|| unsupported::eager_refuses(&self.case));
+            return Ok(Some(Cell::of(Outcome::Skipped(why.unwrap_or("no twin").into()))));
         };
         let meta = self.case.infer()?;
         let mut cell = Cell::of(Outcome::Passed);
@@ -267,7 +285,8 @@ impl Subject {
     }
 }
 
-/// The result, or nothing if it failed or panicked: what eager Candle may do, but nothing of ours.
-fn quietly<T>(f: impl FnOnce() -> Result<T>) -> Option<T> {
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).ok().and_then(std::result::Result::ok)
+/// The result, a panic being an error too: what eager Candle may do, but nothing of ours.
+fn contained<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(f))
+        .unwrap_or_else(|panic| Err(Error::NoTwin(format!("a panic: {}", crate::verify::message(panic.as_ref())))))
 }
