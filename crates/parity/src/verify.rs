@@ -404,10 +404,13 @@ pub fn run(options: &Options) -> Result<Summary> {
     let graphs = options.op.as_deref().is_none_or(|op| op == "random") && options.mode.is_none();
     let programs = options.op.as_deref().is_none_or(|op| op == "program");
     let blocks = options.op.as_deref().is_none_or(|op| op == "block");
-    if table.is_empty() && !graphs && !programs && !blocks {
-        let op = options.op.as_deref().unwrap_or("any");
-        let dtype = options.dtype.map_or("any", |d| d.as_str());
-        return Err(Error::Option(format!("no case has op {op} and dtype {dtype}")));
+    if let (Some("random"), Some(mode)) = (options.op.as_deref(), &options.mode) {
+        return Err(Error::Option(format!("random graphs have no mode {mode}: each is evaluated in several ways at once")));
+    }
+    let all = cases(Extent::Full);
+    let names: Vec<&str> = all.iter().map(|c| c.op.name()).chain(["random", "program", "block", "method"]).collect();
+    if let Some(op) = options.op.as_deref().filter(|op| !names.contains(op)) {
+        return Err(Error::Option(format!("no op {op}; docs/ops.md names them, beside random, program, block and method")));
     }
     let next = AtomicUsize::new(0);
     let parts = Mutex::new(Vec::new());
@@ -463,5 +466,12 @@ pub fn run(options: &Options) -> Result<Summary> {
         }
     }
     SILENT.set(false);
+    if summary.cases() == 0 {
+        let said = |what: &str, name: Option<&str>| name.map(|n| format!(" and {what} {n}")).unwrap_or_default();
+        let op = said("op", options.op.as_deref());
+        let (dtype, mode) = (said("dtype", options.dtype.map(|d| d.as_str())), said("mode", options.mode.as_deref()));
+        let filters = format!("{op}{dtype}{mode}");
+        return Err(Error::Option(format!("no cell has {} in this extent", filters.trim_start_matches(" and "))));
+    }
     Ok(summary)
 }

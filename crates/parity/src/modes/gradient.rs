@@ -9,9 +9,9 @@
 
 use super::magnitude::magnitudes;
 use super::{Cell, Outcome, Subject};
-use crate::case::Case;
+use crate::case::{Case, InputSpec};
 use crate::compare::{same_bits, Verdict, Worst, ALLOWED_ULP, EAGER_FACTOR};
-use crate::reference::Arr;
+use crate::reference::{self, Arr, NormShape};
 use crate::rng::Rng;
 use crate::value::{to_arr, to_tensor, ulp};
 use crate::{eager, lazy, unsupported, Error, Result};
@@ -19,8 +19,9 @@ use candle_core::{DType, Tensor, Var};
 use candle_lazy_exec::LazyTensor;
 use candle_lazy_graph::Op;
 
-/// What a gradient in f64 may always be off by: [`ALLOWED_ULP`] for ours and as much for the measure, which is composed in f64.
-pub const F64_ULP: f64 = 2.0 * ALLOWED_ULP;
+/// What a gradient in f64 may always be off by where its measure is composed in f64: [`ALLOWED_ULP`] for ours and as much for the
+/// measure.
+const F64_ULP: f64 = 2.0 * ALLOWED_ULP;
 
 /// The gradient of each input; `None` for inputs that are not tracked or that the loss does not reach.
 pub type Gradients = Vec<Option<Tensor>>;
@@ -56,6 +57,39 @@ struct Measure {
     gradient: Arr,
     /// Per element the scale.
     scale: Arr,
+    /// Whether the gradient is a reference's, more precise than f64.
+    precise: bool,
+}
+
+/// The gradients of the composites whose long sums f64 would round: one per input, before a broadcast of the input adds them up.
+fn references(case: &Case, inputs: &[Tensor], g: &Arr) -> Result<Option<Vec<Arr>>> {
+    let x = inputs.iter().map(to_arr).collect::<Result<Vec<_>>>()?;
+    let norm = |shape: NormShape, weight: bool, bias: bool| {
+        let [dx, dw, db] = reference::norm_gradient(&x[0], weight.then(|| &x[1]), g, shape);
+        let all = [Some(dx), weight.then_some(dw), bias.then_some(db)];
+        Some(all.into_iter().flatten().collect())
+    };
+    let last = x.first().and_then(|x| x.dims.last()).copied().unwrap_or(1);
+    let rows = |centred| NormShape { width: last, channels: last, behind: 1, centred, eps: case.scalars[0] };
+    Ok(match &case.op {
+        Op::Softmax { dim } => Some(vec![reference::softmax_gradient(&x[0], g, usize::from(*dim))]),
+        Op::LogSoftmax { dim } => Some(vec![reference::log_softmax_gradient(&x[0], g, usize::from(*dim))]),
+        Op::CrossEntropy => Some(vec![reference::cross_entropy_gradient(&x[0], &x[1], g.data[0])]),
+        Op::RmsNorm { weight } => norm(rows(false), *weight, false),
+        Op::LayerNorm { weight, bias } => norm(rows(true), *weight, *bias),
+        Op::GroupNorm { groups, weight, bias } => {
+            let (channels, behind) = (x[0].dims[1], x[0].dims[2..].iter().product());
+            let width = channels * behind / groups;
+            norm(NormShape { width, channels, behind, centred: true, eps: case.scalars[0] }, *weight, *bias)
+        }
+        _ => None,
+    })
+}
+
+/// The gradient of `var` from that of the view: what shares a number adds up.
+fn through_view(spec: &InputSpec, var: &Var, gradient: &Tensor) -> Result<Tensor> {
+    let grads = (spec.view(var.as_tensor())? * gradient)?.sum_all()?.backward()?;
+    Ok(grads.get(var.as_tensor()).map_or_else(|| var.zeros_like(), |t| Ok(t.clone()))?)
 }
 
 /// The dim along which the elements of a row lie.
@@ -81,16 +115,18 @@ fn measure(subject: &Subject) -> Result<Vec<Option<Measure>>> {
     let y = eager::run_case_precisely(case, &inputs)?;
     let exact = gradients(&y, &vars)?;
     let detached: Vec<Tensor> = plain.iter().map(Tensor::detach).collect();
-    let w = to_tensor(&weights(y.dims(), y.elem_count()).map(f64::abs), DType::F64)?;
-    let mut terms = magnitudes(case, &detached, &w)?;
+    let w = weights(y.dims(), y.elem_count());
+    let precise = references(case, &detached, &w)?.unwrap_or_default();
+    let mut terms = magnitudes(case, &detached, &to_tensor(&w.map(f64::abs), DType::F64)?)?;
     let alone = gradients(&eager::run_case_precisely(case, &plain)?, &own)?;
     terms.resize(alone.len(), None);
     let mut measures = Vec::new();
-    for (((exact, terms), alone), (var, spec)) in exact.into_iter().zip(terms).zip(alone).zip(vars.iter().zip(&case.inputs)) {
-        let (Some(exact), Some(var), Some(alone)) = (exact, var, alone) else {
+    for (i, ((exact, terms), alone)) in exact.into_iter().zip(terms).zip(alone).enumerate() {
+        let (Some(exact), Some(var), Some(alone)) = (exact, &vars[i], alone) else {
             measures.push(None);
             continue;
         };
+        let spec = &case.inputs[i];
         let mut terms = match terms {
             Some(terms) => alone.abs()?.maximum(&terms)?,
             None => alone.abs()?,
@@ -98,10 +134,12 @@ fn measure(subject: &Subject) -> Result<Vec<Option<Measure>>> {
         if let (Some(dim), true) = (row(case, terms.rank()), terms.elem_count() > 0) {
             terms = terms.max_keepdim(dim)?.broadcast_as(terms.shape())?.contiguous()?;
         }
-        // what shares a number adds up
-        let grads = (spec.view(var.as_tensor())? * terms)?.sum_all()?.backward()?;
-        let scale = grads.get(var.as_tensor()).map_or_else(|| exact.zeros_like(), |t| Ok(t.clone()))?;
-        measures.push(Some(Measure { gradient: to_arr(&exact)?, scale: to_arr(&scale)? }));
+        let scale = to_arr(&through_view(spec, var, &terms)?)?;
+        let (gradient, precise) = match precise.get(i) {
+            Some(precise) => (through_view(spec, var, &to_tensor(precise, DType::F64)?)?, true),
+            None => (exact, false),
+        };
+        measures.push(Some(Measure { gradient: to_arr(&gradient)?, scale, precise }));
     }
     Ok(measures)
 }
@@ -171,7 +209,7 @@ pub fn judge_gradients(subject: &Subject, ours: Result<Gradients>, exact: bool) 
         };
         let (dtype, got) = (ours.dtype(), to_arr(ours)?);
         let (off, eager) = (worst(&got, measure, dtype), worst(&to_arr(same)?, measure, dtype));
-        let floor = if dtype == DType::F64 { F64_ULP } else { ALLOWED_ULP };
+        let floor = if dtype == DType::F64 && !measure.precise { F64_ULP } else { ALLOWED_ULP };
         let limit = if eager.ulp.is_finite() { (eager.ulp * EAGER_FACTOR).max(floor) } else { floor };
         let wrong = (off.ulp > limit).then(|| {
             format!(
