@@ -155,7 +155,7 @@ impl InputSpec {
         }
     }
 
-    fn fill(&self, dims: &[usize], rng: &mut Rng) -> Arr {
+    pub(crate) fn fill(&self, dims: &[usize], rng: &mut Rng) -> Arr {
         let count = dims.iter().product();
         Arr { dims: dims.to_vec(), data: (0..count).map(|at| self.number(rng, at)).collect() }
     }

@@ -159,7 +159,14 @@ pub fn rounding(what: &str, got: &Tensor, eager: Option<&Tensor>, judged: &Judge
     let dtype = got.dtype();
     if got.dims() != judged.value.dims {
         let wrong = format!("{what}: shape {:?} instead of {:?}", got.dims(), judged.value.dims);
-        return Ok(Verdict { ours: Worst::default(), eager: None, limit: 0.0, floor: 0.0, wrong: Some(wrong), gradient: None });
+        return Ok(Verdict {
+            ours: Worst::default(),
+            eager: None,
+            limit: 0.0,
+            floor: 0.0,
+            wrong: Some(wrong),
+            gradient: None,
+        });
     }
     let eager = eager.map(to_arr).transpose()?;
     let got = to_arr(got)?;

@@ -43,7 +43,8 @@ pub fn no_function(op: &Op) -> Option<&'static str> {
 pub fn eager_is_wrong(case: &Case) -> Option<&'static str> {
     match &case.op {
         Op::Reduce { op: ReduceOp::Var, axes, .. } => {
-            let count = case.inputs.first()?.dims.iter().enumerate().filter(|(d, _)| axes & (1 << d) != 0).map(|(_, n)| n);
+            let count =
+                case.inputs.first()?.dims.iter().enumerate().filter(|(d, _)| axes & (1 << d) != 0).map(|(_, n)| n);
             (count.product::<usize>() == 0)
                 .then_some("Candle divides the variance of no elements by 0 − 1 in usize: a panic, or a zero without overflow checks")
         }
@@ -52,25 +53,41 @@ pub fn eager_is_wrong(case: &Case) -> Option<&'static str> {
             // what lies before dim and what lies behind it are counted flat, by the sizes of the ids: right where these are the
             // source's, but for the first dim of either part
             let wrong = (1..x.len()).any(|d| d != dim && d != dim + 1 && ids[d] != x[d]);
-            wrong.then_some("Candle's gather reads wrong elements where ids are smaller than the source in a dim that it counts by")
+            wrong.then_some(
+                "Candle's gather reads wrong elements where ids are smaller than the source in a dim that it counts by",
+            )
         }
         _ => None,
     }
 }
 
-/// Why eager Candle has no result for this case.
+/// Why an op has no twin at all.
+#[must_use]
+pub fn no_twin(op: &Op) -> Option<&'static str> {
+    match op {
+        Op::Arange { .. } => Some("no twin: Candle's arange adds up its steps one by one, which rounds more often"),
+        Op::Random { .. } => Some("no twin: Candle's random numbers have no key"),
+        _ => None,
+    }
+}
+
+/// Why eager Candle gives nothing to compare this case with.
+#[must_use]
+pub fn without_eager(case: &Case) -> Option<&'static str> {
+    no_twin(&case.op).or_else(|| eager_is_wrong(case)).or_else(|| eager_refuses(case))
+}
+
+/// Why eager Candle refuses this case.
 #[must_use]
 pub fn eager_refuses(case: &Case) -> Option<&'static str> {
     let empty = case.inputs.first().is_some_and(|i| i.dims.contains(&0));
     match &case.op {
-        Op::Arange { .. } => Some("Candle's arange adds up its steps one by one: it is no twin"),
-        Op::Random { .. } => Some("Candle's random numbers have no key: they are no twin"),
         Op::Reduce { op: ReduceOp::Max | ReduceOp::Min | ReduceOp::LogSumExp, .. } | Op::ArgReduce { .. } if empty => {
             Some("Candle finds no largest element in a tensor without elements, along dims that have some neither")
         }
-        Op::Softmax { .. } | Op::LogSoftmax { .. } if empty => {
-            Some("Candle's softmax begins with the largest element, which it does not find in a tensor without elements")
-        }
+        Op::Softmax { .. } | Op::LogSoftmax { .. } if empty => Some(
+            "Candle's softmax begins with the largest element, which it does not find in a tensor without elements",
+        ),
         _ => None,
     }
 }
@@ -88,7 +105,7 @@ pub fn no_gradient(case: &Case) -> Option<&'static str> {
                 .any(|d| d != usize::from(*dim) && ids[d] != x[d])
                 .then_some("Candle's backward of gather scatters into x, whose other dims the ids must have then")
         }
-        _ => eager_refuses(case),
+        _ => no_twin(&case.op).or_else(|| eager_refuses(case)),
     }
 }
 

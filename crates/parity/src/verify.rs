@@ -244,10 +244,10 @@ pub(crate) fn caught(check: impl FnOnce() -> Result<Option<Cell>>) -> Option<Cel
 /// The cell of one draw of a case in a mode.
 fn check_draw(subject: &mut Subject, mode: Mode) -> Option<Cell> {
     caught(|| match subject.check(mode) {
-        Err(_) if subject.candle_refuses(mode) => {
-            let why = "Candle's own op, which runs here, refuses these inputs eagerly too";
-            Ok(Some(Cell::of(Outcome::Skipped(why.into()))))
-        }
+        Err(error) => match subject.candle_refuses(mode) {
+            Some(why) => Ok(Some(Cell::of(Outcome::Skipped(why.into())))),
+            None => Err(error),
+        },
         other => other,
     })
 }
@@ -405,12 +405,16 @@ pub fn run(options: &Options) -> Result<Summary> {
     let programs = options.op.as_deref().is_none_or(|op| op == "program");
     let blocks = options.op.as_deref().is_none_or(|op| op == "block");
     if let (Some("random"), Some(mode)) = (options.op.as_deref(), &options.mode) {
-        return Err(Error::Option(format!("random graphs have no mode {mode}: each is evaluated in several ways at once")));
+        return Err(Error::Option(format!(
+            "random graphs have no mode {mode}: each is evaluated in several ways at once"
+        )));
     }
     let all = cases(Extent::Full);
     let names: Vec<&str> = all.iter().map(|c| c.op.name()).chain(["random", "program", "block", "method"]).collect();
     if let Some(op) = options.op.as_deref().filter(|op| !names.contains(op)) {
-        return Err(Error::Option(format!("no op {op}; docs/ops.md names them, beside random, program, block and method")));
+        return Err(Error::Option(format!(
+            "no op {op}; docs/ops.md names them, beside random, program, block and method"
+        )));
     }
     let next = AtomicUsize::new(0);
     let parts = Mutex::new(Vec::new());
@@ -438,6 +442,9 @@ pub fn run(options: &Options) -> Result<Summary> {
     }
     if blocks {
         silenced(|| crate::modes::blocks::run(options, &modes, &mut summary));
+    }
+    if options.op.as_deref().is_none_or(|op| op == "method") {
+        silenced(|| crate::modes::methods::run(options, &modes, &mut summary));
     }
     SILENT.set(true);
     if graphs && options.graphs > 0 {

@@ -240,9 +240,9 @@ fn chain(subject: &Subject) -> Result<Option<Cell>> {
         return Ok(Some(cell));
     }
     let judged = chain_reference(subject, float, last)?;
-    let eager = match (unsupported::eager_is_wrong(case), unsupported::eager_refuses(case)) {
-        (None, None) => Some(eager?),
-        _ => None,
+    let eager = match unsupported::without_eager(case) {
+        None => Some(eager?),
+        Some(_) => None,
     };
     // the op, and the sum of n numbers; equal numbers all round the same way, which a tree of depth log₂ n keeps below that
     let n = last.and_then(|d| subject.judged.value.dims.get(d)).map_or(1.0, |&n| (n.max(1)) as f64);

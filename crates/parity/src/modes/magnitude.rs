@@ -32,7 +32,9 @@ pub(super) fn magnitudes(case: &Case, x: &[Tensor], g: &Tensor) -> Result<Magnit
             let value = eager::run(&Op::Unary(*act), &[], &x[..1])?.abs()?;
             vec![gate, Some((g * value)?)]
         }
-        Op::Softmax { dim } => vec![Some(softmax(&candle_nn::ops::softmax(&x[0], usize::from(*dim))?, g, usize::from(*dim))?)],
+        Op::Softmax { dim } => {
+            vec![Some(softmax(&candle_nn::ops::softmax(&x[0], usize::from(*dim))?, g, usize::from(*dim))?)]
+        }
         Op::LogSoftmax { dim } => {
             let y = candle_nn::ops::softmax(&x[0], usize::from(*dim))?;
             vec![Some((g + y.broadcast_mul(&g.sum_keepdim(usize::from(*dim))?)?)?)]
@@ -96,7 +98,8 @@ fn slope(f: UnaryOp, x: &Tensor) -> Result<Option<Tensor>> {
         // ½·(1 + erf) + x·φ(x); the other form differs from it by less than a thousandth
         UnaryOp::Gelu | UnaryOp::GeluErf => {
             let inner = (x.affine(std::f64::consts::FRAC_1_SQRT_2, 0.0)?.erf()?.abs()? + 1.0)?.affine(0.5, 0.0)?;
-            let density = (x.sqr()?.affine(-0.5, 0.0)?.exp()? * (0.5 * std::f64::consts::FRAC_2_SQRT_PI / 2f64.sqrt()))?;
+            let density =
+                (x.sqr()?.affine(-0.5, 0.0)?.exp()? * (0.5 * std::f64::consts::FRAC_2_SQRT_PI / 2f64.sqrt()))?;
             (inner + (x.abs()? * density)?)?
         }
         _ => return Ok(None),

@@ -5,6 +5,7 @@ mod functions;
 mod gradient;
 mod lazy_modes;
 mod magnitude;
+pub(crate) mod methods;
 mod module;
 mod recorded;
 
@@ -189,11 +190,14 @@ impl Subject {
         let judged = judge(&case.op, &case.held_scalars()?, &arrays.iter().collect::<Vec<_>>(), dtype)?;
         let eager = match unsupported::eager_is_wrong(&case) {
             Some(_) => None,
+            None if unsupported::no_twin(&case.op).is_some() => None,
             None => match (contained(|| eager::run_case(&case, &inputs)), unsupported::eager_refuses(&case)) {
                 (Ok(eager), None) => Some(eager),
                 (Err(_), Some(_)) => None,
                 (Ok(_), Some(why)) => return Err(Error::NoTwin(format!("eager does what the table says not: {why}"))),
-                (Err(e), None) => return Err(Error::NoTwin(format!("eager refuses, and the table has no reason: {e}"))),
+                (Err(e), None) => {
+                    return Err(Error::NoTwin(format!("eager refuses, and the table has no reason: {e}")))
+                }
             },
         };
         Ok(Self { case, seed, inputs, eager, judged, baseline: None })
@@ -237,19 +241,22 @@ impl Subject {
         Ok(cell)
     }
 
-    /// Whether an error in this mode is Candle's: its own op runs, and eager Candle refuses the same inputs (the largest
-    /// element of a tensor without elements, along a dim that has some).
+    /// Why an error in this mode is Candle's, if it is: its own op runs, and the table says that it refuses the same inputs
+    /// eagerly.
     #[must_use]
-    pub fn candle_refuses(&self, mode: Mode) -> bool {
+    pub fn candle_refuses(&self, mode: Mode) -> Option<&'static str> {
         let candles = matches!(mode, Mode::Replay | Mode::Tracked) || unsupported::candle_runs(&self.case).is_some();
-        candles && self.eager.is_none()
+        unsupported::eager_refuses(&self.case).filter(|_| candles)
     }
 
     /// The twin against inference and the reference: a twin or a reference that means something else shows here.
     fn check_eager(&self) -> Result<Option<Cell>> {
         let Some(eager) = &self.eager else {
-            let why = unsupported::eager_is_wrong(&self.case).or_else(|| unsupported::eager_refuses(&self.case));
-            return Ok(Some(Cell::of(Outcome::Skipped(why.unwrap_or("no twin").into()))));
+            let why = unsupported::without_eager(&self.case);
+            return Ok(Some(why.map_or_else(
+                || Cell::of(Outcome::Failed("no result of eager, and no reason".into())),
+                |why| Cell::of(Outcome::Skipped(why.into())),
+            )));
         };
         let meta = self.case.infer()?;
         let mut cell = Cell::of(Outcome::Passed);
