@@ -1,9 +1,9 @@
 //! The reviewed table: cells that Candle computes instead of a kernel of ours, and cells that nobody computes. Every entry
 //! has its reason.
 
-use crate::case::{Case, Layout};
+use crate::case::{Case, Domain, Layout};
 use candle_core::DType;
-use candle_lazy_graph::{Op, OpClass, ReduceOp, ScatterOp, UnaryOp};
+use candle_lazy_graph::{BinaryOp, Op, OpClass, ReduceOp, ScatterOp, UnaryOp};
 
 /// Why Candle's own op may run for this case, or `None` where a kernel of ours must.
 #[must_use]
@@ -42,6 +42,9 @@ pub fn no_function(op: &Op) -> Option<&'static str> {
 #[must_use]
 pub fn eager_is_wrong(case: &Case) -> Option<&'static str> {
     match &case.op {
+        Op::Binary(BinaryOp::Pow) if signed_power(case) => {
+            Some("Candle's power is exp(b·log a), no number where a is negative")
+        }
         Op::Reduce { op: ReduceOp::Var, axes, .. } => {
             let count =
                 case.inputs.first()?.dims.iter().enumerate().filter(|(d, _)| axes & (1 << d) != 0).map(|(_, n)| n);
@@ -56,6 +59,23 @@ pub fn eager_is_wrong(case: &Case) -> Option<&'static str> {
             wrong.then_some(
                 "Candle's gather reads wrong elements where ids are smaller than the source in a dim that it counts by",
             )
+        }
+        _ => None,
+    }
+}
+
+/// Whether numbers that may be negative are raised to a power.
+fn signed_power(case: &Case) -> bool {
+    let positive = |i: usize| case.inputs.get(i).is_some_and(|i| i.domain == Domain::Positive);
+    case.dtype().is_float() && !positive(0)
+}
+
+/// Why a result of Candle's own op, replayed, is wrong for this case.
+#[must_use]
+pub fn replay_is_wrong(case: &Case) -> Option<&'static str> {
+    match &case.op {
+        Op::Binary(BinaryOp::Pow) if signed_power(case) => {
+            Some("Candle's power, which a replay and a tracked input ask for, is exp(b·log a), no number where a is negative")
         }
         _ => None,
     }
@@ -82,6 +102,9 @@ pub fn without_eager(case: &Case) -> Option<&'static str> {
 pub fn eager_refuses(case: &Case) -> Option<&'static str> {
     let empty = case.inputs.first().is_some_and(|i| i.dims.contains(&0));
     match &case.op {
+        Op::Attention { .. } if empty => {
+            Some("Candle's softmax of the scores finds no largest element where there is none")
+        }
         Op::Reduce { op: ReduceOp::Max | ReduceOp::Min | ReduceOp::LogSumExp, .. } | Op::ArgReduce { .. } if empty => {
             Some("Candle finds no largest element in a tensor without elements, along dims that have some neither")
         }
@@ -150,6 +173,9 @@ pub fn no_module(case: &Case) -> Option<&'static str> {
     match &case.op {
         Op::RmsNorm { .. } | Op::LayerNorm { .. } if case.dtype() == DType::F64 => {
             Some("candle-nn's norms have no kernel for f64")
+        }
+        Op::RmsNorm { .. } | Op::LayerNorm { .. } if case.inputs.first().is_some_and(|i| i.dims.last() == Some(&0)) => {
+            Some("candle-nn's norms divide by the width of a row")
         }
         _ => None,
     }

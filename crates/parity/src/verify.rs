@@ -267,18 +267,16 @@ pub(crate) fn check_cell(subject: &mut Subject, mode: Mode) -> Option<Cell> {
             _ => None,
         };
         match again {
-            // a result and a gradient, or the gradients of two inputs, are two things
-            Some(Cell { verdict: Some(verdict), .. })
-                if verdict.ours.ulp.is_finite() && verdict.gradient == draws[0].gradient =>
+            // more than an error somewhat beyond a limit; what is beyond one counts among the draws
+            Some(Cell { outcome: Outcome::Failed(what), verdict, .. })
+                if !verdict.as_ref().is_some_and(|v| v.ours.ulp > v.limit && v.ours.ulp.is_finite()) =>
             {
-                draws.push(verdict);
-            }
-            Some(again) if again.only_over_its_limit().is_some() => {}
-            Some(Cell { outcome: Outcome::Failed(what), .. }) => {
                 cell.outcome = Outcome::Failed(format!("drawn again: {what}"));
                 return Some(cell);
             }
-            _ => {}
+            // of the same thing: the result, or the gradient of the same input
+            Some(again) => draws.extend(again.measured.into_iter().find(|v| v.gradient == draws[0].gradient)),
+            None => {}
         }
     }
     let all = crate::compare::over_all_draws(&draws);

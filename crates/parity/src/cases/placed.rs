@@ -138,4 +138,8 @@ fn losses_and_groups(t: &mut Table, dtype: DType) {
             t.laid_out(&Op::CrossEntropy, &[], &[(&[n, classes], dtype, Domain::Any), targets]);
         }
     }
+    let targets = (&[3usize][..], DType::U32, Domain::Ids(7));
+    t.laid_out(&Op::CrossEntropy, &[], &[(&[3, 7], dtype, Domain::Rare), targets]);
+    let ids = (&[3usize, 4][..], DType::U32, Domain::Ids(7));
+    t.laid_out(&Op::Gather { dim: 1 }, &[], &[(&[3, 7], dtype, Domain::Special), ids]);
 }

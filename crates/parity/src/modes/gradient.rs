@@ -224,6 +224,8 @@ pub fn judge_gradients(subject: &Subject, ours: Result<Gradients>, exact: bool) 
         let verdict = Verdict { ours: off, eager: Some(eager), limit, floor, wrong, gradient: Some(i) };
         if verdict.wrong.is_some() || verdict.share() >= cell.share {
             cell.judged_by(verdict);
+        } else {
+            cell.measured.push(verdict);
         }
         if matches!(cell.outcome, Outcome::Failed(_)) {
             break;
