@@ -110,7 +110,9 @@ fn measure(subject: &Subject) -> Result<Vec<Option<Measure>>> {
         // the same numbers as a variable of their own: gradients before a broadcast sums them
         let alone = spec.is_tracked().then(|| Var::from_tensor(&input.detach().contiguous()?)).transpose()?;
         plain.push(alone.as_ref().map_or_else(|| input.clone(), |v| v.as_tensor().clone()));
-        (own.push(alone), inputs.push(input), vars.push(var));
+        own.push(alone);
+        inputs.push(input);
+        vars.push(var);
     }
     let y = eager::run_case_precisely(case, &inputs)?;
     let exact = gradients(&y, &vars)?;

@@ -130,7 +130,7 @@ fn without_signs(case: &Case, x: &[Tensor], g: &Tensor) -> Result<Magnitudes> {
 fn signed(case: &Case, g: &Tensor) -> Result<Tensor> {
     let d = g.dim(D::Minus1)?;
     let first = |i: usize| match case.op {
-        Op::Rope { interleaved: true } => i % 2 == 0,
+        Op::Rope { interleaved: true } => i.is_multiple_of(2),
         _ => i < d / 2,
     };
     let signs: Vec<f64> = (0..d).map(|i| if first(i) { -1.0 } else { 1.0 }).collect();
