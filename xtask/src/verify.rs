@@ -2,9 +2,8 @@
 
 use crate::output::{self, complain, say};
 use crate::progress::Bars;
-use candle_core::DType;
 use candle_lazy::nn::hub::{cache_dir, ModelSource, ALL_MINILM_L6_V2, SMOLLM2_135M_INSTRUCT};
-use candle_lazy_parity::cases::Extent;
+use candle_lazy_parity::cases::{Extent, FLOATS, INTEGERS};
 use candle_lazy_parity::models::{compare_decoder, compare_encoder, published_facts};
 use candle_lazy_parity::modes::{Cell, Outcome};
 use candle_lazy_parity::mutants;
@@ -101,7 +100,10 @@ fn verify(args: &VerifyArgs) -> Result<Summary, Error> {
     options.seed = args.seed;
     options.dtype = match &args.dtype {
         None => None,
-        Some(name) => Some(name.parse::<DType>().map_err(|_| Error::DType(name.clone()))?),
+        Some(name) => {
+            let known = FLOATS.into_iter().chain(INTEGERS).find(|d| d.as_str() == name);
+            Some(known.ok_or_else(|| Error::DType(name.clone()))?)
+        }
     };
     let mut summary = run_matrix(&options)?;
     if args.models {
@@ -185,20 +187,40 @@ mod tests {
         assert_eq!(value["ops"]["softmax"]["cases"], 2);
     }
 
-    #[test]
-    fn a_dtype_that_does_not_exist_is_refused() {
-        let args = VerifyArgs {
+    fn quick(op: Option<&str>, mode: Option<&str>, dtype: Option<&str>) -> VerifyArgs {
+        VerifyArgs {
             quick: true,
             mutants: false,
             only: None,
             models: false,
-            op: None,
-            mode: None,
-            dtype: Some("f7".into()),
+            op: op.map(str::to_string),
+            mode: mode.map(str::to_string),
+            dtype: dtype.map(str::to_string),
             seed: 1,
             show: 1,
             json: None,
-        };
-        assert!(matches!(verify(&args), Err(Error::DType(_))));
+        }
+    }
+
+    #[test]
+    fn a_dtype_that_does_not_exist_or_has_no_cases_is_refused_by_name() {
+        for name in ["f7", "i32", "i16", "f8e4m3"] {
+            let error = verify(&quick(None, None, Some(name))).unwrap_err();
+            assert!(matches!(&error, Error::DType(said) if said == name), "{error}");
+        }
+    }
+
+    #[test]
+    fn filters_that_leave_no_cell_are_errors() {
+        for (op, mode, dtype, says) in [
+            (Some("add"), Some("decomposed"), None, "no cell has op add and mode decomposed"),
+            (Some("random"), None, Some("u8"), "no cell has op random and dtype u8"),
+            (Some("random"), Some("warm"), None, "random graphs have no mode warm"),
+            (Some("softmin"), None, None, "no op softmin"),
+        ] {
+            let error = verify(&quick(op, mode, dtype)).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+            assert_eq!(run(quick(op, mode, dtype)), 1);
+        }
     }
 }

@@ -55,6 +55,10 @@ pub enum Domain {
     Small,
     /// As [`Domain::Any`] with infinities, NaN, both zeros, the smallest and large numbers.
     Special,
+    /// −3…3, one in fifteen infinite or NaN: some rows have one, some have none.
+    Rare,
+    /// Within two of 2⁶⁰, in i64: numbers that f64 does not tell apart.
+    Huge,
     /// Whole numbers 0…n−1.
     Ids(usize),
     /// Whole numbers from the first to the second.
@@ -142,6 +146,13 @@ impl InputSpec {
                 6 => rng.range(-1000.0, 1000.0),
                 _ => rng.range(-3.0, 3.0),
             },
+            Domain::Rare => match rng.below(45) {
+                0 => f64::NAN,
+                1 => f64::INFINITY,
+                2 => f64::NEG_INFINITY,
+                _ => rng.range(-3.0, 3.0),
+            },
+            Domain::Huge => 2f64.powi(60),
             Domain::Mask => {
                 let width = self.dims.last().copied().unwrap_or(1).max(1);
                 match rng.below(3) {
@@ -155,7 +166,7 @@ impl InputSpec {
         }
     }
 
-    fn fill(&self, dims: &[usize], rng: &mut Rng) -> Arr {
+    pub(crate) fn fill(&self, dims: &[usize], rng: &mut Rng) -> Arr {
         let count = dims.iter().product();
         Arr { dims: dims.to_vec(), data: (0..count).map(|at| self.number(rng, at)).collect() }
     }
@@ -287,10 +298,10 @@ impl Case {
         }
     }
 
-    /// Whether some input holds infinities or NaN.
+    /// Whether some input holds what is not a number, or no number of the references: infinities, NaN, integers beyond 2⁵³.
     #[must_use]
     pub fn is_special(&self) -> bool {
-        self.inputs.iter().any(|i| i.domain == Domain::Special)
+        self.inputs.iter().any(|i| matches!(i.domain, Domain::Special | Domain::Rare | Domain::Huge))
     }
 
     /// The inputs for a seed.
@@ -307,7 +318,16 @@ impl Case {
     /// When Candle cannot make them.
     pub fn storages(&self, seed: u64) -> Result<Vec<Tensor>> {
         let mut rng = Rng::named(seed, &self.name());
-        self.inputs.iter().map(|spec| to_tensor(&spec.fill(&spec.storage_dims(), &mut rng), spec.dtype)).collect()
+        let storage = |spec: &InputSpec| -> Result<Tensor> {
+            let dims = spec.storage_dims();
+            if spec.domain == Domain::Huge {
+                let data =
+                    (0..dims.iter().product()).map(|_| (1i64 << 60) + rng.below(5) as i64 - 2).collect::<Vec<_>>();
+                return Ok(Tensor::from_vec(data, dims, &candle_core::Device::Cpu)?);
+            }
+            to_tensor(&spec.fill(&dims, &mut rng), spec.dtype)
+        };
+        self.inputs.iter().map(storage).collect()
     }
 
     /// The same numbers with every tracked input a view of a variable: variables (`None` for integers) and inputs.

@@ -106,6 +106,8 @@ pub struct Verdict {
     pub floor: f64,
     /// What is wrong, if anything.
     pub wrong: Option<String>,
+    /// The input whose gradient was measured; `None` for a result.
+    pub gradient: Option<usize>,
 }
 
 impl Verdict {
@@ -130,6 +132,7 @@ fn limit(eager: Option<Worst>, floor: f64) -> f64 {
 pub fn over_all_draws<'v>(draws: impl IntoIterator<Item = &'v Verdict>) -> Verdict {
     let larger = |a: Worst, b: Worst| if b.ulp > a.ulp { b } else { a };
     let (mut ours, mut eager, mut floor, mut count) = (Worst::default(), None::<Worst>, 0.0f64, 0);
+    let mut gradient = None;
     for draw in draws {
         ours = larger(ours, draw.ours);
         eager = match (eager, draw.eager) {
@@ -137,6 +140,7 @@ pub fn over_all_draws<'v>(draws: impl IntoIterator<Item = &'v Verdict>) -> Verdi
             (a, b) => a.or(b),
         };
         floor = floor.max(draw.floor);
+        gradient = draw.gradient;
         count += 1;
     }
     let limit = limit(eager, floor);
@@ -144,7 +148,7 @@ pub fn over_all_draws<'v>(draws: impl IntoIterator<Item = &'v Verdict>) -> Verdi
         let eager = eager.map_or(f64::NAN, |e| e.ulp);
         format!("over {count} draws {:.2} ulp, allowed {limit:.2} (eager {eager:.2})", ours.ulp)
     });
-    Verdict { ours, eager, limit, floor, wrong }
+    Verdict { ours, eager, limit, floor, wrong, gradient }
 }
 
 /// Applies the rounding rule to `got`. `steps` is the number of roundings that the rule grants 2 units each (1 for an op).
@@ -155,7 +159,14 @@ pub fn rounding(what: &str, got: &Tensor, eager: Option<&Tensor>, judged: &Judge
     let dtype = got.dtype();
     if got.dims() != judged.value.dims {
         let wrong = format!("{what}: shape {:?} instead of {:?}", got.dims(), judged.value.dims);
-        return Ok(Verdict { ours: Worst::default(), eager: None, limit: 0.0, floor: 0.0, wrong: Some(wrong) });
+        return Ok(Verdict {
+            ours: Worst::default(),
+            eager: None,
+            limit: 0.0,
+            floor: 0.0,
+            wrong: Some(wrong),
+            gradient: None,
+        });
     }
     let eager = eager.map(to_arr).transpose()?;
     let got = to_arr(got)?;
@@ -173,5 +184,5 @@ pub fn rounding(what: &str, got: &Tensor, eager: Option<&Tensor>, judged: &Judge
             eager_worst.map_or(f64::NAN, |e| e.ulp)
         )
     });
-    Ok(Verdict { ours, eager: eager_worst, limit, floor, wrong })
+    Ok(Verdict { ours, eager: eager_worst, limit, floor, wrong, gradient: None })
 }

@@ -168,7 +168,8 @@ pub fn run_case(case: &Case, x: &[Tensor]) -> Result<Tensor> {
     }
 }
 
-/// As [`run`], for gradients in f64: where the constants of Candle's own backward have six digits, the function is composed.
+/// As [`run`], for gradients in f64: where Candle's own backward has constants of six
+/// digits or cancels, the function is composed.
 ///
 /// # Errors
 /// As [`run`].
@@ -188,6 +189,9 @@ pub fn run_precisely(op: &Op, s: &[f64], x: &[Tensor]) -> Result<Tensor> {
         let inner = match f {
             UnaryOp::Gelu => ((x + (x.powf(3.0)? * 0.044_715)?)? * (2.0 / std::f64::consts::PI).sqrt())?.tanh()?,
             UnaryOp::GeluErf => (x * std::f64::consts::FRAC_1_SQRT_2)?.erf()?,
+            // 1 − s, of which Candle's backwards make use, is a difference
+            UnaryOp::Silu => return Ok((x * sigmoid(x)?)?),
+            UnaryOp::Sigmoid => return sigmoid(x),
             other => return unary(other, x),
         };
         Ok(((inner + 1.0)? * (x * 0.5)?)?)
@@ -197,6 +201,12 @@ pub fn run_precisely(op: &Op, s: &[f64], x: &[Tensor]) -> Result<Tensor> {
         Op::Glu { act } => Ok((precise(*act, &x[0])? * &x[1])?),
         _ => run(op, s, x),
     }
+}
+
+/// 1/(1 + e⁻ˣ) for x ≥ 0, eˣ/(1 + eˣ) below.
+fn sigmoid(x: &Tensor) -> Result<Tensor> {
+    let e = x.abs()?.neg()?.exp()?;
+    Ok(x.ge(0.0)?.where_cond(&e.ones_like()?, &e)?.div(&(&e + 1.0)?)?)
 }
 
 /// The unary functions of Candle; those it lacks are composed.
@@ -306,6 +316,9 @@ fn slice_assign(x: &Tensor, src: &Tensor, dim: usize, start: usize) -> Result<Te
 
 fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, interleaved: bool) -> Result<Tensor> {
     if cos.rank() == 3 {
+        if x.dim(0)? == 0 {
+            return Ok(x.contiguous()?);
+        }
         // candle-nn's composed version takes tables of two dims: one batch entry at a time
         let rows = (0..x.dim(0)?)
             .map(|i| rope(&x.narrow(0, i, 1)?, &cos.get(i)?, &sin.get(i)?, interleaved))

@@ -56,13 +56,21 @@ impl Judged {
     #[must_use]
     pub fn scales(&self) -> Vec<f64> {
         let finite = |x: f64| if x.is_finite() { x } else { 0.0 };
+        // terms may be infinite where their sum is finite (a class of probability zero)
+        let magnitudes: Vec<f64> = self
+            .magnitude
+            .data
+            .iter()
+            .zip(&self.value.data)
+            .map(|(&m, &v)| if m.is_finite() { m } else { v.abs() })
+            .collect();
         let (n, step) = match self.value.dims.get(self.row) {
             Some(&n) if n > 0 => (n, r::strides(&self.value.dims)[self.row]),
-            _ => return self.magnitude.data.iter().map(|&m| finite(m)).collect(),
+            _ => return magnitudes.into_iter().map(finite).collect(),
         };
         let start = |at: usize| at - at / step % n * step;
-        let mut largest = vec![0.0f64; self.magnitude.data.len()];
-        for (at, &m) in self.magnitude.data.iter().enumerate() {
+        let mut largest = vec![0.0f64; magnitudes.len()];
+        for (at, &m) in magnitudes.iter().enumerate() {
             let row = start(at);
             largest[row] = largest[row].max(finite(m));
         }

@@ -1,9 +1,9 @@
 //! The reviewed table: cells that Candle computes instead of a kernel of ours, and cells that nobody computes. Every entry
 //! has its reason.
 
-use crate::case::{Case, Layout};
+use crate::case::{Case, Domain, Layout};
 use candle_core::DType;
-use candle_lazy_graph::{Op, OpClass, ReduceOp, UnaryOp};
+use candle_lazy_graph::{BinaryOp, Op, OpClass, ReduceOp, ScatterOp, UnaryOp};
 
 /// Why Candle's own op may run for this case, or `None` where a kernel of ours must.
 #[must_use]
@@ -41,49 +41,142 @@ pub fn no_function(op: &Op) -> Option<&'static str> {
 /// Why eager Candle's result is no measure for this case.
 #[must_use]
 pub fn eager_is_wrong(case: &Case) -> Option<&'static str> {
-    let empty = case.inputs.iter().any(|i| i.dims.contains(&0));
     match &case.op {
-        Op::Reduce { op: ReduceOp::Mean | ReduceOp::Var, .. } if empty => {
-            Some("Candle's mean of nothing is not defined")
+        Op::Binary(BinaryOp::Pow) if signed_power(case) => {
+            Some("Candle's power is exp(b·log a), no number where a is negative")
+        }
+        Op::Reduce { op: ReduceOp::Var, axes, .. } => {
+            let count =
+                case.inputs.first()?.dims.iter().enumerate().filter(|(d, _)| axes & (1 << d) != 0).map(|(_, n)| n);
+            (count.product::<usize>() == 0)
+                .then_some("Candle divides the variance of no elements by 0 − 1 in usize: a panic, or a zero without overflow checks")
         }
         Op::Gather { dim } => {
-            let (x, ids) = (&case.inputs.first()?.dims, &case.inputs.get(1)?.dims);
-            let smaller = (0..x.len().min(ids.len())).any(|d| d != usize::from(*dim) && ids[d] < x[d]);
-            smaller.then_some("Candle's gather reads wrong elements where an index dim is smaller than the source's")
+            let (x, ids, dim) = (&case.inputs.first()?.dims, &case.inputs.get(1)?.dims, usize::from(*dim));
+            // what lies before dim and what lies behind it are counted flat, by the sizes of the ids: right where these are the
+            // source's, but for the first dim of either part
+            let wrong = (1..x.len()).any(|d| d != dim && d != dim + 1 && ids[d] != x[d]);
+            wrong.then_some(
+                "Candle's gather reads wrong elements where ids are smaller than the source in a dim that it counts by",
+            )
         }
         _ => None,
     }
 }
 
-/// Why the gradient of this case cannot be measured.
+/// Whether numbers that may be negative are raised to a power.
+fn signed_power(case: &Case) -> bool {
+    let positive = |i: usize| case.inputs.get(i).is_some_and(|i| i.domain == Domain::Positive);
+    case.dtype().is_float() && !positive(0)
+}
+
+/// Why a result of Candle's own op, replayed, is wrong for this case.
+#[must_use]
+pub fn replay_is_wrong(case: &Case) -> Option<&'static str> {
+    match &case.op {
+        Op::Binary(BinaryOp::Pow) if signed_power(case) => {
+            Some("Candle's power, which a replay and a tracked input ask for, is exp(b·log a), no number where a is negative")
+        }
+        _ => None,
+    }
+}
+
+/// Why an op has no twin at all.
+#[must_use]
+pub fn no_twin(op: &Op) -> Option<&'static str> {
+    match op {
+        Op::Arange { .. } => Some("no twin: Candle's arange adds up its steps one by one, which rounds more often"),
+        Op::Random { .. } => Some("no twin: Candle's random numbers have no key"),
+        _ => None,
+    }
+}
+
+/// Why eager Candle gives nothing to compare this case with.
+#[must_use]
+pub fn without_eager(case: &Case) -> Option<&'static str> {
+    no_twin(&case.op).or_else(|| eager_is_wrong(case)).or_else(|| eager_refuses(case))
+}
+
+/// Why eager Candle refuses this case.
+#[must_use]
+pub fn eager_refuses(case: &Case) -> Option<&'static str> {
+    let empty = case.inputs.first().is_some_and(|i| i.dims.contains(&0));
+    match &case.op {
+        Op::Attention { .. } if empty => {
+            Some("Candle's softmax of the scores finds no largest element where there is none")
+        }
+        Op::Reduce { op: ReduceOp::Max | ReduceOp::Min | ReduceOp::LogSumExp, .. } | Op::ArgReduce { .. } if empty => {
+            Some("Candle finds no largest element in a tensor without elements, along dims that have some neither")
+        }
+        Op::Softmax { .. } | Op::LogSoftmax { .. } if empty => Some(
+            "Candle's softmax begins with the largest element, which it does not find in a tensor without elements",
+        ),
+        _ => None,
+    }
+}
+
+/// Why the gradient of this case cannot be measured: eager Candle has none.
 #[must_use]
 pub fn no_gradient(case: &Case) -> Option<&'static str> {
-    let first = case.inputs.first();
-    let width = first.and_then(|i| i.dims.last()).copied().unwrap_or(1);
-    // a broadcast of the last dim: a row of equal numbers
-    let equal = first.is_some_and(|i| i.layout == Layout::Broadcast && i.dims.iter().rev().skip(1).all(|&n| n == 1));
     match &case.op {
-        Op::RmsNorm { .. } if width == 1 => {
-            Some("the terms of a norm's gradient cancel for a row of one number: what is left is rounding")
+        Op::Scatter { op: ScatterOp::Add, .. } if case.inputs[0].dims != case.inputs[1].dims => {
+            Some("Candle's backward of scatter_add scatters zeros of x's size, which the ids must have then")
         }
-        Op::LayerNorm { .. } if width == 1 || equal => {
-            Some("the terms of layer norm's gradient cancel for a row of equal numbers: what is left is rounding")
+        Op::Gather { dim } => {
+            let (x, ids) = (&case.inputs[0].dims, &case.inputs[1].dims);
+            (0..x.len())
+                .any(|d| d != usize::from(*dim) && ids[d] != x[d])
+                .then_some("Candle's backward of gather scatters into x, whose other dims the ids must have then")
+        }
+        _ => no_twin(&case.op).or_else(|| eager_refuses(case)),
+    }
+}
+
+/// Why lazy evaluation of tracked leaves may round the gradient otherwise than eager does, or `None` where it has eager's bits.
+#[must_use]
+pub fn gradient_rounds(case: &Case) -> Option<&'static str> {
+    let half = matches!(case.dtype(), DType::F16 | DType::BF16);
+    let lies = |layout| case.inputs.first().is_some_and(|i| i.layout == layout);
+    match &case.op {
+        Op::Unary(UnaryOp::Sigmoid) | Op::Glu { act: UnaryOp::Sigmoid } => {
+            Some("candle-nn's backward of sigmoid is s·(1 − s), ours that of a quotient: 1 − s cancels")
+        }
+        Op::Softmax { .. }
+        | Op::LogSoftmax { .. }
+        | Op::RmsNorm { .. }
+        | Op::LayerNorm { .. }
+        | Op::GroupNorm { .. }
+        | Op::Glu { .. }
+        | Op::Rope { .. }
+        | Op::Attention { .. }
+        | Op::CrossEntropy
+            if half =>
+        {
+            Some("a composite in f16 or bf16 computes in f32 and rounds once, eager's ops round one by one")
+        }
+        Op::Matmul | Op::Linear { .. } | Op::Lora { .. }
+            if case.inputs.iter().any(|i| i.layout != Layout::Contiguous) =>
+        {
+            Some("the twin copies what does not lie in order: the library then adds products in another order")
+        }
+        Op::Rope { interleaved: true } => Some("the gradients of a table's heads are added in another order"),
+        Op::Reduce { op: ReduceOp::Var, .. } | Op::LayerNorm { .. } if lies(Layout::Broadcast) => {
+            Some("a repeated row is copied before it is added up, and Candle adds what lies in order otherwise")
         }
         _ => None,
     }
 }
 
-/// Why the gradient of an `ops` function cannot be measured for this case, where that of the decomposition can.
+/// Why candle-nn has no module for this case.
 #[must_use]
-pub fn no_function_gradient(case: &Case) -> Option<&'static str> {
-    let dims = &case.inputs.first()?.dims;
-    let width = match &case.op {
-        Op::GroupNorm { groups, .. } => dims.iter().skip(1).product::<usize>() / groups.max(&1),
-        Op::LayerNorm { .. } => *dims.last()?,
-        _ => return None,
-    };
-    (width <= 2).then_some(
-        "a row of two numbers is normalised to ±1 whatever they are: but for eps the terms of its gradient cancel, and what is \
-         left is rounding, which only the order of eager's own ops repeats",
-    )
+pub fn no_module(case: &Case) -> Option<&'static str> {
+    match &case.op {
+        Op::RmsNorm { .. } | Op::LayerNorm { .. } if case.dtype() == DType::F64 => {
+            Some("candle-nn's norms have no kernel for f64")
+        }
+        Op::RmsNorm { .. } | Op::LayerNorm { .. } if case.inputs.first().is_some_and(|i| i.dims.last() == Some(&0)) => {
+            Some("candle-nn's norms divide by the width of a row")
+        }
+        _ => None,
+    }
 }

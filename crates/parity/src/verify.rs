@@ -87,6 +87,8 @@ pub struct Summary {
     pub failures: Vec<Failure>,
     /// Why cells were skipped, and how many.
     pub skips: BTreeMap<String, usize>,
+    /// Why the gradients of cells were not checked, and of how many; their results were.
+    pub without_gradient: BTreeMap<&'static str, usize>,
 }
 
 impl Summary {
@@ -119,6 +121,9 @@ impl Summary {
             row.worst_share = cell.share;
             row.worst_ulp = cell.ulp;
             row.worst_case = format!("{case}, {mode}");
+        }
+        if let Some(why) = cell.without_gradient {
+            *self.without_gradient.entry(why).or_default() += 1;
         }
         match &cell.outcome {
             Outcome::Passed => {}
@@ -157,6 +162,9 @@ impl Summary {
         self.failures.extend(other.failures);
         for (why, count) in other.skips {
             *self.skips.entry(why).or_default() += count;
+        }
+        for (why, count) in other.without_gradient {
+            *self.without_gradient.entry(why).or_default() += count;
         }
     }
 
@@ -197,6 +205,9 @@ impl Summary {
         for (why, count) in &self.skips {
             let _ = writeln!(out, "skipped {count}: {why}");
         }
+        for (why, count) in &self.without_gradient {
+            let _ = writeln!(out, "checked without gradient {count}: {why}");
+        }
         let _ = write!(out, "{}", self.last_line());
         out
     }
@@ -213,7 +224,7 @@ fn first_line(e: &Error) -> String {
     e.to_string().lines().next().unwrap_or_default().to_string()
 }
 
-fn message(panic: &(dyn std::any::Any + Send)) -> String {
+pub(crate) fn message(panic: &(dyn std::any::Any + Send)) -> String {
     panic
         .downcast_ref::<String>()
         .cloned()
@@ -233,10 +244,10 @@ pub(crate) fn caught(check: impl FnOnce() -> Result<Option<Cell>>) -> Option<Cel
 /// The cell of one draw of a case in a mode.
 fn check_draw(subject: &mut Subject, mode: Mode) -> Option<Cell> {
     caught(|| match subject.check(mode) {
-        Err(_) if subject.candle_refuses(mode) => {
-            let why = "Candle's own op, which runs here, refuses these inputs eagerly too";
-            Ok(Some(Cell::of(Outcome::Skipped(why.into()))))
-        }
+        Err(error) => match subject.candle_refuses(mode) {
+            Some(why) => Ok(Some(Cell::of(Outcome::Skipped(why.into())))),
+            None => Err(error),
+        },
         other => other,
     })
 }
@@ -256,12 +267,16 @@ pub(crate) fn check_cell(subject: &mut Subject, mode: Mode) -> Option<Cell> {
             _ => None,
         };
         match again {
-            Some(Cell { verdict: Some(verdict), .. }) if verdict.ours.ulp.is_finite() => draws.push(verdict),
-            Some(Cell { outcome: Outcome::Failed(what), .. }) => {
+            // more than an error somewhat beyond a limit; what is beyond one counts among the draws
+            Some(Cell { outcome: Outcome::Failed(what), verdict, .. })
+                if !verdict.as_ref().is_some_and(|v| v.ours.ulp > v.limit && v.ours.ulp.is_finite()) =>
+            {
                 cell.outcome = Outcome::Failed(format!("drawn again: {what}"));
                 return Some(cell);
             }
-            _ => {}
+            // of the same thing: the result, or the gradient of the same input
+            Some(again) => draws.extend(again.measured.into_iter().find(|v| v.gradient == draws[0].gradient)),
+            None => {}
         }
     }
     let all = crate::compare::over_all_draws(&draws);
@@ -387,10 +402,17 @@ pub fn run(options: &Options) -> Result<Summary> {
     let graphs = options.op.as_deref().is_none_or(|op| op == "random") && options.mode.is_none();
     let programs = options.op.as_deref().is_none_or(|op| op == "program");
     let blocks = options.op.as_deref().is_none_or(|op| op == "block");
-    if table.is_empty() && !graphs && !programs && !blocks {
-        let op = options.op.as_deref().unwrap_or("any");
-        let dtype = options.dtype.map_or("any", |d| d.as_str());
-        return Err(Error::Option(format!("no case has op {op} and dtype {dtype}")));
+    if let (Some("random"), Some(mode)) = (options.op.as_deref(), &options.mode) {
+        return Err(Error::Option(format!(
+            "random graphs have no mode {mode}: each is evaluated in several ways at once"
+        )));
+    }
+    let all = cases(Extent::Full);
+    let names: Vec<&str> = all.iter().map(|c| c.op.name()).chain(["random", "program", "block", "method"]).collect();
+    if let Some(op) = options.op.as_deref().filter(|op| !names.contains(op)) {
+        return Err(Error::Option(format!(
+            "no op {op}; docs/ops.md names them, beside random, program, block and method"
+        )));
     }
     let next = AtomicUsize::new(0);
     let parts = Mutex::new(Vec::new());
@@ -419,6 +441,9 @@ pub fn run(options: &Options) -> Result<Summary> {
     if blocks {
         silenced(|| crate::modes::blocks::run(options, &modes, &mut summary));
     }
+    if options.op.as_deref().is_none_or(|op| op == "method") {
+        silenced(|| crate::modes::methods::run(options, &modes, &mut summary));
+    }
     SILENT.set(true);
     if graphs && options.graphs > 0 {
         let dtypes = crate::cases::FLOATS.into_iter().filter(|d| options.dtype.is_none_or(|only| only == *d));
@@ -446,5 +471,12 @@ pub fn run(options: &Options) -> Result<Summary> {
         }
     }
     SILENT.set(false);
+    if summary.cases() == 0 {
+        let said = |what: &str, name: Option<&str>| name.map(|n| format!(" and {what} {n}")).unwrap_or_default();
+        let op = said("op", options.op.as_deref());
+        let (dtype, mode) = (said("dtype", options.dtype.map(|d| d.as_str())), said("mode", options.mode.as_deref()));
+        let filters = format!("{op}{dtype}{mode}");
+        return Err(Error::Option(format!("no cell has {} in this extent", filters.trim_start_matches(" and "))));
+    }
     Ok(summary)
 }

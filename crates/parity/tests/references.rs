@@ -113,6 +113,28 @@ fn attention_of_equal_scores_is_the_mean_of_what_is_seen() {
 }
 
 #[test]
+fn gradients_of_rows() {
+    // y = (¼, ¾), g = (1, 0): Σ g·y = ¼, so y·(g − ¼) = (3/16, −3/16)
+    let x = arr(&[1, 2], &[0.0, 3f64.ln()]);
+    let g = arr(&[1, 2], &[1.0, 0.0]);
+    near(&softmax_gradient(&x, &g, 1).data, &[3.0 / 16.0, -3.0 / 16.0]);
+    near(&log_softmax_gradient(&x, &g, 1).data, &[0.75, -0.75]);
+    near(&cross_entropy_gradient(&x, &arr(&[1], &[1.0]), 2.0).data, &[0.5, -0.5]);
+    // a row of two is ±1 whatever it holds: without eps its gradient is zero
+    let shape = NormShape { width: 2, channels: 2, behind: 1, centred: true, eps: 0.0 };
+    let (w, x) = (arr(&[2], &[2.0, 5.0]), arr(&[1, 2], &[1.0, 3.0]));
+    let [dx, dw, db] = norm_gradient(&x, Some(&w), &g, shape);
+    near(&dx.data, &[0.0, 0.0]);
+    near(&dw.data, &[-1.0, 0.0]);
+    near(&db.data, &[1.0, 0.0]);
+    // x/√(mean x²) at (3, 4): inv = √2/5, x̂ = (3, 4)·inv, mean(g·x̂) = 3·inv/2
+    let inv = 2f64.sqrt() / 5.0;
+    let shape = NormShape { centred: false, ..shape };
+    let [dx, ..] = norm_gradient(&arr(&[1, 2], &[3.0, 4.0]), None, &g, shape);
+    near(&dx.data, &[inv * (1.0 - 4.5 * inv * inv), -6.0 * inv * inv * inv]);
+}
+
+#[test]
 fn data_moves() {
     let x = arr(&[2, 3], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
     assert_eq!(permute(&x, &[1, 0]), arr(&[3, 2], &[1.0, 4.0, 2.0, 5.0, 3.0, 6.0]));

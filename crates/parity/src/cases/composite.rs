@@ -28,7 +28,7 @@ pub(super) fn add(t: &mut Table) {
                 t.laid_out(&Op::Softmax { dim }, &[], &[(dims, dtype, Domain::Any)]);
                 t.laid_out(&Op::LogSoftmax { dim }, &[], &[(dims, dtype, Domain::Any)]);
             }
-            norms(t, dims, dtype, Domain::Any);
+            norms(t, dims, dtype, Domain::Any, 1e-5);
             for act in t.some(&ACTIVATIONS, 2, 5) {
                 let input = (*dims, dtype, Domain::Any);
                 t.laid_out(&Op::Glu { act: *act }, &[], &[input, input]);
@@ -40,17 +40,26 @@ pub(super) fn add(t: &mut Table) {
             let input = (*dims, dtype, Domain::Large);
             t.laid_out(&Op::Softmax { dim: dims.len() as u8 - 1 }, &[], &[input]);
             t.laid_out(&Op::LogSoftmax { dim: dims.len() as u8 - 1 }, &[], &[input]);
-            norms(t, dims, dtype, Domain::Tiny);
+            norms(t, dims, dtype, Domain::Tiny, 1e-5);
         }
+        // an eps that says nothing, and none
+        for eps in [1e-12, 0.0] {
+            norms(t, &[3, 17], dtype, Domain::Any, eps);
+        }
+        let rare = (&[4usize, 9][..], dtype, Domain::Rare);
+        for dim in [0, 1] {
+            t.laid_out(&Op::Softmax { dim }, &[], &[rare]);
+            t.laid_out(&Op::LogSoftmax { dim }, &[], &[rare]);
+        }
+        norms(t, &[4, 9], dtype, Domain::Rare, 1e-5);
         ropes(t, dtype);
     }
 }
 
-fn norms(t: &mut Table, dims: &[usize], dtype: DType, domain: Domain) {
+fn norms(t: &mut Table, dims: &[usize], dtype: DType, domain: Domain, eps: f64) {
     let width = [dims.last().copied().unwrap_or(1)];
     let x = (dims, dtype, domain);
     let vector = (&width[..], dtype, Domain::Any);
-    let eps = 1e-5;
     t.laid_out(&Op::RmsNorm { weight: true }, &[eps], &[x, vector]);
     t.laid_out(&Op::RmsNorm { weight: false }, &[eps], &[x]);
     t.laid_out(&Op::LayerNorm { weight: true, bias: true }, &[eps], &[x, vector, vector]);

@@ -43,6 +43,9 @@ pub(super) fn add(t: &mut Table) {
         for (a, b) in t.some(&products, 2, 9) {
             t.laid_out(&Op::Matmul, &[], &[(a, dtype, Domain::Any), (b, dtype, Domain::Small)]);
         }
+        let (a, b) = ((&[5usize, 9][..], dtype, Domain::Rare), (&[9usize, 4][..], dtype, Domain::Rare));
+        t.laid_out(&Op::Matmul, &[], &[a, (b.0, dtype, Domain::Small)]);
+        t.laid_out(&Op::Matmul, &[], &[(a.0, dtype, Domain::Any), b]);
         for (x, out) in t.some(&linears, 2, 6) {
             let weight = [*out, x.last().copied().unwrap_or(1)];
             let mut inputs = vec![(*x, dtype, Domain::Any), (&weight[..], dtype, Domain::Small)];
@@ -94,6 +97,14 @@ fn attentions(t: &mut Table) {
         (true, Some(2), Some(8.0)),
     ];
     for dtype in FLOATS {
+        // a query that is no number spoils its own row, a key or a value every row that sees it
+        for rare in 0..3 {
+            let domain = |at: usize| if at == rare { Domain::Rare } else { Domain::Any };
+            let dims = [2, 2, 4, 6];
+            let inputs = [0, 1, 2].map(|at| (&dims[..], dtype, domain(at)));
+            let op = Op::Attention { mask: false, causal: false, softcap: false, window: None };
+            t.laid_out(&op, &[0.375], &inputs);
+        }
         for &(b, h, hk, s, keys, d, dv) in t.some(&sizes, 2, 6) {
             let (q, k, v) = ([b, h, s, d], [b, hk, keys, d], [b, hk, keys, dv]);
             let masks: [&[usize]; 4] = [&[b, h, s, keys], &[s, keys], &[b, 1, 1, keys], &[1, 1, s, keys]];

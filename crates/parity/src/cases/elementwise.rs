@@ -67,8 +67,21 @@ pub(super) fn add(t: &mut Table) {
             };
             t.laid_out(&Op::Binary(f), &[], &[(&[3, 5], dtype, left), (&[5], dtype, right)]);
         }
+        if matches!(f, BinaryOp::Sub | BinaryOp::Maximum | BinaryOp::Minimum) {
+            let huge = (&[3usize, 5][..], DType::I64, Domain::Huge);
+            t.laid_out(&Op::Binary(f), &[], &[huge, huge]);
+        }
+    }
+    // negative numbers have whole powers
+    for dtype in FLOATS {
+        for (a, b) in t.some(&PAIRS, 1, 2) {
+            let inputs = [(*a, dtype, Domain::Any), (*b, dtype, Domain::Whole)];
+            t.laid_out(&Op::Binary(BinaryOp::Pow), &[], &inputs);
+        }
     }
     for &f in CmpOp::ALL {
+        let huge = (&[3usize, 5][..], DType::I64, Domain::Huge);
+        t.laid_out(&Op::Compare(f), &[], &[huge, huge]);
         for dtype in FLOATS.into_iter().chain(INTEGERS) {
             let domain = if dtype.is_float() { Domain::Any } else { Domain::Ids(3) };
             for (a, b) in t.some(&PAIRS, 1, 3) {
@@ -98,6 +111,13 @@ fn scalars_and_choices(t: &mut Table) {
             // factors that every dtype holds exactly, so that no rounding of a scalar is measured
             for (mul, add) in [(1.5, -0.25), (0.5, 0.0), (1.0, 2.0), (-3.0, 0.125)] {
                 t.laid_out(&Op::Affine, &[mul, add], &[(dims, dtype, Domain::Any)]);
+            }
+            // and such as none holds: eager rounds them to the dtype, we to f32
+            for (mul, add) in [(0.1, 1.0 / 3.0), (1.0 / 3.0, 0.0)] {
+                t.laid_out(&Op::Affine, &[mul, add], &[(dims, dtype, Domain::Any)]);
+            }
+            for e in [2.0, 3.0] {
+                t.laid_out(&Op::Powf, &[e], &[(dims, dtype, Domain::Any)]);
             }
             for e in [2.0, 3.0, 0.5, -1.0, 2.5] {
                 t.laid_out(&Op::Powf, &[e], &[(dims, dtype, Domain::Positive)]);

@@ -28,8 +28,11 @@ pub(super) fn add(t: &mut Table) {
 }
 
 fn indexed(t: &mut Table, dtype: DType) {
-    let shapes: [(u8, &[usize], &[usize]); 7] = [
+    let shapes: [(u8, &[usize], &[usize]); 9] = [
         (1, &[2, 5, 3], &[2, 4, 3]),
+        // ids of x's size, which Candle's backward of scatter_add needs
+        (0, &[5, 3], &[5, 3]),
+        (1, &[2, 4, 3], &[2, 4, 3]),
         (0, &[5, 3], &[7, 3]),
         (1, &[4, 6], &[4, 2]),
         (2, &[2, 3, 7], &[2, 3, 9]),
@@ -37,7 +40,7 @@ fn indexed(t: &mut Table, dtype: DType) {
         (1, &[3, 5], &[3, 0]),
         (1, &[0, 5], &[0, 2]),
     ];
-    for (dim, x, ids) in t.some(&shapes, 2, 5).to_vec() {
+    for (dim, x, ids) in t.some(&shapes, 2, 7).to_vec() {
         let n = x[usize::from(dim)];
         for id in t.some(&IDS, 1, 3).to_vec() {
             // whole numbers that stay in every dtype's range when a few of them meet
@@ -50,12 +53,13 @@ fn indexed(t: &mut Table, dtype: DType) {
             t.laid_out(&Op::IndexAdd { dim }, &[], &[x, (&count, id, Domain::Ids(n)), src]);
         }
     }
-    // fewer index rows than rows
-    t.laid_out(
-        &Op::Gather { dim: 1 },
-        &[],
-        &[(&[4, 6, 3], dtype, Domain::Any), (&[2, 5, 2], DType::U32, Domain::Ids(6))],
-    );
+    // fewer ids than rows: where Candle counts right in spite of it, and where it does not
+    let fewer: [(u8, [usize; 3]); 4] = [(1, [2, 5, 3]), (1, [4, 5, 2]), (2, [2, 6, 4]), (2, [4, 5, 2])];
+    for (dim, ids) in fewer {
+        let n = [4, 6, 3][usize::from(dim)];
+        let inputs = [(&[4, 6, 3][..], dtype, Domain::Any), (&ids[..], DType::U32, Domain::Ids(n))];
+        t.laid_out(&Op::Gather { dim }, &[], &inputs);
+    }
 }
 
 fn strides(t: &mut Table, dtype: DType) {
@@ -134,4 +138,8 @@ fn losses_and_groups(t: &mut Table, dtype: DType) {
             t.laid_out(&Op::CrossEntropy, &[], &[(&[n, classes], dtype, Domain::Any), targets]);
         }
     }
+    let targets = (&[3usize][..], DType::U32, Domain::Ids(7));
+    t.laid_out(&Op::CrossEntropy, &[], &[(&[3, 7], dtype, Domain::Rare), targets]);
+    let ids = (&[3usize, 4][..], DType::U32, Domain::Ids(7));
+    t.laid_out(&Op::Gather { dim: 1 }, &[], &[(&[3, 7], dtype, Domain::Special), ids]);
 }

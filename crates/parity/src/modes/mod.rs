@@ -4,6 +4,8 @@ pub(crate) mod blocks;
 mod functions;
 mod gradient;
 mod lazy_modes;
+mod magnitude;
+pub(crate) mod methods;
 mod module;
 mod recorded;
 
@@ -12,13 +14,13 @@ use crate::compare::{rounding, same_bits, Verdict, LUCK};
 use crate::referee::{judge, Judged};
 use crate::unsupported;
 use crate::value::to_arr;
-use crate::{eager, opaque, Result};
+use crate::{eager, opaque, Error, Result};
 use candle_core::{DType, Tensor};
 use candle_lazy_graph::passes::PASSES;
 use candle_lazy_graph::Exactness;
 use std::collections::BTreeMap;
 
-pub use gradient::{gradients, judge_gradients, Gradients, GRADIENT_ULP, GRADIENT_ULP_F32, GRADIENT_ULP_F64};
+pub use gradient::{gradients, judge_gradients, Gradients};
 pub use lazy_modes::{evaluate, expected_kernels};
 pub use recorded::{DecomposeFault, Wrong, DECOMPOSE_FAULTS};
 
@@ -122,13 +124,25 @@ pub struct Cell {
     pub kernels: BTreeMap<&'static str, usize>,
     /// What the rounding rule measured, where it was applied last.
     pub verdict: Option<Verdict>,
+    /// All that it measured: the result's error, and that of every input's gradient.
+    pub measured: Vec<Verdict>,
+    /// Why no gradient was checked, where one should have been.
+    pub without_gradient: Option<&'static str>,
 }
 
 impl Cell {
     /// A cell without kernels.
     #[must_use]
     pub fn of(outcome: Outcome) -> Self {
-        Self { outcome, ulp: 0.0, share: 0.0, kernels: BTreeMap::new(), verdict: None }
+        Self {
+            outcome,
+            ulp: 0.0,
+            share: 0.0,
+            kernels: BTreeMap::new(),
+            verdict: None,
+            measured: Vec::new(),
+            without_gradient: None,
+        }
     }
 
     /// Takes the rounding rule's verdict for the cell's.
@@ -138,7 +152,18 @@ impl Cell {
         if let Some(text) = &verdict.wrong {
             self.outcome = Outcome::Failed(text.clone());
         }
+        self.measured.push(verdict.clone());
         self.verdict = Some(verdict);
+    }
+
+    /// Takes what a second check of the same cell found, where this one found nothing.
+    pub(crate) fn and(&mut self, other: Self) {
+        self.outcome = other.outcome;
+        self.without_gradient = other.without_gradient;
+        self.measured.extend(other.measured);
+        if other.share >= self.share || matches!(self.outcome, Outcome::Failed(_)) {
+            (self.ulp, self.share, self.verdict) = (other.ulp, other.share, other.verdict);
+        }
     }
 
     /// The verdict, where nothing but an error somewhat beyond its limit is wrong with the cell.
@@ -177,7 +202,15 @@ impl Subject {
         let judged = judge(&case.op, &case.held_scalars()?, &arrays.iter().collect::<Vec<_>>(), dtype)?;
         let eager = match unsupported::eager_is_wrong(&case) {
             Some(_) => None,
-            None => quietly(|| eager::run_case(&case, &inputs)),
+            None if unsupported::no_twin(&case.op).is_some() => None,
+            None => match (contained(|| eager::run_case(&case, &inputs)), unsupported::eager_refuses(&case)) {
+                (Ok(eager), None) => Some(eager),
+                (Err(_), Some(_)) => None,
+                (Ok(_), Some(why)) => return Err(Error::NoTwin(format!("eager does what the table says not: {why}"))),
+                (Err(e), None) => {
+                    return Err(Error::NoTwin(format!("eager refuses, and the table has no reason: {e}")))
+                }
+            },
         };
         Ok(Self { case, seed, inputs, eager, judged, baseline: None })
     }
@@ -220,18 +253,22 @@ impl Subject {
         Ok(cell)
     }
 
-    /// Whether an error in this mode is Candle's: its own op runs, and eager Candle refuses the same inputs (the largest
-    /// element of a tensor without elements, along a dim that has some).
+    /// Why an error in this mode is Candle's, if it is: its own op runs, and the table says that it refuses the same inputs
+    /// eagerly.
     #[must_use]
-    pub fn candle_refuses(&self, mode: Mode) -> bool {
+    pub fn candle_refuses(&self, mode: Mode) -> Option<&'static str> {
         let candles = matches!(mode, Mode::Replay | Mode::Tracked) || unsupported::candle_runs(&self.case).is_some();
-        candles && self.eager.is_none()
+        unsupported::eager_refuses(&self.case).filter(|_| candles)
     }
 
     /// The twin against inference and the reference: a twin or a reference that means something else shows here.
     fn check_eager(&self) -> Result<Option<Cell>> {
         let Some(eager) = &self.eager else {
-            return Ok(Some(Cell::of(Outcome::Skipped("Candle refuses these inputs, or is known to be wrong".into()))));
+            let why = unsupported::without_eager(&self.case);
+            return Ok(Some(why.map_or_else(
+                || Cell::of(Outcome::Failed("no result of eager, and no reason".into())),
+                |why| Cell::of(Outcome::Skipped(why.into())),
+            )));
         };
         let meta = self.case.infer()?;
         let mut cell = Cell::of(Outcome::Passed);
@@ -255,6 +292,9 @@ impl Subject {
     /// # Errors
     /// When something fails that should not.
     pub fn check(&mut self, mode: Mode) -> Result<Option<Cell>> {
+        if let (Mode::Replay | Mode::Tracked, Some(why)) = (mode, unsupported::replay_is_wrong(&self.case)) {
+            return Ok(Some(Cell::of(Outcome::Skipped(why.into()))));
+        }
         match mode {
             Mode::Eager => self.check_eager(),
             Mode::Recorded => recorded::check(self),
@@ -267,7 +307,8 @@ impl Subject {
     }
 }
 
-/// The result, or nothing if it failed or panicked: what eager Candle may do, but nothing of ours.
-fn quietly<T>(f: impl FnOnce() -> Result<T>) -> Option<T> {
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).ok().and_then(std::result::Result::ok)
+/// The result, a panic being an error too: what eager Candle may do, but nothing of ours.
+fn contained<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(f))
+        .unwrap_or_else(|panic| Err(Error::NoTwin(format!("a panic: {}", crate::verify::message(panic.as_ref())))))
 }

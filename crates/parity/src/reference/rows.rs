@@ -133,7 +133,9 @@ pub fn cross_entropy(logits: &Arr, targets: &Arr) -> Result<Summed> {
             return bad(format!("target {target} of {classes}"));
         }
         total.add(-log.data[row * classes + target as usize]);
-        inner += logits.data[row * classes..][..classes].iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+        // a logit of −∞ is a class that cannot be
+        let finite = logits.data[row * classes..][..classes].iter().filter(|x| x.is_finite());
+        inner += finite.fold(0.0, |m: f64, x| m.max(x.abs()));
     }
     let scalar = |x: f64| Arr { dims: Vec::new(), data: vec![x / n as f64] };
     Ok(Summed { value: scalar(total.value()), magnitude: scalar(total.magnitude()), inner: Some(scalar(inner)) })
