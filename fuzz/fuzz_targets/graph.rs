@@ -4,7 +4,7 @@
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Shape, Tensor, D};
-use candle_lazy_exec::run::eval_all_with;
+use candle_lazy_exec::run::{eval_all_with, explain};
 use candle_lazy_exec::{AttentionOptions, Error, EvalOptions, LazyTensor, RandomKey, Result};
 use candle_lazy_fuzz::{contained, Choices};
 use libfuzzer_sys::fuzz_target;
@@ -330,7 +330,12 @@ fn step(c: &mut Choices<'_>, pool: &[LazyTensor]) -> Result<LazyTensor> {
 fn outcome(build: &dyn Fn() -> Vec<LazyTensor>, options: &EvalOptions) -> Option<Vec<String>> {
     let roots = build();
     let roots: Vec<&LazyTensor> = roots.iter().collect();
-    match eval_all_with(&roots, options) {
+    // FUZZ_SHOW=1 with one input prints its graphs and plans
+    if std::env::var_os("FUZZ_SHOW").is_some() {
+        eprintln!("{}", explain(&roots, options).unwrap_or_else(|e| e.to_string()));
+    }
+    let outcome = eval_all_with(&roots, options);
+    match outcome {
         Ok((tensors, _)) => Some(tensors.iter().map(bits).collect()),
         Err(Error::Panic { message, .. }) if message.contains("attempt to") => None,
         Err(error @ (Error::Panic { .. } | Error::Internal(_))) => panic!("{error}"),

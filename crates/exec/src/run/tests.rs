@@ -372,6 +372,16 @@ fn a_biased_linear_without_the_pass_gives_the_same_bits() {
 }
 
 #[test]
+fn a_biased_linear_without_features_has_no_elements_with_or_without_the_pass() {
+    let zeros = |dims: &[usize]| LazyTensor::from(Tensor::zeros(dims, DType::F32, &CPU).unwrap());
+    for dims in [&[0][..], &[3, 0]] {
+        let y = || zeros(dims).linear(&zeros(&[0, 0]), Some(&zeros(&[0]))).unwrap();
+        assert_eq!(y().eval().unwrap().dims(), dims);
+        assert_eq!(eval_all_with(&[&y()], &EvalOptions::no_passes()).unwrap().0[0].dims(), dims);
+    }
+}
+
+#[test]
 fn reductions_over_dims_of_size_one_do_not_meet_row_values() {
     let x = LazyTensor::new(&[0.5f64], &CPU).unwrap();
     let y = x.sum_keepdim(0).unwrap().max_keepdim(0).unwrap().log_softmax(0).unwrap();

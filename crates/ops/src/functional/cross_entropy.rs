@@ -7,7 +7,7 @@ use crate::fault;
 use crate::kernels;
 use crate::row::{emit, BinaryFn as B, Class, ReduceFn, RowProgram, UnaryFn as U};
 use crate::storage::{cpu_view, filled, with_view};
-use crate::view::{Slice, SliceMut};
+use crate::view::Slice;
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 
 const OP: &str = "cross-entropy";
@@ -44,10 +44,10 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
         log.gather(&targets.unsqueeze(1)?, 1)?.neg()?
     };
     let count = if fault::active("cross_entropy.mean") { 1.0 } else { n as f64 };
-    losses.sum_all()?.affine(1.0 / count, 0.0)?.to_dtype(logits.dtype())
+    losses.to_dtype(DType::F64)?.sum_all()?.affine(1.0 / count, 0.0)?.to_dtype(logits.dtype())
 }
 
-/// The loss of each row, in the arithmetic type.
+/// The loss of each row, in f64.
 struct Losses {
     classes: usize,
 }
@@ -56,13 +56,14 @@ fn class(dtype: DType) -> Result<Class> {
     Ok(Class::of(dtype).ok_or_else(|| Error::unsupported(OP, format!("dtype {}", dtype.as_str())))?)
 }
 
-/// log Σ − (x − max) per row, where a row has a target.
-fn subtract<T>(out: &mut [T], max: &[T], at: impl Iterator<Item = Option<usize>>, x: impl Fn(usize) -> T)
+/// log Σ − (x − max) per row, where a row has a target; in f64, because the two sides may cancel. `out` holds Σ before.
+fn subtract<T>(out: &mut [f64], sum: &[T], max: &[T], at: impl Iterator<Item = Option<usize>>, x: impl Fn(usize) -> T)
 where
-    T: Copy + Default + std::ops::Sub<Output = T>,
+    T: Copy + Into<f64>,
 {
-    for ((out, max), at) in out.iter_mut().zip(max).zip(at) {
-        *out = at.map_or_else(T::default, |at| *out - (x(at) - *max));
+    for (((out, sum), max), at) in out.iter_mut().zip(sum).zip(max).zip(at) {
+        let (sum, max): (f64, f64) = ((*sum).into(), (*max).into());
+        *out = at.map_or(0.0, |at| sum.ln() - (x(at).into() - max));
     }
 }
 
@@ -75,44 +76,47 @@ impl CustomOp2 for Losses {
         let logits = cpu_view(OP, s1, l1)?;
         let dtype = wide(logits.dtype());
         let targets = kernels::read_ids(OP, &cpu_view(OP, s2, l2)?, self.classes)?;
-        // per row the largest logit, and the logarithm of the sum of what it leaves
+        // per row the largest logit, and the sum of what it leaves
         let mut b = RowProgram::builder(class(logits.dtype())?);
         let x = b.load(0);
         let max = b.reduce(ReduceFn::Max, x);
         let shifted = b.binary(B::Sub, x, max);
         let e = b.unary(U::Exp, shifted);
         let sum = b.reduce(ReduceFn::Sum, e);
-        let log = b.unary(U::Log, sum);
         b.output(max, dtype);
-        b.output(log, dtype);
+        b.output(sum, dtype);
         let program = b.finish()?;
         let rows = targets.len();
         let mut largest = filled(OP, dtype, rows, |_| Ok(()))?;
-        let losses = filled(OP, dtype, rows, |out| {
+        let sums = filled(OP, dtype, rows, |sums| {
             let Some(mut max) = crate::storage::cpu_slice_mut(&mut largest) else {
                 return Err(Error::unsupported(OP, format!("dtype {}", dtype.as_str())));
             };
-            program.run(
-                logits.dims(),
-                ROW,
-                std::slice::from_ref(&logits),
-                &[],
-                &mut [max.reborrow(), out.reborrow()],
-            )?;
-            let (rows, columns) = (logits.layout.strides[0], logits.layout.strides[1]);
-            let at = targets.iter().enumerate().map(|(row, target)| {
-                let target = if fault::active("cross_entropy.target") { Some(0) } else { *target };
-                target.map(|target| logits.layout.offset + row * rows + target * columns)
-            });
-            match (out, max, &logits.data) {
-                (SliceMut::F32(out), SliceMut::F32(max), Slice::F32(x)) => subtract(out, max, at, |at| x[at]),
-                (SliceMut::F32(out), SliceMut::F32(max), Slice::F16(x)) => subtract(out, max, at, |at| x[at].to_f32()),
-                (SliceMut::F32(out), SliceMut::F32(max), Slice::BF16(x)) => subtract(out, max, at, |at| x[at].to_f32()),
-                (SliceMut::F64(out), SliceMut::F64(max), Slice::F64(x)) => subtract(out, max, at, |at| x[at]),
-                _ => return Err(Error::unsupported(OP, format!("dtype {}", dtype.as_str()))),
-            }
-            Ok(())
+            let inputs = std::slice::from_ref(&logits);
+            program.run(logits.dims(), ROW, inputs, &[], &mut [max.reborrow(), sums.reborrow()])
         })?;
+        let (row_stride, stride) = (logits.layout.strides[0], logits.layout.strides[1]);
+        let at = targets.iter().enumerate().map(|(row, target)| {
+            let target = if fault::active("cross_entropy.target") { Some(0) } else { *target };
+            target.map(|target| logits.layout.offset + row * row_stride + target * stride)
+        });
+        let mut losses = vec![0f64; rows];
+        match (&sums, &largest, &logits.data) {
+            (CpuStorage::F32(sum), CpuStorage::F32(max), Slice::F32(x)) => {
+                subtract(&mut losses, sum, max, at, |at| x[at])
+            }
+            (CpuStorage::F32(sum), CpuStorage::F32(max), Slice::F16(x)) => {
+                subtract(&mut losses, sum, max, at, |at| x[at].to_f32());
+            }
+            (CpuStorage::F32(sum), CpuStorage::F32(max), Slice::BF16(x)) => {
+                subtract(&mut losses, sum, max, at, |at| x[at].to_f32());
+            }
+            (CpuStorage::F64(sum), CpuStorage::F64(max), Slice::F64(x)) => {
+                subtract(&mut losses, sum, max, at, |at| x[at])
+            }
+            _ => return Err(Error::unsupported(OP, format!("dtype {}", dtype.as_str())).into()),
+        }
+        let losses = CpuStorage::F64(losses);
         Ok((losses, Shape::from(rows)))
     }
 
@@ -140,7 +144,7 @@ impl CustomOp2 for Losses {
         let d = b.binary(B::Sub, p, hot_);
         let dx = if fault::active("grad.cross_entropy.chain") { d } else { b.binary(B::Mul, d, g) };
         b.output(dx, dtype);
-        let mut grad = grad.detach().unsqueeze(1)?;
+        let mut grad = grad.detach().unsqueeze(1)?.to_dtype(wide(dtype))?;
         if ids.contains(&None) {
             let counts: Vec<u8> = ids.iter().map(|target| u8::from(target.is_some())).collect();
             grad = (grad * Tensor::from_vec(counts, (ids.len(), 1), logits.device())?.to_dtype(wide(dtype))?)?;
