@@ -1,6 +1,6 @@
 //! Instruction sets: the same loops compiled for several, one chosen at run time.
 //!
-//! A loop is written once, generic and without intrinsics; [`versions!`] compiles it for each instruction set that the target may
+//! A loop is written once, generic and without intrinsics; `versions!` compiles it for each instruction set that the target may
 //! have and picks the widest that the machine has. Vectors of any width give the same bits. A machine with a fused
 //! multiply-add gives other bits than one without: the elementary functions round less often there.
 

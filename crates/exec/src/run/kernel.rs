@@ -222,7 +222,7 @@ fn linear(x: &View<'_>, w: &View<'_>, bias: Option<&View<'_>>, out: &mut SliceMu
         _ => x,
     };
     // with no elements there is nothing to add, and a width of 0 is no row to add to
-    let Some(bias) = bias.filter(|_| out.len() > 0 && !fault::active("linear.bias")) else {
+    let Some(bias) = bias.filter(|_| !out.is_empty() && !fault::active("linear.bias")) else {
         return kernels::matmul(x, &transposed, out).map_err(kernel_error);
     };
     let mut product = Buffer::take(out.dtype(), out.len())?;

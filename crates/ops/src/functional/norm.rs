@@ -31,11 +31,10 @@ fn class(op: &'static str, dtype: DType) -> Result<Class> {
 fn mean(b: &mut Builder, x: Reg) -> Reg {
     let s = b.reduce(ReduceFn::Sum, x);
     let n = b.row_len();
-    let inv = b.unary(U::Recip, n);
-    b.binary(B::Mul, s, inv)
+    b.binary(B::Div, s, n)
 }
 
-/// The normalised x and the reciprocal of its scale: x/√(mean x² + eps), after subtracting the mean if `centre`.
+/// The normalised x and its scale: x/√(mean x² + eps), after subtracting the mean if `centre`; rounded as the forward rounds.
 fn normalised(b: &mut Builder, x: Reg, centre: bool) -> (Reg, Reg) {
     let x = if centre {
         let m = mean(b, x);
@@ -44,13 +43,15 @@ fn normalised(b: &mut Builder, x: Reg, centre: bool) -> (Reg, Reg) {
         x
     };
     let sqr = b.unary(U::Sqr, x);
-    let var = mean(b, sqr);
-    let eps = b.param(0);
-    let shifted = if fault::active("grad.norm.eps") { var } else { b.binary(B::Add, var, eps) };
-    let root = b.unary(U::Sqrt, shifted);
+    let root = if fault::active("grad.norm.eps") {
+        let var = mean(b, sqr);
+        b.unary(U::Sqrt, var)
+    } else {
+        let squares = b.reduce(ReduceFn::Sum, sqr);
+        b.root_mean(squares, 0)
+    };
     let hat = b.binary(B::Div, x, root);
-    let inv = b.unary(U::Recip, root);
-    (hat, inv)
+    (hat, root)
 }
 
 /// A norm, and what its gradients need.
@@ -84,7 +85,7 @@ impl Norm {
             }
             None => g_,
         };
-        let (hat, inv) = normalised(&mut b, x_, self.centre);
+        let (hat, root) = normalised(&mut b, x_, self.centre);
         let mut d = h;
         if self.centre && !fault::active("grad.norm.mean") {
             let mh = mean(&mut b, h);
@@ -95,7 +96,7 @@ impl Norm {
         let mp = mean(&mut b, p);
         let along = b.binary(B::Mul, hat, mp);
         let d = if fault::active("grad.norm.along") { d } else { b.binary(B::Sub, d, along) };
-        let dx = b.binary(B::Mul, d, inv);
+        let dx = b.binary(B::Div, d, root);
         b.output(dx, self.dtype);
         let call = self.call(b)?;
         match w {
