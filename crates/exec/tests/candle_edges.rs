@@ -173,3 +173,18 @@ fn errors_of_a_backward_and_of_a_conversion_name_the_callers_line() {
     let refused = f32::try_from(&src).unwrap_err();
     assert_eq!(refused.site().unwrap().location().line(), line, "{refused}");
 }
+
+/// Candle takes a broadcast dim of one element for contiguous, and then divides by its stride of 0 where it reduces.
+#[test]
+fn one_row_of_a_broadcast_reduces_where_candle_would_divide_by_zero() {
+    let var = Var::new(&[[1f32, 3., 2.]], &CPU).unwrap();
+    for leaf in [var.as_tensor().clone(), var.as_detached_tensor()] {
+        let row = LazyTensor::from(leaf).broadcast_as((4, 3)).unwrap().narrow(0, 0, 1).unwrap();
+        let reduced = row.max_keepdim(0).unwrap();
+        assert_eq!(reduced.to_vec2::<f32>().unwrap(), [[1., 3., 2.]]);
+        assert_eq!(row.argmax(0).unwrap().to_vec1::<u32>().unwrap(), [0, 0, 0]);
+        assert_eq!(row.log_sum_exp(0).unwrap().to_vec1::<f32>().unwrap(), [1., 3., 2.]);
+        assert_eq!(row.softmax(0).unwrap().to_vec2::<f32>().unwrap(), [[1., 1., 1.]]);
+        assert_eq!(row.log_softmax(0).unwrap().to_vec2::<f32>().unwrap(), [[0., 0., 0.]]);
+    }
+}

@@ -59,7 +59,7 @@ pub fn run(op: &Op, s: &[f64], x: &[Tensor]) -> Result<Tensor> {
         Op::Elu => x[0].elu(s[0])?,
         Op::Clamp => x[0].clamp(s[0], s[1])?,
         Op::ArgReduce { op, dim, keepdim } => {
-            let (x, dim) = (x[0].contiguous()?, at(*dim));
+            let (x, dim) = (dense(&x[0].contiguous()?)?, at(*dim));
             match (op, keepdim) {
                 (ArgOp::Max, true) => x.argmax_keepdim(dim)?,
                 (ArgOp::Max, false) => x.argmax(dim)?,
@@ -93,8 +93,8 @@ pub fn run(op: &Op, s: &[f64], x: &[Tensor]) -> Result<Tensor> {
         Op::Concat { dim } => Tensor::cat(x, at(*dim))?,
         Op::IndexSelect { dim } => x[0].contiguous()?.index_select(&x[1].contiguous()?, at(*dim))?,
         Op::SliceAssign { dim, start } => slice_assign(&x[0], &x[1], at(*dim), *start)?,
-        Op::Softmax { dim } => candle_nn::ops::softmax(&x[0], at(*dim))?,
-        Op::LogSoftmax { dim } => candle_nn::ops::log_softmax(&x[0], at(*dim))?,
+        Op::Softmax { dim } => candle_nn::ops::softmax(&dense(&x[0])?, at(*dim))?,
+        Op::LogSoftmax { dim } => candle_nn::ops::log_softmax(&dense(&x[0])?, at(*dim))?,
         Op::RmsNorm { weight } => {
             if let (true, false) = (*weight, x[0].dtype() == DType::F64) {
                 candle_nn::ops::rms_norm_slow(&x[0], &x[1], s[0] as f32)?
@@ -126,7 +126,7 @@ pub fn run(op: &Op, s: &[f64], x: &[Tensor]) -> Result<Tensor> {
         }
         Op::Linear { bias } => {
             let linear = candle_nn::Linear::new(x[1].contiguous()?, bias.then(|| x[2].clone()));
-            vector(&x[0], |x| Ok(linear.forward(x)?))?
+            rows(&x[0], |x| Ok(linear.forward(x)?))?
         }
         Op::Lora { base } => {
             let y = vector(&x[0], |v| {
@@ -239,6 +239,7 @@ fn unary(f: UnaryOp, x: &Tensor) -> Result<Tensor> {
 /// Candle takes the largest element over one dim at a time.
 fn reduce(f: ReduceOp, axes: u32, keepdim: bool, x: &Tensor) -> Result<Tensor> {
     let dims: Vec<usize> = (0..x.rank()).filter(|d| axes & (1 << d) != 0).collect();
+    let x = &dense(x)?;
     Ok(match f {
         ReduceOp::Sum if keepdim => x.sum_keepdim(dims)?,
         ReduceOp::Sum => x.sum(dims)?,
@@ -279,6 +280,11 @@ fn reduce(f: ReduceOp, axes: u32, keepdim: bool, x: &Tensor) -> Result<Tensor> {
     })
 }
 
+/// Candle divides by strides where it reduces, by 0 too: a dim of one element that was broadcast passes for contiguous.
+fn dense(x: &Tensor) -> Result<Tensor> {
+    Ok(if x.stride().contains(&0) { x.force_contiguous()? } else { x.clone() })
+}
+
 fn wide(x: &Tensor) -> Result<Tensor> {
     Ok(match x.dtype() {
         DType::F16 | DType::BF16 => x.to_dtype(DType::F32)?,
@@ -290,6 +296,19 @@ fn root_mean(x: &Tensor, eps: f64) -> Result<Tensor> {
     let wide = wide(x)?;
     let mean = (wide.sqr()?.mean_keepdim(D::Minus1)? + eps)?;
     Ok(wide.broadcast_div(&mean.sqrt()?)?.to_dtype(x.dtype())?)
+}
+
+/// As [`vector`], and as rows of one matrix beyond rank 4, where Candle's linear takes no weight.
+fn rows(x: &Tensor, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    if x.rank() <= 4 {
+        return vector(x, f);
+    }
+    let y = f(&x.flatten_to(x.rank() - 2)?)?;
+    let mut dims = x.dims().to_vec();
+    if let (Some(last), Some(&n)) = (dims.last_mut(), y.dims().last()) {
+        *last = n;
+    }
+    Ok(y.reshape(dims)?)
 }
 
 /// A product with a vector on the left: a row of a matrix for the time being.

@@ -55,7 +55,7 @@ pub(super) fn apply(op: &Op, scalars: &[f64], x: &[Tensor], dims: &[usize], devi
         }
         Op::Random { dist, dtype, .. } => random(at(0)?, *dist, [scalar(0)?, scalar(1)?], dims, *dtype, device)?,
         Op::ArgReduce { op, dim, keepdim } => {
-            let (x, dim) = (at(0)?.contiguous()?, usize::from(*dim));
+            let (x, dim) = (dense(&at(0)?.contiguous()?)?, usize::from(*dim));
             match (op, keepdim) {
                 (ArgOp::Max, true) => x.argmax_keepdim(dim)?,
                 (ArgOp::Max, false) => x.argmax(dim)?,
@@ -267,6 +267,15 @@ fn compare(f: CmpOp, a: &Tensor, b: &Tensor) -> candle_core::Result<Tensor> {
     }
 }
 
+/// Candle divides by strides where it reduces, by 0 too: a dim of one element that was broadcast passes for contiguous.
+fn dense(x: &Tensor) -> candle_core::Result<Tensor> {
+    if x.stride().contains(&0) {
+        x.force_contiguous()
+    } else {
+        Ok(x.clone())
+    }
+}
+
 fn reduce(f: ReduceOp, x: &Tensor, axes: u32, keepdim: bool) -> candle_core::Result<Tensor> {
     let dims: Vec<usize> = (0..x.rank()).filter(|d| axes & (1 << d) != 0).collect();
     if dims.is_empty() {
@@ -284,8 +293,7 @@ fn reduce(f: ReduceOp, x: &Tensor, axes: u32, keepdim: bool) -> candle_core::Res
         let shape: Vec<usize> = (0..x.rank()).filter_map(|d| keep(&d)).collect();
         return Tensor::zeros(shape, x.dtype(), x.device());
     }
-    // Candle divides by strides when it reduces
-    let x = if x.stride().contains(&0) { &x.force_contiguous()? } else { x };
+    let x = &dense(x)?;
     match (f, keepdim) {
         (ReduceOp::Sum, true) => x.sum_keepdim(dims),
         (ReduceOp::Sum, false) => x.sum(dims),

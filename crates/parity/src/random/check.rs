@@ -107,6 +107,20 @@ pub(super) fn floor(dtype: DType) -> f64 {
     units * crate::value::ulp(dtype, 1.0)
 }
 
+/// Eager Candle's numbers in the program's dtype, and in f64 with exact constants; what it refused where it did, which is a
+/// failure: the graphs are made of what Candle can run.
+pub(super) fn measures<T>(
+    eagerly: impl Fn(DType, bool) -> Result<T>,
+    dtype: DType,
+) -> std::result::Result<(T, T), String> {
+    let run = |dtype, precise| match catch_unwind(AssertUnwindSafe(|| eagerly(dtype, precise))) {
+        Ok(Ok(values)) => Ok(values),
+        Ok(Err(e)) => Err(format!("eager Candle fails: {e}")),
+        Err(_) => Err("eager Candle panics".to_string()),
+    };
+    Ok((run(dtype, false)?, run(DType::F64, true)?))
+}
+
 /// What is wrong with the numbers of an evaluation and of a replay, measured by f64 and eager Candle, if anything.
 ///
 /// # Errors
@@ -114,10 +128,9 @@ pub(super) fn floor(dtype: DType) -> f64 {
 pub fn check_numbers(program: &Program) -> Result<Option<String>> {
     let leaves = program.leaves()?;
     let all = evaluate(program, &leaves, &EvalOptions::default())?;
-    // Candle refuses some graphs that are legal here, and panics on some strided views: nothing to compare with then
-    let quietly = |dtype| catch_unwind(AssertUnwindSafe(|| eagerly(program, &leaves, dtype))).ok().and_then(Result::ok);
-    let (Some(eager), Some(wide)) = (quietly(program.dtype), quietly(DType::F64)) else {
-        return Ok(None);
+    let (eager, wide) = match measures(|dtype, _| eagerly(program, &leaves, dtype), program.dtype) {
+        Ok(both) => both,
+        Err(text) => return Ok(Some(text)),
     };
     let replay = match evaluate(program, &leaves, &EvalOptions { replay: true, ..EvalOptions::default() }) {
         Ok(replay) => replay,
