@@ -29,7 +29,7 @@ fn a_plan_bound_at_other_sizes_is_a_fresh_plan() {
     let (cached, fresh) = (EvalOptions::default(), EvalOptions { cache: false, ..EvalOptions::default() });
     let (mut bound, mut nodes) = (0, 0);
     for seed in 0..2000 {
-        let dtype = if seed % 3 == 0 { DType::F64 } else { DType::F32 };
+        let dtype = [DType::F32, DType::F64, DType::F16, DType::BF16][seed as usize % 4];
         let size = 4 + (seed as usize * 7) % 40;
         let (a, b) = (generate_from(seed, size, dtype, &SHAPES), generate_from(seed, size, dtype, &OTHER));
         clear_cache();
