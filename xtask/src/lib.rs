@@ -5,6 +5,7 @@
 // A command's words go through `output`.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+pub mod bench;
 pub mod demo;
 pub mod fetch;
 pub mod output;

@@ -22,6 +22,8 @@ enum Command {
     Demo(xtask::demo::DemoArgs),
     /// Compare eager and lazy for every op, over shapes, layouts, dtypes and modes.
     Verify(xtask::verify::VerifyArgs),
+    /// Time lazy against eager Candle, row by row.
+    Bench(xtask::bench::BenchArgs),
     /// Port four models of candle-transformers by their `use` lines and compare them with the originals.
     Port(xtask::port::PortArgs),
     /// Check the repository itself: crate edges, docs, names, places of `unsafe`.
@@ -34,6 +36,7 @@ fn main() {
     let code = match Args::parse().command {
         Command::Demo(args) => xtask::demo::run(&args),
         Command::Verify(args) => xtask::verify::run(args),
+        Command::Bench(args) => xtask::bench::run(&args),
         Command::Port(args) => xtask::port::run(&args),
         Command::Tidy => xtask::tidy::run(),
         Command::Fetch => xtask::fetch::run(),

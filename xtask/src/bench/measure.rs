@@ -1,0 +1,177 @@
+//! Two sides timed in turns, and what is concluded from it.
+
+use super::Error;
+use std::time::{Duration, Instant};
+
+/// One side of a row: does its work once, on input `i` of a ring, to the end.
+pub(super) type Side<'a> = &'a dyn Fn(usize) -> Result<(), Error>;
+
+/// How long a row is measured.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Effort {
+    /// Both sides together.
+    pub(super) time: Duration,
+    /// The fewest pairs.
+    pub(super) pairs: usize,
+    /// How often a row whose measurement was disturbed is measured again.
+    pub(super) tries: usize,
+}
+
+impl Effort {
+    pub(super) const FULL: Self = Self { time: Duration::from_millis(2500), pairs: 21, tries: 6 };
+    pub(super) const QUICK: Self = Self { time: Duration::from_millis(300), pairs: 7, tries: 3 };
+}
+
+/// A sample of one side lasts at least this long, so that reading the clock is nothing beside it.
+const SAMPLE: Duration = Duration::from_micros(120);
+
+/// Eager's time may be this many times the best of its idle probes.
+const DISTURBED: f64 = 1.3;
+
+/// What was measured of two sides, in microseconds per call.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Paired {
+    pub(super) eager_us: f64,
+    pub(super) lazy_us: f64,
+    /// The median of the ratios eager/lazy of the pairs.
+    pub(super) ratio: f64,
+    /// The upper end of the ratio's 95 % interval.
+    pub(super) ratio_hi: f64,
+    /// The best of eager's idle probes.
+    pub(super) idle_us: f64,
+}
+
+impl Paired {
+    /// Whether something else ran meanwhile.
+    pub(super) fn disturbed(&self) -> bool {
+        self.eager_us.is_nan() || self.eager_us > DISTURBED * self.idle_us
+    }
+}
+
+/// The middle of some numbers, the mean of the two in the middle of an even count; NaN of none.
+pub(super) fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_unstable_by(f64::total_cmp);
+    let at = |i: usize| sorted.get(i).copied().unwrap_or(f64::NAN);
+    match sorted.len() {
+        0 => f64::NAN,
+        n => (at((n - 1) / 2) + at(n / 2)) / 2.0,
+    }
+}
+
+/// The upper end of the two-sided 95 % interval of the median, by order statistics: of n values about n/2 ± 0.98·√n lie on either
+/// side of the true median (normal approximation of the binomial). The largest value of few.
+pub(super) fn median_hi(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_unstable_by(f64::total_cmp);
+    let n = sorted.len();
+    let rank = (n as f64 / 2.0 + 0.98 * (n as f64).sqrt()).ceil() as usize;
+    sorted.get(rank.min(n.saturating_sub(1))).copied().unwrap_or(f64::NAN)
+}
+
+/// Microseconds per call of `calls` calls, on inputs from `*next` on.
+fn sample(side: Side<'_>, calls: usize, next: &mut usize) -> Result<f64, Error> {
+    let start = Instant::now();
+    for _ in 0..calls {
+        side(*next)?;
+        *next += 1;
+    }
+    Ok(start.elapsed().as_secs_f64() * 1e6 / calls as f64)
+}
+
+/// How many calls last as long as a sample.
+fn calls(side: Side<'_>) -> Result<usize, Error> {
+    let mut next = 0;
+    sample(side, 2, &mut next)?;
+    let (mut calls, most) = (1, 1 << 16);
+    while calls < most {
+        let us = sample(side, calls, &mut next)? * calls as f64;
+        if us >= SAMPLE.as_secs_f64() * 1e6 {
+            break;
+        }
+        calls *= 2;
+    }
+    Ok(calls)
+}
+
+/// Both sides in turns; which goes first changes from pair to pair.
+pub(super) fn paired(effort: Effort, eager: Side<'_>, lazy: Side<'_>) -> Result<Paired, Error> {
+    let (eager_calls, lazy_calls) = (calls(eager)?, calls(lazy)?);
+    let mut next = 0;
+    let mut idle_us = f64::INFINITY;
+    for _ in 0..3 {
+        let probe = (0..5).map(|_| sample(eager, eager_calls, &mut next)).collect::<Result<Vec<_>, _>>()?;
+        idle_us = idle_us.min(median(&probe));
+    }
+    let (mut eager_us, mut lazy_us, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    let start = Instant::now();
+    while ratios.len() < effort.pairs || start.elapsed() < effort.time {
+        let mut at = next;
+        let (e, l) = if ratios.len() % 2 == 0 {
+            let e = sample(eager, eager_calls, &mut next)?;
+            (e, sample(lazy, lazy_calls, &mut at)?)
+        } else {
+            let l = sample(lazy, lazy_calls, &mut at)?;
+            (sample(eager, eager_calls, &mut next)?, l)
+        };
+        next = next.max(at);
+        eager_us.push(e);
+        lazy_us.push(l);
+        ratios.push(e / l);
+    }
+    Ok(Paired {
+        eager_us: median(&eager_us),
+        lazy_us: median(&lazy_us),
+        ratio: median(&ratios),
+        ratio_hi: median_hi(&ratios),
+        idle_us,
+    })
+}
+
+/// The median of one side alone, in microseconds.
+pub(super) fn alone(effort: Effort, side: Side<'_>) -> Result<f64, Error> {
+    let calls = calls(side)?;
+    let (mut next, mut all) = (0, Vec::new());
+    let start = Instant::now();
+    while all.len() < effort.pairs || start.elapsed() < effort.time / 2 {
+        all.push(sample(side, calls, &mut next)?);
+    }
+    Ok(median(&all))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians_and_their_upper_ends() {
+        assert!(median(&[]).is_nan());
+        assert_eq!((median(&[3.0, 1.0]), median(&[5.0, 1.0, 2.0])), (2.0, 2.0));
+        // of 100 values the interval ends at the 61st: ranks 40 and 61 are those of the tables of the sign test
+        let values: Vec<f64> = (1..=100).map(f64::from).collect();
+        assert_eq!(median_hi(&values), 61.0);
+        assert_eq!(median_hi(&[1.0, 2.0]), 2.0);
+    }
+
+    #[test]
+    fn a_slower_side_has_a_ratio_below_one() {
+        let spin = |us: u64| {
+            move |_: usize| {
+                let start = Instant::now();
+                while start.elapsed() < Duration::from_micros(us) {}
+                Ok(())
+            }
+        };
+        let effort = Effort { time: Duration::from_millis(30), pairs: 7, tries: 1 };
+        let paired = paired(effort, &spin(100), &spin(400)).unwrap();
+        assert!(paired.ratio < 0.5 && paired.ratio_hi >= paired.ratio, "{paired:?}");
+    }
+
+    #[test]
+    fn a_disturbed_measurement_is_told() {
+        let quiet = Paired { eager_us: 12.0, lazy_us: 1.0, ratio: 12.0, ratio_hi: 12.0, idle_us: 10.0 };
+        assert!(!quiet.disturbed());
+        assert!(Paired { eager_us: 13.1, ..quiet }.disturbed());
+        assert!(Paired { eager_us: f64::NAN, ..quiet }.disturbed());
+    }
+}
