@@ -1,5 +1,6 @@
 //! Matrix products through the `gemm` crate.
 
+use super::dots::{dots_parallel, Grid, Narrow, Rows};
 use super::{check_float, check_out};
 use crate::element::Element;
 use crate::error::{Error, Result};
@@ -190,10 +191,10 @@ pub fn matmul(a: &View<'_>, b: &View<'_>, out: &mut SliceMut<'_>) -> Result<()> 
         return Ok(());
     }
     match (a.data, b.data, out) {
-        (Slice::F32(a), Slice::F32(b), SliceMut::F32(o)) => products(&s, a, b, o),
+        (Slice::F32(a), Slice::F32(b), SliceMut::F32(o)) => narrow(&s, a, b, o, products),
         (Slice::F64(a), Slice::F64(b), SliceMut::F64(o)) => products(&s, a, b, o),
-        (Slice::F16(a), Slice::F16(b), SliceMut::F16(o)) => products(&s, a, b, o),
-        (Slice::BF16(a), Slice::BF16(b), SliceMut::BF16(o)) => widened(&s, a, b, o),
+        (Slice::F16(a), Slice::F16(b), SliceMut::F16(o)) => narrow(&s, a, b, o, products),
+        (Slice::BF16(a), Slice::BF16(b), SliceMut::BF16(o)) => narrow(&s, a, b, o, widened),
         _ => Err(Error::unsupported(OP, "this mix of dtypes")),
     }
 }
@@ -249,6 +250,40 @@ fn each_product(s: &Batched, mut f: impl FnMut(Matrix, Matrix, std::ops::Range<u
 
 fn products<T: Element + gemm_scalar::Scalar>(s: &Batched, a: &[T], b: &[T], out: &mut [T]) -> Result<()> {
     each_product(s, |am, bm, range| gemm_into(a, am, b, bm, &mut out[range], false, T::from_f32(1.0)))
+}
+
+/// Whether the rows of a and the columns of b are runs of elements, as those of a weight are that lies (out, in).
+fn runs(s: &Batched) -> bool {
+    let rank = s.a.dims.len();
+    s.k > 1 && s.a.strides[rank - 1] == 1 && s.b.strides[rank - 2] == 1 && s.n > 1
+}
+
+/// Inner products where both sides are runs, `other` elsewhere.
+fn narrow<E: Narrow>(
+    s: &Batched,
+    a: &[E],
+    b: &[E],
+    out: &mut [E],
+    other: impl Fn(&Batched, &[E], &[E], &mut [E]) -> Result<()>,
+) -> Result<()> {
+    if !runs(s) {
+        return other(s, a, b, out);
+    }
+    let (mut wide, mut sums) = (Vec::new(), Vec::new());
+    each_product(s, |am, bm, range| {
+        let w = Rows::new(b.get(bm.offset..).unwrap_or_default(), bm.cols, bm.col_stride, bm.rows)?;
+        if let Some((a, out)) = E::as_f32(a, &mut out[range.clone()]) {
+            let x = Rows::new(a.get(am.offset..).unwrap_or_default(), am.rows, am.row_stride, am.cols)?;
+            return dots_parallel(x, w, Grid::new(out, am.rows, bm.cols, bm.cols)?);
+        }
+        widen_matrix(a, am, &mut wide);
+        sums.clear();
+        sums.resize(range.len(), 0.0);
+        let x = Rows::new(&wide, am.rows, am.cols, am.cols)?;
+        dots_parallel(x, w, Grid::new(&mut sums, am.rows, bm.cols, bm.cols)?)?;
+        E::round_from(&sums, &mut out[range]);
+        Ok(())
+    })
 }
 
 /// Widens a matrix to a dense f32 one.

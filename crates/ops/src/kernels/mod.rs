@@ -6,6 +6,7 @@ mod arg;
 mod attention;
 mod copy;
 mod dot;
+mod dots;
 mod index;
 mod lora;
 mod matmul;

@@ -1,0 +1,112 @@
+//! The products by AVX-512: sixteen sums in registers, four rows of the weight at a time, folded together.
+
+use super::{Grid, Narrow, Rows, LANES};
+use crate::fault;
+use std::arch::x86_64::*;
+
+/// As `super::dots`, columns from `at` on.
+pub(super) fn dots<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: &mut Grid<'_>, at: usize) {
+    let mut i = 0;
+    while i < x.count {
+        // SAFETY: the caller takes this path only where the machine has AVX-512.
+        i += unsafe {
+            match x.count - i {
+                1 => pass::<E, 1>(x, i, w, out, at),
+                2 | 3 => pass::<E, 2>(x, i, w, out, at),
+                _ => pass::<E, 4>(x, i, w, out, at),
+            }
+        };
+    }
+}
+
+/// `M` rows of x from `i` on with all rows of the weight; says how many rows that were.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+fn pass<E: Narrow, const M: usize>(x: Rows<'_, f32>, i: usize, w: Rows<'_, E>, out: &mut Grid<'_>, at: usize) -> usize {
+    let xs: [&[f32]; M] = std::array::from_fn(|r| x.row(i + r));
+    let step = LANES / M;
+    for j in (0..w.count).step_by(step) {
+        let count = step.min(w.count - j);
+        let mut sums = [_mm512_setzero_ps(); LANES];
+        for group in 0..count.div_ceil(4) {
+            // rows that are not there repeat the last one
+            let rows: [&[E]; 4] = std::array::from_fn(|l| w.row(j + (4 * group + l).min(count - 1)));
+            let four = products::<E, M>(xs, rows);
+            for (l, of_row) in four.iter().enumerate() {
+                for (r, sum) in of_row.iter().enumerate() {
+                    sums[4 * l + group * M + r] = *sum;
+                }
+            }
+        }
+        let mut folded = [0f32; LANES];
+        // SAFETY: sixteen numbers have room in the array.
+        unsafe { _mm512_storeu_ps(folded.as_mut_ptr(), fold(&sums)) };
+        for (block, numbers) in folded.chunks_exact(4).enumerate() {
+            let (r, group) = (block % M, block / M);
+            if let Some(left @ 1..) = count.checked_sub(4 * group) {
+                out.put(i + r, at + j + 4 * group, &numbers[..left.min(4)]);
+            }
+        }
+    }
+    M
+}
+
+/// Sixteen sums for each pair of four rows of the weight and `M` rows of x, all of one length.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+fn products<E: Narrow, const M: usize>(x: [&[f32]; M], w: [&[E]; 4]) -> [[__m512; M]; 4] {
+    let mut sums = [[_mm512_setzero_ps(); M]; 4];
+    let len = x.iter().map(|r| r.len()).chain(w.iter().map(|r| r.len())).min().unwrap_or(0);
+    let whole = len / LANES * LANES;
+    for l in (0..whole).step_by(LANES) {
+        let mut left = [_mm512_setzero_ps(); M];
+        for (left, x) in left.iter_mut().zip(x) {
+            // SAFETY: `l + 16 <= len`, and no row is shorter than `len`.
+            *left = unsafe { _mm512_loadu_ps(x.as_ptr().add(l)) };
+        }
+        for (sums, w) in sums.iter_mut().zip(w) {
+            // SAFETY: as above.
+            let right = unsafe { E::load(w.as_ptr().add(l), None) };
+            for (sum, left) in sums.iter_mut().zip(left) {
+                *sum = _mm512_fmadd_ps(left, right, *sum);
+            }
+        }
+    }
+    if whole < len && !fault::active("dot.tail") {
+        // lanes behind the end keep their sums: adding a zero would make a -0 a 0
+        let mask = (1u16 << (len - whole)) - 1;
+        for (sums, w) in sums.iter_mut().zip(w) {
+            // SAFETY: the mask has a bit for each element from `whole` to `len`, and what it hides is not read.
+            let right = unsafe { E::load(w.as_ptr().add(whole), Some(mask)) };
+            for (sum, x) in sums.iter_mut().zip(x) {
+                // SAFETY: as above.
+                let left = unsafe { _mm512_maskz_loadu_ps(mask, x.as_ptr().add(whole)) };
+                *sum = _mm512_mask3_fmadd_ps(left, right, *sum, mask);
+            }
+        }
+    }
+    sums
+}
+
+/// Each of sixteen vectors folded in halves (lane l takes lane l + 8, then l + 4, l + 2, l + 1); the fold of vector 4·l + b stands
+/// in lane l of block b. One addition serves two vectors, then four, eight, sixteen.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn fold(v: &[__m512; LANES]) -> __m512 {
+    // eight lanes of each of two vectors: [a, a, b, b] in blocks of four lanes
+    let eight = |a: __m512, b: __m512| {
+        _mm512_add_ps(_mm512_shuffle_f32x4::<0b01_00_01_00>(a, b), _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b))
+    };
+    // four lanes of each of four vectors: [a, b, c, d]
+    let four = |ab: __m512, cd: __m512| {
+        _mm512_add_ps(_mm512_shuffle_f32x4::<0b10_00_10_00>(ab, cd), _mm512_shuffle_f32x4::<0b11_01_11_01>(ab, cd))
+    };
+    // two lanes of each of eight: per block two of the first four's, two of the second four's
+    let two = |p: __m512, q: __m512| {
+        _mm512_add_ps(_mm512_shuffle_ps::<0b01_00_01_00>(p, q), _mm512_shuffle_ps::<0b11_10_11_10>(p, q))
+    };
+    let one = |p: __m512, q: __m512| {
+        _mm512_add_ps(_mm512_shuffle_ps::<0b10_00_10_00>(p, q), _mm512_shuffle_ps::<0b11_01_11_01>(p, q))
+    };
+    let quad = |at: usize| four(eight(v[at], v[at + 1]), eight(v[at + 2], v[at + 3]));
+    one(two(quad(0), quad(4)), two(quad(8), quad(12)))
+}

@@ -1,0 +1,174 @@
+//! Inner products of every row of one matrix with every row of another: products with weights that lie (out, in), and scores.
+//!
+//! Each product is [`super::dot::dot`] of its two rows, bit for bit: 16 interleaved sums folded in halves. So it depends on its own
+//! two rows only, not on how many rows run together nor on threads. A weight's row is read once for up to four rows of x.
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod grid;
+mod narrow;
+mod portable;
+
+use crate::error::{Error, Result};
+#[cfg(target_arch = "x86_64")]
+use crate::simd::{isa, Isa};
+pub(crate) use grid::Grid;
+pub(crate) use narrow::Narrow;
+
+/// Lanes of a sum.
+const LANES: usize = 16;
+/// Below this many multiplications a product stays on the caller's thread.
+const PARALLEL: usize = 1 << 17;
+/// Rows of the weight that one task takes, at least.
+const TASK_ROWS: usize = 16;
+/// Bytes of the weight's rows that are kept in the second-level cache while x's rows pass.
+const BLOCK_BYTES: usize = 1 << 18;
+
+/// Rows of `len` elements that start `pitch` apart.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rows<'a, E> {
+    data: &'a [E],
+    pitch: usize,
+    count: usize,
+    len: usize,
+}
+
+impl<'a, E> Rows<'a, E> {
+    /// `count` rows in `data`; an error if the last one ends behind it.
+    pub(crate) fn new(data: &'a [E], count: usize, pitch: usize, len: usize) -> Result<Self> {
+        let end = count.checked_sub(1).map_or(Some(0), |last| last.checked_mul(pitch)?.checked_add(len));
+        match end {
+            Some(end) if end <= data.len() => Ok(Self { data, pitch, count, len }),
+            _ => Err(Error::shape("matmul", format!("{count} rows of {len}, {pitch} apart, in {}", data.len()))),
+        }
+    }
+
+    fn row(&self, i: usize) -> &'a [E] {
+        &self.data[i * self.pitch..i * self.pitch + self.len]
+    }
+
+    /// Rows `from..from + count`.
+    fn part(&self, from: usize, count: usize) -> Self {
+        Self { data: self.data.get(from * self.pitch..).unwrap_or_default(), count, ..*self }
+    }
+}
+
+/// out\[i\]\[j\] = x\[i\] · w\[j\], on this thread.
+pub(crate) fn dots<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: &mut Grid<'_>) -> Result<()> {
+    if x.len != w.len || out.rows() != x.count || out.cols() != w.count {
+        let (x, w, out) = ((x.count, x.len), (w.count, w.len), (out.rows(), out.cols()));
+        return Err(Error::shape("matmul", format!("{x:?} x {w:?} transposed into {out:?}")));
+    }
+    let block = (BLOCK_BYTES / (w.len.max(1) * size_of::<E>())).max(TASK_ROWS) / TASK_ROWS * TASK_ROWS;
+    for from in (0..w.count).step_by(block) {
+        let count = block.min(w.count - from);
+        let part = w.part(from, count);
+        #[cfg(target_arch = "x86_64")]
+        if isa() == Isa::Avx512 {
+            avx512::dots(x, part, out, from);
+            continue;
+        }
+        portable::dots(x, part, out, from);
+    }
+    Ok(())
+}
+
+/// The same with the weight's rows shared among threads.
+pub(crate) fn dots_parallel<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: Grid<'_>) -> Result<()> {
+    let work = x.count.saturating_mul(w.count).saturating_mul(w.len);
+    let tasks = rayon::current_num_threads().min(w.count / TASK_ROWS).min(work / (PARALLEL / 2));
+    share(x, w, out, tasks)
+}
+
+fn share<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, mut out: Grid<'_>, tasks: usize) -> Result<()> {
+    if tasks < 2 || out.cols() != w.count {
+        return dots(x, w, &mut out);
+    }
+    let half = tasks / 2;
+    let at = (w.count / TASK_ROWS * half / tasks * TASK_ROWS).clamp(TASK_ROWS, w.count);
+    let (left, right) = out.split_cols(at);
+    let (a, b) =
+        rayon::join(|| share(x, w.part(0, at), left, half), || share(x, w.part(at, w.count - at), right, tasks - half));
+    a.and(b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::dot::dot;
+    use crate::simd::tests::{fused, with_each};
+    use half::{bf16, f16};
+
+    fn numbers(n: usize, seed: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 37 + seed * 101) % 127) as f32 / 31.0 - 2.0).collect()
+    }
+
+    /// With each instruction set, or where there are several tasks with the machine's own: another thread knows of no other.
+    fn check<E: Narrow>(m: usize, n: usize, k: usize, tasks: usize) {
+        if tasks < 2 {
+            with_each(|isa| check_with::<E>(isa, m, n, k, tasks));
+        } else {
+            check_with::<E>(isa(), m, n, k, tasks);
+        }
+    }
+
+    fn check_with<E: Narrow>(isa: Isa, m: usize, n: usize, k: usize, tasks: usize) {
+        let (xp, wp, op) = (k + 3, k + 1, n + 2);
+        let x = numbers(m * xp, 1);
+        let w: Vec<E> = numbers(n * wp, 2).into_iter().map(E::from_f32).collect();
+        let wide: Vec<f32> = w.iter().map(|v| v.to_f32()).collect();
+        let mut got = vec![7.0; m * op];
+        let xs = Rows::new(&x, m, xp, k).unwrap();
+        let ws = Rows::new(&w, n, wp, k).unwrap();
+        share(xs, ws, Grid::new(&mut got, m, n, op).unwrap(), tasks).unwrap();
+        for i in 0..m {
+            for j in 0..op {
+                let want = match (j < n, fused(isa)) {
+                    (true, true) => dot::<f32, true>(&x[i * xp..i * xp + k], &wide[j * wp..j * wp + k]),
+                    (true, false) => dot::<f32, false>(&x[i * xp..i * xp + k], &wide[j * wp..j * wp + k]),
+                    // nothing is written beside the columns
+                    (false, _) => 7.0,
+                };
+                assert_eq!(got[i * op + j].to_bits(), want.to_bits(), "{isa:?} {m}x{n}x{k} at {i}, {j}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_product_is_dot_of_its_rows() {
+        for m in [0, 1, 2, 3, 4, 5, 9] {
+            for n in [0, 1, 3, 4, 5, 16, 17, 39] {
+                for k in [0, 1, 15, 16, 17, 64, 75] {
+                    check::<f32>(m, n, k, 1);
+                    check::<bf16>(m, n, k, 1);
+                    check::<f16>(m, n, k, 1);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn threads_change_no_bit() {
+        for tasks in [2, 3, 5] {
+            check::<f32>(5, 100, 33, tasks);
+            check::<bf16>(1, 67, 16, tasks);
+        }
+        // more columns than stay in the cache at once
+        check::<f32>(3, 700, 200, 1);
+    }
+
+    #[test]
+    fn rows_behind_the_data_and_shapes_that_do_not_fit_are_refused() {
+        let data = [0f32; 12];
+        assert!(Rows::new(&data, 3, 4, 4).is_ok());
+        assert!(Rows::new(&data, 3, 4, 5).is_err());
+        assert!(Rows::new(&data, usize::MAX, 4, 4).is_err());
+        let rows = |count, len| Rows::new(&data, count, 4, len).unwrap();
+        let mut out = [0f32; 6];
+        assert!(Grid::new(&mut out, 3, 2, 3).is_err());
+        let mut grid = Grid::new(&mut out, 2, 3, 3).unwrap();
+        assert!(dots(rows(2, 4), rows(3, 4), &mut grid).is_ok());
+        assert!(dots(rows(2, 4), rows(3, 3), &mut grid).is_err());
+        assert!(dots(rows(3, 4), rows(3, 4), &mut grid).is_err());
+    }
+}
