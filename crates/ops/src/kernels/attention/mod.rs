@@ -4,14 +4,15 @@
 //! not on threads. Keys are taken in blocks of 64 at fixed absolute positions, so that prefill, chunked prefill and decode
 //! agree bit for bit. No matrix of scores is ever stored.
 
-use super::dot::dot;
+mod loops;
+
 use super::{check_float, check_out};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::math::Real;
-use crate::simd::versions;
 use crate::view::{each_dtype, Slice, SliceMut, Strided, View};
+use loops::{accumulate, accumulate_group, weigh, Scores};
 use rayon::prelude::*;
 
 const OP: &str = "attention";
@@ -19,6 +20,8 @@ const OP: &str = "attention";
 const BLOCK: usize = 64;
 /// Queries that share a converted block of keys.
 const QUERIES: usize = 32;
+/// Queries that share a pass over a block's keys and values.
+const GROUP: usize = 4;
 
 /// How scores become weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -203,7 +206,7 @@ struct Scratch<T> {
 }
 
 impl Job<'_> {
-    fn run<T: Real, E: Element>(&self, q: &[E], k: &[E], v: &[E], out: &mut [E])
+    fn run<T: Scores, E: Element>(&self, q: &[E], k: &[E], v: &[E], out: &mut [E])
     where
         for<'s> Slice<'s>: From<&'s [E]>,
     {
@@ -236,7 +239,7 @@ impl Job<'_> {
 
     /// Queries `first..` of batch and head `bh`, as many as `out` has rows for.
     #[allow(clippy::too_many_arguments)] // operands, position, destination, scratch: nothing to bundle that is used twice
-    fn tile<T: Real, E: Element>(
+    fn tile<T: Scores, E: Element>(
         &self,
         q: &[E],
         k: &[E],
@@ -273,21 +276,40 @@ impl Job<'_> {
             let place = if fault::active("attention.block") { key % BLOCK } else { key };
             let (keys, kp) = block(k, self.k, k0 + key * ks, rows, &mut sc.keys, &k.into());
             let (values, vp) = block(v, self.v, v0 + place * vs, rows, &mut sc.values, &v.into());
-            for (i, state) in sc.state.iter_mut().enumerate() {
-                let lo = state.start.max(key);
-                let hi = state.end.min(key + BLOCK);
-                if lo >= hi {
+            for (group, states) in sc.state.chunks_mut(GROUP).enumerate() {
+                let queries = &sc.q[group * GROUP * s.d..][..states.len() * s.d];
+                let first = first + group * GROUP;
+                let seen = |s: &Query<T>| (s.start.max(key) - key, (s.end.min(key + BLOCK)).saturating_sub(key));
+                if states.iter().map(seen).all(|(lo, hi)| lo >= hi) {
                     continue;
                 }
-                let (lo, hi) = (lo - key, hi - key);
-                // Keys outside the query's range stay at -∞, weight 0, so that the order of the sum is the block's own.
-                let mut scores = [T::NEG_INF; BLOCK];
-                let query = &sc.q[i * s.d..(i + 1) * s.d];
-                products(query, &keys[lo * kp..], kp, &mut scores[lo..hi]);
-                self.adjust(b, h, first + i, key, (lo, hi), &mut scores, &mut sc.mask);
-                let acc = &mut sc.acc[i * s.dv..(i + 1) * s.dv];
-                weigh(state, &mut scores, acc);
-                accumulate(&scores[lo..hi], &values[lo * vp..], vp, acc);
+                let mut products = [T::ZERO; GROUP * BLOCK];
+                T::scores((queries, states.len(), s.d), (keys, rows, kp), &mut products);
+                // Keys outside a query's range stay at -∞, weight 0, so that the order of the sum is the block's own.
+                let mut weights = [[T::NEG_INF; BLOCK]; GROUP];
+                let accs = &mut sc.acc[group * GROUP * s.dv..];
+                let mut whole = states.len() == GROUP;
+                for (i, (state, scores)) in states.iter_mut().zip(&mut weights).enumerate() {
+                    let (lo, hi) = seen(state);
+                    if lo >= hi {
+                        whole = false;
+                        continue;
+                    }
+                    whole &= lo == 0 && hi == rows;
+                    scores[lo..hi].copy_from_slice(&products[i * BLOCK + lo..i * BLOCK + hi]);
+                    self.adjust(b, h, first + i, key, (lo, hi), scores, &mut sc.mask);
+                    weigh(state, scores, &mut accs[i * s.dv..(i + 1) * s.dv]);
+                }
+                if whole {
+                    accumulate_group(&weights, rows, values, vp, &mut accs[..GROUP * s.dv]);
+                    continue;
+                }
+                for ((state, weights), acc) in states.iter().zip(&weights).zip(accs.chunks_mut(s.dv)) {
+                    let (lo, hi) = seen(state);
+                    if lo < hi {
+                        accumulate(&weights[lo..hi], &values[lo * vp..], vp, acc);
+                    }
+                }
             }
         }
         for ((row, acc), state) in out.chunks_exact_mut(s.dv).zip(sc.acc.chunks_exact_mut(s.dv)).zip(&sc.state) {
@@ -338,79 +360,6 @@ impl Job<'_> {
     }
 }
 
-versions! {
-/// The products of a query with keys that stand `pitch` apart, one for each score.
-fn products<T: Real>(query: &[T], keys: &[T], pitch: usize, scores: &mut [T]) = products_body;
-}
-
-#[inline(always)]
-fn products_body<T: Real, const FMA: bool>(query: &[T], keys: &[T], pitch: usize, scores: &mut [T]) {
-    for (j, score) in scores.iter_mut().enumerate() {
-        *score = dot::<T, FMA>(query, &keys[j * pitch..j * pitch + query.len()]);
-    }
-}
-
-versions! {
-/// Turns a block's scores into weights, updates the running maximum and sum, and rescales what was accumulated.
-fn weigh<T: Real>(state: &mut Query<T>, scores: &mut [T; BLOCK], acc: &mut [T]) = weigh_body;
-}
-
-#[inline(always)]
-fn weigh_body<T: Real, const FMA: bool>(state: &mut Query<T>, scores: &mut [T; BLOCK], acc: &mut [T]) {
-    let mut max = state.max;
-    for &s in scores.iter() {
-        max = if s > max { s } else { max };
-    }
-    // Nothing finite so far: any shift gives weights of 0 (or NaN for NaN scores), -∞ - -∞ would not.
-    let shift = if max == T::NEG_INF { T::ZERO } else { max };
-    let keep = if fault::active("attention.rescale") { T::ONE } else { (state.max - shift).exp::<FMA>() };
-    for s in scores.iter_mut() {
-        *s = (*s - shift).exp::<FMA>();
-    }
-    let ones = [T::ONE; BLOCK];
-    if max != state.max {
-        for a in acc.iter_mut() {
-            *a = *a * keep;
-        }
-        state.sum = state.sum * keep;
-        state.max = max;
-    }
-    if fault::active("attention.sum_f16") {
-        let sum = scores.iter().fold(half::f16::ZERO, |s, x| s + x.put::<half::f16>());
-        state.sum = state.sum + T::get(sum);
-        return;
-    }
-    state.sum = state.sum + dot::<T, FMA>(&scores[..], &ones);
-}
-
-versions! {
-/// Adds the weighted values to `acc`, key by key in order; four keys share one pass over `acc`, which changes no bit.
-fn accumulate<T: Real>(weights: &[T], values: &[T], pitch: usize, acc: &mut [T]) = accumulate_body;
-}
-
-#[inline(always)]
-fn accumulate_body<T: Real, const FMA: bool>(weights: &[T], values: &[T], pitch: usize, acc: &mut [T]) {
-    let n = acc.len();
-    let row = |j: usize| &values[j * pitch..j * pitch + n];
-    let mut j = 0;
-    let lossy = fault::active("attention.fourth_value");
-    while let Some(&[a, b, c, d]) = weights.get(j..j + 4) {
-        let d = if lossy { T::ZERO } else { d };
-        let (x, y, z, w) = (row(j), row(j + 1), row(j + 2), row(j + 3));
-        for ((((o, &x), &y), &z), &w) in acc.iter_mut().zip(x).zip(y).zip(z).zip(w) {
-            let sum = b.mul_add::<FMA>(y, a.mul_add::<FMA>(x, *o));
-            *o = d.mul_add::<FMA>(w, c.mul_add::<FMA>(z, sum));
-        }
-        j += 4;
-    }
-    let skip = if fault::active("attention.value_tail") { weights.len() } else { j };
-    for (j, &p) in weights.iter().enumerate().skip(skip) {
-        for (o, &x) in acc.iter_mut().zip(row(j)) {
-            *o = p.mul_add::<FMA>(x, *o);
-        }
-    }
-}
-
 macro_rules! slice_from {
     ($($t:ty => $v:ident),*) => {
         $(impl<'a> From<&'a [$t]> for Slice<'a> {
@@ -421,45 +370,3 @@ macro_rules! slice_from {
     };
 }
 slice_from!(half::bf16 => BF16, half::f16 => F16, f32 => F32, f64 => F64);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::simd::tests::{fused, with_each};
-
-    fn numbers(n: usize, seed: usize) -> Vec<f32> {
-        (0..n).map(|i| ((i * 37 + seed * 101) % 127) as f32 / 31.0 - 2.0).collect()
-    }
-
-    /// Every version against the body that it was compiled from, bit for bit.
-    #[test]
-    fn versions_give_the_bits_of_their_bodies() {
-        for d in [1usize, 7, 16, 33, 64, 80] {
-            let (query, keys) = (numbers(d, 1), numbers(BLOCK * d, 2));
-            with_each(|isa| {
-                let fma = fused(isa);
-                let (mut got, mut want) = ([0f32; BLOCK], [0f32; BLOCK]);
-                products(&query, &keys, d, &mut got);
-                if fma {
-                    products_body::<f32, true>(&query, &keys, d, &mut want);
-                } else {
-                    products_body::<f32, false>(&query, &keys, d, &mut want);
-                }
-                assert_eq!(got, want, "products {isa:?} {d}");
-                let state = || Query { max: 0.5f32, sum: 1.25, start: 0, end: BLOCK };
-                let (mut a, mut b) = ((state(), numbers(d, 3)), (state(), numbers(d, 3)));
-                weigh(&mut a.0, &mut got, &mut a.1);
-                accumulate(&got[1..], &keys, d, &mut a.1);
-                if fma {
-                    weigh_body::<f32, true>(&mut b.0, &mut want, &mut b.1);
-                    accumulate_body::<f32, true>(&want[1..], &keys, d, &mut b.1);
-                } else {
-                    weigh_body::<f32, false>(&mut b.0, &mut want, &mut b.1);
-                    accumulate_body::<f32, false>(&want[1..], &keys, d, &mut b.1);
-                }
-                assert_eq!(got, want, "weigh {isa:?} {d}");
-                assert_eq!((a.0.max, a.0.sum, a.1), (b.0.max, b.0.sum, b.1), "accumulate {isa:?} {d}");
-            });
-        }
-    }
-}
