@@ -1,4 +1,4 @@
-//! Matrix products through the `gemm` crate.
+//! Matrix products: inner products of rows where the right side lies transposed, the `gemm` crate elsewhere.
 
 use super::dots::{dots_parallel, Grid, Narrow, Rows};
 use super::{check_float, check_out};
@@ -172,8 +172,9 @@ pub(crate) mod gemm_scalar {
 
 /// Matrix product `(…, m, k) x (…, k, n) -> (…, m, n)`, batch dims broadcast from the right, any strides.
 ///
-/// f32, f64 and f16 go to the `gemm` crate, called as Candle calls it, so that f32 results are
-/// Candle's bit for bit; bf16 is widened to f32, accumulated in f32 and rounded once. `k == 0` gives zeros.
+/// Where b's columns are runs of elements (a weight (out, in) transposed), f32, f16 and bf16 are inner products in f32, each in
+/// an order of its own two rows. Elsewhere, and in f64, the `gemm` crate is called as Candle calls it; bf16 is widened to f32,
+/// accumulated in f32 and rounded once. `k == 0` gives zeros.
 ///
 /// # Errors
 /// `ShapeMismatch`, `DTypeMismatch`, `Unsupported` (not a float), `OutOfBounds`.
@@ -252,13 +253,13 @@ fn products<T: Element + gemm_scalar::Scalar>(s: &Batched, a: &[T], b: &[T], out
     each_product(s, |am, bm, range| gemm_into(a, am, b, bm, &mut out[range], false, T::from_f32(1.0)))
 }
 
-/// Whether the rows of a and the columns of b are runs of elements, as those of a weight are that lies (out, in).
+/// Whether the columns of b are runs of elements, as those of a weight are that lies (out, in).
 fn runs(s: &Batched) -> bool {
-    let rank = s.a.dims.len();
-    s.k > 1 && s.a.strides[rank - 1] == 1 && s.b.strides[rank - 2] == 1 && s.n > 1
+    s.k > 0 && (s.b.strides[s.b.dims.len() - 2] == 1 || s.k == 1)
 }
 
-/// Inner products where both sides are runs, `other` elsewhere.
+/// Inner products where the columns of b are runs, `other` elsewhere. A row of a that is none is copied to one, so that its sums have
+/// one order however it lies.
 fn narrow<E: Narrow>(
     s: &Batched,
     a: &[E],
@@ -271,19 +272,36 @@ fn narrow<E: Narrow>(
     }
     let (mut wide, mut sums) = (Vec::new(), Vec::new());
     each_product(s, |am, bm, range| {
-        let w = Rows::new(b.get(bm.offset..).unwrap_or_default(), bm.cols, bm.col_stride, bm.rows)?;
-        if let Some((a, out)) = E::as_f32(a, &mut out[range.clone()]) {
+        let pitch = if fault::active("dots.pitch") { 0 } else { bm.col_stride };
+        let w = Rows::new(b.get(bm.offset..).unwrap_or_default(), bm.cols, pitch, bm.rows)?;
+        let direct = am.col_stride == 1 || am.cols == 1;
+        if let (true, Some((a, out))) = (direct, E::as_f32(a, &mut out[range.clone()])) {
             let x = Rows::new(a.get(am.offset..).unwrap_or_default(), am.rows, am.row_stride, am.cols)?;
-            return dots_parallel(x, w, Grid::new(out, am.rows, bm.cols, bm.cols)?);
+            dots_parallel(x, w, Grid::new(out, am.rows, bm.cols, bm.cols)?)?;
+            damage(out);
+            return Ok(());
         }
         widen_matrix(a, am, &mut wide);
         sums.clear();
         sums.resize(range.len(), 0.0);
         let x = Rows::new(&wide, am.rows, am.cols, am.cols)?;
         dots_parallel(x, w, Grid::new(&mut sums, am.rows, bm.cols, bm.cols)?)?;
+        damage(&mut sums);
         E::round_from(&sums, &mut out[range]);
         Ok(())
     })
+}
+
+/// Faults: sums in f16, a last element that is off.
+fn damage(sums: &mut [f32]) {
+    if fault::active("dots.f16") {
+        for x in sums.iter_mut() {
+            *x = half::f16::from_f32(*x).to_f32();
+        }
+    }
+    if let (true, Some(x)) = (fault::active("dots.tail"), sums.last_mut()) {
+        *x = *x * 1.001 + 1e-3;
+    }
 }
 
 /// Widens a matrix to a dense f32 one.
