@@ -6,6 +6,8 @@ use crate::kernels::dot::dot;
 use crate::kernels::dots::{dots, Grid, Rows};
 use crate::math::Real;
 use crate::simd::versions;
+#[cfg(target_arch = "x86_64")]
+use crate::simd::{isa, Isa};
 
 /// Columns of the values that stay in registers while a block's keys pass.
 const COLUMNS: usize = 16;
@@ -14,14 +16,25 @@ const COLUMNS: usize = 16;
 pub(super) trait Scores: Real {
     /// The products of up to [`GROUP`] queries (rows of `d`, one after the other) with `count` keys that stand `pitch` apart; those of a
     /// query stand [`BLOCK`] behind those of the one before. Each is [`dot`] of its two rows.
-    fn scores(queries: (&[Self], usize, usize), keys: (&[Self], usize, usize), out: &mut [Self; GROUP * BLOCK]);
+    fn scores(queries: (&[Self], usize, usize), keys: (&[Self], usize, usize), out: &mut [Self]);
+
+    /// As [`accumulate_group`].
+    fn accumulate_group(
+        weights: &[[Self; BLOCK]; GROUP],
+        rows: usize,
+        values: &[Self],
+        pitch: usize,
+        accs: &mut [Self],
+    ) {
+        accumulate_group(weights, rows, values, pitch, 0, accs);
+    }
 }
 
 impl Scores for f32 {
     fn scores(
         (queries, rows, d): (&[f32], usize, usize),
         (keys, count, pitch): (&[f32], usize, usize),
-        out: &mut [f32; GROUP * BLOCK],
+        out: &mut [f32],
     ) {
         let sides = Rows::new(queries, rows, d, d).and_then(|q| Ok((q, Rows::new(keys, count, pitch, d)?)));
         let done = sides.and_then(|(q, k)| dots(q, k, &mut Grid::new(out, rows, count, BLOCK)?));
@@ -30,13 +43,23 @@ impl Scores for f32 {
             out.fill(f32::NAN);
         }
     }
+
+    fn accumulate_group(weights: &[[f32; BLOCK]; GROUP], rows: usize, values: &[f32], pitch: usize, accs: &mut [f32]) {
+        #[cfg(target_arch = "x86_64")]
+        if isa() == Isa::Avx512 && !fault::active("attention.fourth_value") {
+            // SAFETY: `isa` names a set only where the machine has all of its features.
+            let done = unsafe { super::avx512::accumulate_group(weights, rows, values, pitch, accs) };
+            return accumulate_group(weights, rows, values, pitch, done, accs);
+        }
+        accumulate_group(weights, rows, values, pitch, 0, accs);
+    }
 }
 
 impl Scores for f64 {
     fn scores(
         (queries, rows, d): (&[f64], usize, usize),
         (keys, count, pitch): (&[f64], usize, usize),
-        out: &mut [f64; GROUP * BLOCK],
+        out: &mut [f64],
     ) {
         for (i, scores) in out.chunks_exact_mut(BLOCK).enumerate().take(rows) {
             products(&queries[i * d..(i + 1) * d], keys, pitch, &mut scores[..count]);
@@ -53,6 +76,18 @@ fn products<T: Real>(query: &[T], keys: &[T], pitch: usize, scores: &mut [T]) = 
 fn products_body<T: Real, const FMA: bool>(query: &[T], keys: &[T], pitch: usize, scores: &mut [T]) {
     for (j, score) in scores.iter_mut().enumerate() {
         *score = dot::<T, FMA>(query, &keys[j * pitch..j * pitch + query.len()]);
+    }
+}
+
+versions! {
+/// Scores times their scale.
+pub(super) fn scaled<T: Real>(scores: &mut [T], scale: T) = scaled_body;
+}
+
+#[inline(always)]
+fn scaled_body<T: Real, const FMA: bool>(scores: &mut [T], scale: T) {
+    for score in scores {
+        *score = *score * scale;
     }
 }
 
@@ -119,8 +154,8 @@ fn accumulate_body<T: Real, const FMA: bool>(weights: &[T], values: &[T], pitch:
 
 versions! {
 /// Adds the weighted values of `rows` keys to the accumulators of [`GROUP`] queries, which follow one another, key by key in order: as
-/// [`accumulate`] does for each, bit for bit, but with one pass over the values.
-pub(super) fn accumulate_group<T: Real>(weights: &[[T; BLOCK]; GROUP], rows: usize, values: &[T], pitch: usize, accs: &mut [T]) = accumulate_group_body;
+/// [`accumulate`] does for each, bit for bit, but with one pass over the values. Columns before `done` are left as they are.
+fn accumulate_group<T: Real>(weights: &[[T; BLOCK]; GROUP], rows: usize, values: &[T], pitch: usize, done: usize, accs: &mut [T]) = accumulate_group_body;
 }
 
 #[inline(always)]
@@ -129,12 +164,13 @@ fn accumulate_group_body<T: Real, const FMA: bool>(
     rows: usize,
     values: &[T],
     pitch: usize,
+    done: usize,
     accs: &mut [T],
 ) {
     let n = accs.len() / GROUP;
-    let whole = n / COLUMNS * COLUMNS;
+    let whole = (n - done) / COLUMNS * COLUMNS + done;
     let lossy = fault::active("attention.fourth_value");
-    for c in (0..whole).step_by(COLUMNS) {
+    for c in (done..whole).step_by(COLUMNS) {
         let mut held = [[T::ZERO; COLUMNS]; GROUP];
         for (held, acc) in held.iter_mut().zip(accs.chunks_exact(n)) {
             held.copy_from_slice(&acc[c..c + COLUMNS]);
@@ -210,7 +246,7 @@ mod tests {
                 for rows in [1, 7, BLOCK] {
                     let mut accs = numbers(GROUP * d, 9);
                     let mut one_by_one = accs.clone();
-                    accumulate_group(&weights, rows, &keys, d, &mut accs);
+                    f32::accumulate_group(&weights, rows, &keys, d, &mut accs);
                     for (weights, acc) in weights.iter().zip(one_by_one.chunks_mut(d)) {
                         accumulate(&weights[..rows], &keys, d, acc);
                     }

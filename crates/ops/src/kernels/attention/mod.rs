@@ -4,6 +4,8 @@
 //! not on threads. Keys are taken in blocks of 64 at fixed absolute positions, so that prefill, chunked prefill and decode
 //! agree bit for bit. No matrix of scores is ever stored.
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod loops;
 
 use super::{check_float, check_out};
@@ -12,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::fault;
 use crate::math::Real;
 use crate::view::{each_dtype, Slice, SliceMut, Strided, View};
-use loops::{accumulate, accumulate_group, weigh, Scores};
+use loops::{accumulate, scaled, weigh, Scores};
 use rayon::prelude::*;
 
 const OP: &str = "attention";
@@ -283,10 +285,8 @@ impl Job<'_> {
                 if states.iter().map(seen).all(|(lo, hi)| lo >= hi) {
                     continue;
                 }
-                let mut products = [T::ZERO; GROUP * BLOCK];
-                T::scores((queries, states.len(), s.d), (keys, rows, kp), &mut products);
-                // Keys outside a query's range stay at -∞, weight 0, so that the order of the sum is the block's own.
-                let mut weights = [[T::NEG_INF; BLOCK]; GROUP];
+                let mut weights = [[T::ZERO; BLOCK]; GROUP];
+                T::scores((queries, states.len(), s.d), (keys, rows, kp), weights.as_flattened_mut());
                 let accs = &mut sc.acc[group * GROUP * s.dv..];
                 let mut whole = states.len() == GROUP;
                 for (i, (state, scores)) in states.iter_mut().zip(&mut weights).enumerate() {
@@ -296,12 +296,14 @@ impl Job<'_> {
                         continue;
                     }
                     whole &= lo == 0 && hi == rows;
-                    scores[lo..hi].copy_from_slice(&products[i * BLOCK + lo..i * BLOCK + hi]);
+                    // Keys outside a query's range are at -∞, weight 0, so that the order of the sum is the block's own.
+                    scores[..lo].fill(T::NEG_INF);
+                    scores[hi..].fill(T::NEG_INF);
                     self.adjust(b, h, first + i, key, (lo, hi), scores, &mut sc.mask);
                     weigh(state, scores, &mut accs[i * s.dv..(i + 1) * s.dv]);
                 }
                 if whole {
-                    accumulate_group(&weights, rows, values, vp, &mut accs[..GROUP * s.dv]);
+                    T::accumulate_group(&weights, rows, values, vp, &mut accs[..GROUP * s.dv]);
                     continue;
                 }
                 for ((state, weights), acc) in states.iter().zip(&weights).zip(accs.chunks_mut(s.dv)) {
@@ -341,10 +343,7 @@ impl Job<'_> {
         let scores = &mut scores[lo..hi];
         match self.params.softcap.filter(|_| !fault::active("attention.softcap")) {
             Some(cap) => scores.iter_mut().for_each(|x| *x = x.softcap(scale / cap, cap)),
-            None => {
-                let scale = T::from_f64(scale);
-                scores.iter_mut().for_each(|x| *x = *x * scale);
-            }
+            None => scaled(scores, T::from_f64(scale)),
         }
         if let Some((data, l)) = &self.mask {
             let st = &l.strides;
