@@ -26,13 +26,13 @@ pub struct VerifyArgs {
     #[arg(long)]
     pub models: bool,
     /// Only this op, by its name in docs/ops.md; `random` for the random graphs.
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", conflicts_with = "mutants")]
     pub op: Option<String>,
     /// Only this mode.
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", conflicts_with = "mutants")]
     pub mode: Option<String>,
     /// Only cases of this dtype.
-    #[arg(long, value_name = "D")]
+    #[arg(long, value_name = "D", conflicts_with = "mutants")]
     pub dtype: Option<String>,
     /// The seed of inputs and random graphs.
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -41,7 +41,7 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "N", default_value_t = 40)]
     pub show: usize,
     /// Writes the result to a file, as JSON.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "mutants")]
     pub json: Option<PathBuf>,
 }
 
@@ -94,6 +94,10 @@ fn all_caught(args: &VerifyArgs) -> Result<bool, Error> {
 }
 
 fn verify(args: &VerifyArgs) -> Result<Summary, Error> {
+    if let Some(path) = &args.json {
+        // a file that cannot be written is said before the work, not after it
+        std::fs::File::create(path).map_err(|source| Error::Json { path: path.display().to_string(), source })?;
+    }
     let mut options = Options::new(if args.quick { Extent::Quick } else { Extent::Full });
     options.op.clone_from(&args.op);
     options.mode.clone_from(&args.mode);

@@ -69,7 +69,7 @@ pub(crate) fn run(arguments: &Arguments, out: &mut dyn Write) -> Result<(), Box<
     }
     let context = files.causal_lm_config()?.max_position_embeddings;
     if prompt_ids.len() >= context {
-        let message = format!("the prompt has {} tokens, the model's context room for {context}", prompt_ids.len());
+        let message = format!("the prompt has {} tokens, the model's context has room for {context}", prompt_ids.len());
         return Err(format!("{message}: nothing can follow it").into());
     }
     let model = files.causal_lm(DType::F32, &Device::Cpu)?;

@@ -104,7 +104,7 @@ fn of_nn(error: &candle_lazy_nn::Error) -> Option<Class> {
     match error {
         E::Exec(error) => of_exec(error),
         E::Candle(error) => of_candle(error),
-        E::TensorShape { .. } => Some(Class::Shape),
+        E::TensorShape { .. } | E::CacheFull { .. } => Some(Class::Shape),
         E::Unsupported { .. } => Some(Class::Unsupported),
         _ => None,
     }
@@ -224,6 +224,23 @@ mod tests {
         let error = Error::from(tensor(&[2, 3], DType::F32).narrow(5, 0, 1).unwrap_err());
         assert!(error.is_shape(), "{error}");
         assert!(error.to_string().contains(file!().rsplit('/').next().unwrap()), "{error}");
+    }
+
+    #[test]
+    fn what_fails_while_running_or_in_a_module_keeps_its_class() {
+        let x = LazyTensor::zeros((3, 4), DType::F32, &Device::Cpu).unwrap();
+        let ids = LazyTensor::new(&[0u32, 7], &Device::Cpu).unwrap();
+        let error = Error::from(x.index_select(&ids, 0).unwrap().eval().unwrap_err());
+        assert!(error.is_shape(), "{error}");
+        let heads = LazyTensor::zeros((1, 1, 4, 6), DType::F32, &Device::Cpu).unwrap();
+        let table = LazyTensor::zeros((4, 2), DType::F32, &Device::Cpu).unwrap();
+        let error = Error::from(candle_lazy_nn::candle_nn::rotary_emb::rope(&heads, &table, &table).unwrap_err());
+        assert!(error.is_shape() && error.to_string().contains("rope(f32 [1, 1, 4, 6], f32 [4, 2])"), "{error}");
+        let odd = heads.narrow(3, 0, 5).unwrap();
+        let error = candle_lazy_nn::candle_nn::rotary_emb::rope(&odd, &table, &table).unwrap_err().to_string();
+        assert!(error.contains("a head of 5 cannot be turned in pairs"), "{error}");
+        let error = Error::from(candle_lazy_nn::candle_nn::ops::swiglu(&odd).unwrap_err());
+        assert!(error.is_shape() && error.to_string().contains("swiglu(f32 [1, 1, 4, 5])"), "{error}");
     }
 
     #[test]

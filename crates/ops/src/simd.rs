@@ -19,7 +19,7 @@ pub enum Isa {
 }
 
 /// The instruction set in use: the widest that the machine has, or the narrower one that the environment variable
-/// `CANDLE_LAZY_ISA` names (`portable`, `avx2`, `avx512`) when it is first asked for.
+/// `CANDLE_LAZY_ISA` names (`portable`, `avx2`, `avx512`; anything else is as if it were not set) when it is first asked for.
 pub fn isa() -> Isa {
     #[cfg(test)]
     if let Some(forced) = tests::FORCED.get() {

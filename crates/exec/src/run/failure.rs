@@ -42,7 +42,7 @@ fn place(step: &Step, bindings: &Bindings) -> Option<Place> {
 
 /// The error of step `i`, with the op and the user's line.
 pub(super) fn located(plan: &Plan, i: usize, bindings: &Bindings, error: Error) -> Error {
-    let (Error::Candle(_) | Error::Internal(_) | Error::Memory { .. }) = &error else {
+    let (Error::Candle(_) | Error::Other(_) | Error::Internal(_) | Error::Memory { .. }) = &error else {
         return error;
     };
     let Some(Place { op, operands, site, members }) = plan.steps.get(i).and_then(|step| place(step, bindings)) else {
@@ -50,6 +50,7 @@ pub(super) fn located(plan: &Plan, i: usize, bindings: &Bindings, error: Error) 
     };
     let source: Box<dyn std::error::Error + Send + Sync> = match error {
         Error::Candle(error) => Box::new(crate::error::bare(error)),
+        Error::Other(error) => error,
         other => Box::new(other),
     };
     Error::Run { op, operands, site, members, source }

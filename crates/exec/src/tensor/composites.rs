@@ -30,6 +30,18 @@ impl AttentionOptions {
     pub fn causal(self, causal: bool) -> Self {
         Self { causal, ..self }
     }
+
+    /// The same with scores that pass through cap·tanh(score/cap).
+    #[must_use]
+    pub fn softcap(self, cap: f64) -> Self {
+        Self { softcap: Some(cap), ..self }
+    }
+
+    /// The same with a window of keys.
+    #[must_use]
+    pub fn window(self, keys: usize) -> Self {
+        Self { window: Some(keys), ..self }
+    }
 }
 
 impl LazyTensor {

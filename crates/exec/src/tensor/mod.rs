@@ -248,6 +248,16 @@ impl LazyTensor {
         Err(candle_lazy_graph::Error::new(op, kind).on(&metas).at(&BuildSite::here()).into())
     }
 
+    /// The error of an op of a layer above that refuses the shapes of its operands: it names them and the caller's line, as the errors
+    /// of this crate's ops do.
+    #[track_caller]
+    #[must_use]
+    pub fn shape_error(op: &'static str, detail: impl std::fmt::Display, operands: &[&Self]) -> crate::Error {
+        let metas: SmallVec<[_; 4]> = operands.iter().map(|t| t.node.meta()).collect();
+        let kind = candle_lazy_graph::ErrorKind::Shape(detail.to_string());
+        candle_lazy_graph::Error::new(op, kind).on(&metas).at(&BuildSite::here()).into()
+    }
+
     /// A recording error of this crate's own checks, at the caller's line.
     #[track_caller]
     pub(crate) fn refuse<T>(op: &'static str, kind: candle_lazy_graph::ErrorKind) -> Result<T> {

@@ -22,7 +22,7 @@ fn zeros(like: &Tensor, dim: usize, len: usize) -> Result<Tensor> {
     let mut shape = like.dims().to_vec();
     match shape.get_mut(dim) {
         Some(size) => *size = len,
-        None => return refuse(format!("dim {dim} of {:?}", like.dims())),
+        None => return Err(Tensor::shape_error("kv cache", format!("there is no dim {dim}"), &[like])),
     }
     let buffer = Tensor::zeros(shape, like.dtype(), like.device())?;
     candle_lazy_exec::materialize(&[&buffer])?;
@@ -34,9 +34,13 @@ fn zeros(like: &Tensor, dim: usize, len: usize) -> Result<Tensor> {
 fn check(buffer: &Tensor, src: &Tensor, dim: usize) -> Result<()> {
     let other_dims = |t: &Tensor| t.dims().iter().enumerate().filter(|(d, _)| *d != dim).map(|(_, n)| *n).collect();
     let (held, new): (Vec<usize>, Vec<usize>) = (other_dims(buffer), other_dims(src));
-    if held != new || buffer.dtype() != src.dtype() {
-        let (b, s) = (buffer, src);
-        return refuse(format!("holds {:?} ({:?}), got {:?} ({:?})", b.dims(), b.dtype(), s.dims(), s.dtype()));
+    if buffer.dtype() != src.dtype() {
+        let (held, got) = (buffer.dtype().as_str(), src.dtype().as_str());
+        return refuse(format!("holds {held}, got {got} {:?}: add .to_dtype(DType::{:?})", src.dims(), buffer.dtype()));
+    }
+    if held != new {
+        let detail = format!("it holds {:?}, which differs elsewhere than in dim {dim}", buffer.dims());
+        return Err(Tensor::shape_error("kv cache", detail, &[src]));
     }
     Ok(())
 }

@@ -47,6 +47,10 @@ pub fn silu(xs: &Tensor) -> Result<Tensor> {
 pub fn swiglu(xs: &Tensor) -> Result<Tensor> {
     let width = xs.dim(D::Minus1)?;
     let half = width / 2;
+    if width % 2 != 0 {
+        let detail = format!("the last dim holds gate and up side by side and must be even, got {width}");
+        return Err(Tensor::shape_error("swiglu", detail, &[xs]));
+    }
     xs.narrow(D::Minus1, 0, width - half)?.silu_mul(&xs.narrow(D::Minus1, width - half, half)?)
 }
 

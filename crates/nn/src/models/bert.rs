@@ -144,7 +144,7 @@ impl BertConfig {
             return Err(Error::config(
                 what,
                 format_args!(
-                    "hidden_size {} does not divide into num_attention_heads {}",
+                    "hidden_size {} is no multiple of num_attention_heads {}",
                     self.hidden_size, self.num_attention_heads
                 ),
             ));

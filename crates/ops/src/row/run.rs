@@ -20,7 +20,7 @@ const RESIDENT: usize = 8192;
 /// Rows per tile where neighbouring rows share cache lines.
 const STRIDED_ROWS: usize = 16;
 /// Below this many elements a run stays on the caller's thread.
-const PARALLEL: usize = 65_536;
+const PARALLEL: usize = 131_072;
 
 /// Shape of the tiles of a run.
 #[derive(Clone, Copy, Debug)]

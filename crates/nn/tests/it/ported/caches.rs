@@ -130,10 +130,13 @@ fn what_does_not_fit_is_refused_and_the_cache_stays() {
     let fitting = zeros((1, 2, 1, 3), DType::F32);
     let mut cache = KvCache::new(2, 4);
     cache.append(&fitting, &fitting).unwrap();
-    for wrong in [zeros((1, 3, 1, 3), DType::F32), zeros((1, 2, 1, 3), DType::F16)] {
+    for (wrong, said) in [
+        (zeros((1, 3, 1, 3), DType::F32), "kv cache(f32 [1, 3, 1, 3]): shape mismatch, it holds [1, 2, 4, 3]"),
+        (zeros((1, 2, 1, 3), DType::F16), "kv cache: holds f32, got f16 [1, 2, 1, 3]: add .to_dtype(DType::F32)"),
+    ] {
         let error = cache.append(&wrong, &wrong).unwrap_err();
         at_line(&error, line!() - 1);
-        assert!(error.to_string().contains("kv cache: holds [1, 2, 4, 3]"), "{error}");
+        assert!(error.to_string().contains(said), "{error}");
         assert_eq!(cache.current_seq_len(), 1);
     }
     cache.append(&fitting, &fitting).unwrap();
