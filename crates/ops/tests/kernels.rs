@@ -109,12 +109,30 @@ fn f32_matmul_is_candles_bit_for_bit() {
         };
         let eager: Vec<f32> = tensor(&a).matmul(&tensor(&b)).unwrap().flatten_all().unwrap().to_vec1().unwrap();
         assert!(matmul(&a, &b, eager.len()).unwrap() == Data::F32(eager), "{ad:?} {bd:?}");
-        // The weight of a linear layer: transposed, shared by the batch.
-        let w = operand(&mut rng, "contiguous", DType::F32, &[40, ad[ad.len() - 1]], 1.0);
-        let wt = Operand { layout: w.layout.permute(&[1, 0]).unwrap(), ..w.clone() };
-        let eager = tensor(&a).broadcast_matmul(&tensor(&w).t().unwrap()).unwrap();
-        let eager: Vec<f32> = eager.flatten_all().unwrap().to_vec1().unwrap();
-        assert!(matmul(&a, &wt, eager.len()).unwrap() == Data::F32(eager), "linear {ad:?}");
+    }
+}
+
+/// A product with a weight (out, in): each row has the bits that it has alone, and so has each column.
+#[test]
+fn a_row_of_a_linear_product_does_not_depend_on_its_neighbours() {
+    let mut rng = Rng(23);
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for (rows, k, n) in [(1usize, 64usize, 40usize), (2, 100, 33), (7, 75, 5), (33, 300, 64), (130, 17, 16)] {
+            for layout in ["contiguous", "transposed"] {
+                let a = operand(&mut rng, layout, dtype, &[rows, k], 1.0);
+                let w = operand(&mut rng, "contiguous", dtype, &[n, k], 1.0);
+                let wt = Operand { layout: w.layout.permute(&[1, 0]).unwrap(), ..w.clone() };
+                let all = matmul(&a, &wt, rows * n).unwrap().bits();
+                for row in [0, rows / 2, rows - 1] {
+                    let one = Operand { layout: a.layout.narrow(0, row, 1).unwrap(), ..a.clone() };
+                    let alone = matmul(&one, &wt, n).unwrap().bits();
+                    assert!(alone == all[row * n..(row + 1) * n], "{} {layout} {rows}x{k}x{n}", dtype.as_str());
+                    let column = Operand { layout: wt.layout.narrow(1, n - 1, 1).unwrap(), ..w.clone() };
+                    let alone = matmul(&one, &column, 1).unwrap().bits();
+                    assert!(alone == all[(row + 1) * n - 1..(row + 1) * n], "column of {layout} {rows}x{k}x{n}");
+                }
+            }
+        }
     }
 }
 

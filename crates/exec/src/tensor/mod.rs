@@ -252,7 +252,7 @@ impl LazyTensor {
     /// of this crate's ops do.
     #[track_caller]
     #[must_use]
-    pub fn shape_error(op: &'static str, detail: impl std::fmt::Display, operands: &[&Self]) -> crate::Error {
+    pub fn shape_error(op: &'static str, detail: impl std::fmt::Display, operands: &[&Self]) -> crate::error::Error {
         let metas: SmallVec<[_; 4]> = operands.iter().map(|t| t.node.meta()).collect();
         let kind = candle_lazy_graph::ErrorKind::Shape(detail.to_string());
         candle_lazy_graph::Error::new(op, kind).on(&metas).at(&BuildSite::here()).into()

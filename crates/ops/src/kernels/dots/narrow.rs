@@ -27,6 +27,7 @@ impl Narrow for f32 {
 
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
+    // SAFETY: the conditions are the trait's.
     unsafe fn load(from: *const f32, mask: Option<u16>) -> __m512 {
         // SAFETY: the caller's promise.
         unsafe {
@@ -41,6 +42,7 @@ impl Narrow for f32 {
 impl Narrow for bf16 {
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
+    // SAFETY: the conditions are the trait's.
     unsafe fn load(from: *const bf16, mask: Option<u16>) -> __m512 {
         // SAFETY: the caller's promise; a bf16 is 16 bits that stand for the upper half of an f32.
         unsafe {
@@ -56,6 +58,7 @@ impl Narrow for bf16 {
 impl Narrow for f16 {
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
+    // SAFETY: the conditions are the trait's.
     unsafe fn load(from: *const f16, mask: Option<u16>) -> __m512 {
         // SAFETY: the caller's promise; an f16 is 16 bits in the machine's format.
         unsafe {
