@@ -19,8 +19,8 @@ const TILE: usize = 2048;
 const RESIDENT: usize = 8192;
 /// Rows per tile where neighbouring rows share cache lines.
 const STRIDED_ROWS: usize = 16;
-/// Below this many elements a run stays on the caller's thread.
-const PARALLEL: usize = 131_072;
+/// Below this many elements a run stays on the caller's thread: at 64 Ki a second thread costs what it saves.
+const PARALLEL: usize = 65_537;
 
 /// Shape of the tiles of a run.
 #[derive(Clone, Copy, Debug)]
