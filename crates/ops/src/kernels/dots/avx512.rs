@@ -1,4 +1,4 @@
-//! The products by AVX-512: sixteen sums in registers, four rows of the weight at a time, folded together.
+//! The products by AVX-512: sixteen sums in registers, those of sixteen products folded together.
 
 use super::{Grid, Narrow, Rows, LANES};
 use crate::fault;
@@ -10,30 +10,38 @@ pub(super) fn dots<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: &mut Grid<'
     while i < x.count {
         // SAFETY: the caller takes this path only where the machine has AVX-512.
         i += unsafe {
-            match x.count - i {
-                1 => pass::<E, 1>(x, i, w, out, at),
-                2 | 3 => pass::<E, 2>(x, i, w, out, at),
-                _ => pass::<E, 4>(x, i, w, out, at),
+            match (x.count - i, i) {
+                (1, 0) => pass::<E, 1, 1>(x, i, w, out, at),
+                (1, _) => pass::<E, 1, 4>(x, i, w, out, at),
+                (2 | 3, 0) => pass::<E, 2, 1>(x, i, w, out, at),
+                (2 | 3, _) => pass::<E, 2, 4>(x, i, w, out, at),
+                (_, 0) => pass::<E, 4, 1>(x, i, w, out, at),
+                _ => pass::<E, 4, 4>(x, i, w, out, at),
             }
         };
     }
 }
 
-/// `M` rows of x from `i` on with all rows of the weight; says how many rows that were.
+/// `M` rows of x from `i` on with all rows of the weight, `R` at a time; says how many rows of x that were.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn pass<E: Narrow, const M: usize>(x: Rows<'_, f32>, i: usize, w: Rows<'_, E>, out: &mut Grid<'_>, at: usize) -> usize {
+fn pass<E: Narrow, const M: usize, const R: usize>(
+    x: Rows<'_, f32>,
+    i: usize,
+    w: Rows<'_, E>,
+    out: &mut Grid<'_>,
+    at: usize,
+) -> usize {
     let xs: [&[f32]; M] = std::array::from_fn(|r| x.row(i + r));
     let step = LANES / M;
     for j in (0..w.count).step_by(step) {
         let count = step.min(w.count - j);
         let mut sums = [_mm512_setzero_ps(); LANES];
-        for group in 0..count.div_ceil(4) {
+        for first in (0..count).step_by(R) {
             // rows that are not there repeat the last one
-            let rows: [&[E]; 4] = std::array::from_fn(|l| w.row(j + (4 * group + l).min(count - 1)));
-            let four = products::<E, M>(xs, rows);
-            for (l, of_row) in four.iter().enumerate() {
+            let rows: [&[E]; R] = std::array::from_fn(|l| w.row(j + (first + l).min(count - 1)));
+            for (l, of_row) in products::<E, M, R>(xs, rows).iter().enumerate() {
                 for (r, sum) in of_row.iter().enumerate() {
-                    sums[4 * l + group * M + r] = *sum;
+                    sums[(first + l) % 4 * 4 + (first + l) / 4 * M + r] = *sum;
                 }
             }
         }
@@ -50,11 +58,11 @@ fn pass<E: Narrow, const M: usize>(x: Rows<'_, f32>, i: usize, w: Rows<'_, E>, o
     M
 }
 
-/// Sixteen sums for each pair of four rows of the weight and `M` rows of x, all of one length.
+/// Sixteen sums for each pair of `R` rows of the weight and `M` rows of x, all of one length.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn products<E: Narrow, const M: usize>(x: [&[f32]; M], w: [&[E]; 4]) -> [[__m512; M]; 4] {
-    let mut sums = [[_mm512_setzero_ps(); M]; 4];
+fn products<E: Narrow, const M: usize, const R: usize>(x: [&[f32]; M], w: [&[E]; R]) -> [[__m512; M]; R] {
+    let mut sums = [[_mm512_setzero_ps(); M]; R];
     let len = x.iter().map(|r| r.len()).chain(w.iter().map(|r| r.len())).min().unwrap_or(0);
     let whole = len / LANES * LANES;
     for l in (0..whole).step_by(LANES) {

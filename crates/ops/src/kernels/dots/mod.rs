@@ -1,7 +1,9 @@
 //! Inner products of every row of one matrix with every row of another: products with weights that lie (out, in), and scores.
 //!
 //! Each product is [`super::dot::dot`] of its two rows, bit for bit: 16 interleaved sums folded in halves. So it depends on its own
-//! two rows only, not on how many rows run together nor on threads. A weight's row is read once for up to four rows of x.
+//! two rows only, not on how many rows run together nor on threads. A weight's row is read once for up to four rows of x, and from
+//! memory one row after the other: several at once are several short streams, which come at half the speed of one long one. The
+//! rows of x that follow find a block of the weight in the cache, and take four of its rows at a time.
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -17,12 +19,17 @@ pub(crate) use narrow::Narrow;
 
 /// Lanes of a sum.
 const LANES: usize = 16;
-/// Below this many multiplications a product stays on the caller's thread.
-const PARALLEL: usize = 1 << 17;
+/// What a thread reads from memory and multiplies in a nanosecond, roughly: they decide how many threads share a product.
+const BYTES_PER_NS: usize = 25;
+const MACS_PER_NS: usize = 40;
+/// The least time that a task is worth: waking a thread that sleeps costs tens of microseconds.
+const TASK_NS: usize = 75_000;
 /// Rows of the weight that one task takes, at least.
 const TASK_ROWS: usize = 16;
 /// Bytes of the weight's rows that are kept in the second-level cache while x's rows pass.
 const BLOCK_BYTES: usize = 1 << 18;
+/// Bytes of a cache line.
+const LINE_BYTES: usize = 64;
 
 /// Rows of `len` elements that start `pitch` apart.
 #[derive(Clone, Copy, Debug)]
@@ -75,9 +82,29 @@ pub(crate) fn dots<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: &mut Grid<'
 
 /// The same with the weight's rows shared among threads.
 pub(crate) fn dots_parallel<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: Grid<'_>) -> Result<()> {
-    let work = x.count.saturating_mul(w.count).saturating_mul(w.len);
-    let tasks = rayon::current_num_threads().min(w.count / TASK_ROWS).min(work / (PARALLEL / 2));
-    share(x, w, out, tasks)
+    let weights = w.count.saturating_mul(w.len);
+    let time =
+        (weights.saturating_mul(size_of::<E>()) / BYTES_PER_NS).max(weights.saturating_mul(x.count) / MACS_PER_NS);
+    let tasks = rayon::current_num_threads().min(w.count / TASK_ROWS).min(time / TASK_NS);
+    let mut store = Vec::new();
+    share(aligned(x, w.count, &mut store), w, out, tasks)
+}
+
+/// The rows on boundaries of cache lines, copied there if need be: every row of the weight reads them again, and a load across a
+/// boundary costs two.
+fn aligned<'a>(x: Rows<'a, f32>, uses: usize, store: &'a mut Vec<f32>) -> Rows<'a, f32> {
+    let rests = x.data.as_ptr().align_offset(LINE_BYTES) == 0 && (x.pitch.is_multiple_of(LANES) || x.count == 1);
+    if rests || uses < TASK_ROWS {
+        return x;
+    }
+    let pitch = x.len.next_multiple_of(LANES);
+    store.resize(x.count * pitch + LANES, 0.0);
+    let skip = store.as_ptr().align_offset(LINE_BYTES).min(LANES);
+    let data = &mut store[skip..];
+    for i in 0..x.count {
+        data[i * pitch..i * pitch + x.len].copy_from_slice(x.row(i));
+    }
+    Rows { data, pitch, ..x }
 }
 
 fn share<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, mut out: Grid<'_>, tasks: usize) -> Result<()> {
@@ -121,6 +148,9 @@ mod tests {
         let xs = Rows::new(&x, m, xp, k).unwrap();
         let ws = Rows::new(&w, n, wp, k).unwrap();
         share(xs, ws, Grid::new(&mut got, m, n, op).unwrap(), tasks).unwrap();
+        let mut parallel = vec![7.0; m * op];
+        dots_parallel(xs, ws, Grid::new(&mut parallel, m, n, op).unwrap()).unwrap();
+        assert_eq!(parallel, got, "{isa:?} {m}x{n}x{k} with x on lines");
         for i in 0..m {
             for j in 0..op {
                 let want = match (j < n, fused(isa)) {

@@ -1,11 +1,11 @@
-//! The products for every machine, four of the weight's rows at a time.
+//! The products for every machine.
 
 use super::{Grid, Narrow, Rows, LANES};
 use crate::fault;
 use crate::row::loops::fold;
 use crate::simd::{mul_add, versions};
 
-/// Rows of the weight that are summed together.
+/// Rows of the weight that are summed together once they are in the cache.
 const TILE: usize = 4;
 
 versions! {
@@ -16,20 +16,34 @@ pub(super) fn dots<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: &mut Grid<'
 #[inline(always)]
 fn dots_body<E: Narrow, const FMA: bool>(x: Rows<'_, f32>, w: Rows<'_, E>, out: &mut Grid<'_>, at: usize) {
     for i in 0..x.count {
-        for j in (0..w.count).step_by(TILE) {
-            let count = TILE.min(w.count - j);
-            // rows that are not there repeat the last one
-            let rows: [&[E]; TILE] = std::array::from_fn(|t| w.row(j + t.min(count - 1)));
-            let sums = tile::<E, FMA>(x.row(i), rows);
-            out.put(i, at + j, &sums[..count]);
+        match i {
+            0 => row::<E, FMA, 1>(x, i, w, out, at),
+            _ => row::<E, FMA, TILE>(x, i, w, out, at),
         }
     }
 }
 
-/// The products of a row with [`TILE`] others.
+/// Row `i` of x with all rows of the weight, `R` at a time.
 #[inline(always)]
-fn tile<E: Narrow, const FMA: bool>(x: &[f32], w: [&[E]; TILE]) -> [f32; TILE] {
-    let mut sums = [[0f32; LANES]; TILE];
+fn row<E: Narrow, const FMA: bool, const R: usize>(
+    x: Rows<'_, f32>,
+    i: usize,
+    w: Rows<'_, E>,
+    out: &mut Grid<'_>,
+    at: usize,
+) {
+    for j in (0..w.count).step_by(R) {
+        let count = R.min(w.count - j);
+        // rows that are not there repeat the last one
+        let rows: [&[E]; R] = std::array::from_fn(|t| w.row(j + t.min(count - 1)));
+        out.put(i, at + j, &tile::<E, FMA, R>(x.row(i), rows)[..count]);
+    }
+}
+
+/// The products of a row with `R` others.
+#[inline(always)]
+fn tile<E: Narrow, const FMA: bool, const R: usize>(x: &[f32], w: [&[E]; R]) -> [f32; R] {
+    let mut sums = [[0f32; LANES]; R];
     let whole = x.len() / LANES * LANES;
     for l in (0..whole).step_by(LANES) {
         for (sums, w) in sums.iter_mut().zip(&w) {
