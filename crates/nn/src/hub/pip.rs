@@ -18,8 +18,9 @@ const LAST_LINES: usize = 12;
 const LOOK: Duration = Duration::from_millis(200);
 
 /// `python -m pip`, ended when standard input does: the pipe that this process holds closes when it ends, however it
-/// ends. The signal lets pip clean up, as Ctrl-C does; a pip that does not listen is gone seconds later. The folder that
-/// the user is in comes off the path first: a `signal.py` in it is none of pip's business.
+/// ends. The signal lets pip clean up, as Ctrl-C does; a pip that does not listen is gone seconds later. It is sent until Python
+/// has seen it: one that comes just before pip begins to wait for something wakes nobody. The folder that the user is in comes off
+/// the path first: a `signal.py` in it is none of pip's business.
 const PIP_UNTIL_INPUT_ENDS: &str = "
 import sys
 if sys.path[:1] == ['']:
@@ -28,10 +29,17 @@ import os, runpy, signal, threading, time
 def watch():
     while os.read(0, 4096):
         pass
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(5)
+    for _ in range(50):
+        if not seen.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
     os._exit(1)
-signal.signal(signal.SIGTERM, signal.default_int_handler)
+seen = threading.Event()
+def interrupt(number, frame):
+    if not seen.is_set():
+        seen.set()
+        raise KeyboardInterrupt
+signal.signal(signal.SIGTERM, interrupt)
 threading.Thread(target=watch, daemon=True).start()
 runpy.run_module('pip', run_name='__main__', alter_sys=True)
 ";
