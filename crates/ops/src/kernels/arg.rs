@@ -1,16 +1,14 @@
 //! Where along a dim an extreme element stands.
 
-use super::{check_out, PARALLEL};
+use super::{check_out, team, PARALLEL};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::row::space::Space;
 use crate::view::{each_dtype, Dims, SliceMut, Strided, View};
 use candle_core::DType;
-use rayon::prelude::*;
 
 /// Rows that are visited together.
-const ROWS: usize = 64;
 
 /// The place of the first largest (or, with `smallest`, the first smallest) element along `dim`, as u32. The output's dims are
 /// `x`'s without `dim`. As in Candle, a NaN counts only where it comes first.
@@ -70,8 +68,7 @@ fn scan<E: Element>(data: &[E], space: &Space, (size, step): (usize, usize), sma
         }
     };
     if out.len().saturating_mul(size) >= PARALLEL && space.rows > 1 {
-        let rows = ROWS.min(space.rows.div_ceil(2));
-        out.par_chunks_mut(space.cols * rows).enumerate().for_each(|(i, o)| run(i * rows, o));
+        team::each_chunk(out, space.cols, run);
     } else {
         run(0, out);
     }

@@ -1,12 +1,11 @@
 //! Copies between layouts, dtype casts, fills.
 
-use super::{check_out, PARALLEL};
+use super::{check_out, team, PARALLEL};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::row::space::Space;
 use crate::view::{each_dtype, SliceMut, Strided, View};
-use rayon::prelude::*;
 
 /// Rows that are copied together, block of columns by block, when strides are in the way.
 const ROWS: usize = 64;
@@ -118,7 +117,7 @@ fn cast_typed<S: Element, D: Element>(src: &[S], layout: &Strided, dst: &mut [D]
         let from = if fault::active("cast.offset") { 0 } else { layout.offset };
         let src = &src[from..from + dst.len()];
         if dst.len() >= PARALLEL {
-            dst.par_chunks_mut(PARALLEL / 4).zip(src.par_chunks(PARALLEL / 4)).for_each(|(d, s)| cast_run(s, d));
+            team::each_chunk(dst, 1, |first, d| cast_run(&src[first..first + d.len()], d));
         } else {
             cast_run(src, dst);
         }

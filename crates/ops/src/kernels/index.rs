@@ -1,13 +1,12 @@
 //! Selecting along a dim by an index tensor: embedding lookups.
 
-use super::{check_out, PARALLEL};
+use super::{check_out, team, PARALLEL};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::row::gather::RowShape;
 use crate::row::space::{merge, Space};
 use crate::view::{count, each_dtype, Slice, SliceMut, Strided, View};
-use rayon::prelude::*;
 use smallvec::SmallVec;
 
 const OP: &str = "index-select";
@@ -138,7 +137,11 @@ fn select<E: Element>(
         });
     };
     if dst.len() >= PARALLEL {
-        dst.par_chunks_mut(right).enumerate().for_each(|(at, out)| one(at, out));
+        team::each_chunk(dst, right, |first, out| {
+            for (i, out) in out.chunks_mut(right).enumerate() {
+                one(first + i, out);
+            }
+        });
     } else {
         for (at, out) in dst.chunks_mut(right).enumerate() {
             one(at, out);

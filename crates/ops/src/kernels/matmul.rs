@@ -1,7 +1,7 @@
 //! Matrix products: inner products of rows where the right side lies transposed, the `gemm` crate elsewhere.
 
 use super::dots::{dots_parallel, Grid, Narrow, Rows};
-use super::{check_float, check_out};
+use super::{check_float, check_out, team};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::fault;
@@ -9,7 +9,6 @@ use crate::row::space::Space;
 use crate::view::{count, Dims, Slice, SliceMut, Strided, View};
 use gemm::Parallelism;
 use half::bf16;
-use std::sync::OnceLock;
 
 const OP: &str = "matmul";
 
@@ -80,17 +79,9 @@ impl Matrix {
     }
 }
 
-/// The threads that Candle asks for, asked once: it reads the environment and `/proc/cpuinfo` each time, which is felt in a
-/// decoder's step of two hundred products.
-fn candle_threads() -> usize {
-    static THREADS: OnceLock<usize> = OnceLock::new();
-    *THREADS.get_or_init(candle_core::utils::get_num_threads)
-}
-
-/// How many threads `gemm` may use: as Candle asks for, except that it never gets more than the current pool has.
-/// The result's bits do not depend on it.
+/// How many threads `gemm` may use, of a pool of its own. The result's bits do not depend on it.
 fn parallelism() -> Parallelism {
-    match candle_threads().min(rayon::current_num_threads()) {
+    match team::threads() {
         0 | 1 => Parallelism::None,
         n => Parallelism::Rayon(n),
     }

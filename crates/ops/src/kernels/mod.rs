@@ -13,6 +13,7 @@ mod matmul;
 mod random;
 mod rope;
 mod scatter;
+pub(crate) mod team;
 
 pub use arg::arg_reduce;
 pub(crate) use attention::visible;
@@ -25,6 +26,7 @@ pub use matmul::matmul;
 pub use random::{philox, random, Distribution};
 pub use rope::rope;
 pub use scatter::{gather, index_add, scatter, Scatter};
+pub use team::{threads, with_threads};
 
 use crate::error::{Error, Result};
 use crate::view::SliceMut;

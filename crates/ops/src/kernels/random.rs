@@ -4,13 +4,12 @@
 //! The generator is Philox4x32 with ten rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a
 //! bijection of 128-bit counters under a 64-bit key.
 
-use super::{check_float, PARALLEL};
+use super::{check_float, team, PARALLEL};
 use crate::element::Element;
 use crate::error::Result;
 use crate::fault;
 use crate::view::{each_dtype, SliceMut};
 use candle_core::DType;
-use rayon::prelude::*;
 
 /// Which distribution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,9 +63,8 @@ fn fill<E: Element>(key: u64, dist: Distribution, a: f64, b: f64, dst: &mut [E])
             }
         }
     };
-    let part = PARALLEL / 4;
     if dst.len() >= PARALLEL {
-        dst.par_chunks_mut(part).enumerate().for_each(|(i, d)| run(i * (part / BLOCK), d));
+        team::each_chunk(dst, BLOCK, run);
     } else {
         run(0, dst);
     }

@@ -1,13 +1,12 @@
 //! Rotary position embedding.
 
-use super::{check_float, check_out, PARALLEL};
+use super::{check_float, check_out, team, PARALLEL};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::math::Real;
 use crate::view::{each_dtype, Slice, SliceMut, View};
 use candle_core::DType;
-use rayon::prelude::*;
 
 const OP: &str = "rope";
 
@@ -144,7 +143,11 @@ impl Job<'_> {
             }
         };
         if dst.len() >= PARALLEL {
-            dst.par_chunks_mut(d).with_min_len((4096 / d).max(1)).enumerate().for_each(|(row, out)| one(row, out));
+            team::each_chunk(dst, d, |first, out| {
+                for (i, out) in out.chunks_mut(d).enumerate() {
+                    one(first + i, out);
+                }
+            });
         } else {
             for (row, out) in dst.chunks_mut(d).enumerate() {
                 one(row, out);

@@ -3,14 +3,13 @@
 //! As in Candle, an index that is its type's largest value names nothing: gather gives zero there, scatter skips it.
 
 use super::index::read_ids;
-use super::{cast, check_out, copy_into, PARALLEL};
+use super::{cast, check_out, copy_into, team, PARALLEL};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::row::space::Space;
 use crate::view::{each_dtype, row_major, Dims, Slice, SliceMut, Strided, View};
 use candle_core::DType;
-use rayon::prelude::*;
 
 /// Rows that are visited together.
 const ROWS: usize = 64;
@@ -79,7 +78,7 @@ fn gather_typed<E: Element>(src: &Slice<'_>, space: &Space, ids: &[Option<usize>
         }
     };
     if dst.len() >= PARALLEL {
-        dst.par_chunks_mut(cols * ROWS).enumerate().for_each(|(i, d)| run(i * ROWS, d));
+        team::each_chunk(dst, cols, run);
     } else {
         run(0, dst);
     }

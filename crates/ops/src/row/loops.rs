@@ -1,10 +1,10 @@
 //! One tight loop per instruction over a tile of rows.
 //!
-//! Every loop is generic over the register type and monomorphic in its function, so the compiler
-//! vectorises it. A later target-specific build of the tile interpreter only has to instantiate these
-//! functions under another `target_feature`; nothing here depends on the instruction set.
+//! Every loop is generic over the register type and monomorphic in its function, so the compiler vectorises it, once for each
+//! instruction set; nothing here depends on which.
 
 use super::program::{BinaryFn, FloatKind, ReduceFn, UnaryFn};
+use super::span;
 use crate::element::Element;
 use crate::fault;
 use crate::math::Real;
@@ -76,11 +76,7 @@ fn map1<T: Real>(a: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize, f: impl
     for (r, d) in dst.chunks_exact_mut(cols).take(rows).enumerate() {
         match a.row(r, cols) {
             RowArg::Scalar(x) => d.fill(f(x)),
-            RowArg::Slice(x) => {
-                for (d, &x) in d.iter_mut().zip(x) {
-                    *d = f(x);
-                }
-            }
+            RowArg::Slice(x) => span::one(d, x, &f),
         }
     }
 }
@@ -93,21 +89,9 @@ fn map2<T: Real>(a: Arg<'_, T>, b: Arg<'_, T>, dst: &mut [T], rows: usize, cols:
     }
     for (r, d) in dst.chunks_exact_mut(cols).take(rows).enumerate() {
         match (a.row(r, cols), b.row(r, cols)) {
-            (RowArg::Slice(x), RowArg::Slice(y)) => {
-                for ((d, &x), &y) in d.iter_mut().zip(x).zip(y) {
-                    *d = f(x, y);
-                }
-            }
-            (RowArg::Slice(x), RowArg::Scalar(y)) => {
-                for (d, &x) in d.iter_mut().zip(x) {
-                    *d = f(x, y);
-                }
-            }
-            (RowArg::Scalar(x), RowArg::Slice(y)) => {
-                for (d, &y) in d.iter_mut().zip(y) {
-                    *d = f(x, y);
-                }
-            }
+            (RowArg::Slice(x), RowArg::Slice(y)) => span::two(d, x, y, &f),
+            (RowArg::Slice(x), RowArg::Scalar(y)) => span::one(d, x, |x| f(x, y)),
+            (RowArg::Scalar(x), RowArg::Slice(y)) => span::one(d, y, |y| f(x, y)),
             (RowArg::Scalar(x), RowArg::Scalar(y)) => d.fill(f(x, y)),
         }
     }

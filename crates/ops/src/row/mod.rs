@@ -16,6 +16,7 @@ pub mod programs;
 mod run;
 mod schedule;
 pub(crate) mod space;
+mod span;
 mod tile;
 
 pub use program::{BinaryFn, Builder, Class, FloatKind, Instr, Kind, ReduceFn, Reg, RowProgram, UnaryFn};

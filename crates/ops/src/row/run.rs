@@ -7,9 +7,9 @@ use super::space::Space;
 use super::tile::{Access, Run};
 use crate::error::{Error, Result};
 use crate::fault;
+use crate::kernels::team;
 use crate::math::Real;
 use crate::view::{count, each_dtype, row_major, Dims, Slice, SliceMut, Strided, View};
-use rayon::prelude::*;
 use smallvec::SmallVec;
 
 const OP: &str = "row program";
@@ -257,7 +257,7 @@ impl RowProgram {
             dense.max(STRIDED_ROWS * n.min(SEGMENT)).max(2 * TILE)
         }
         .min(total.max(1));
-        let threads = if total >= PARALLEL { rayon::current_num_threads() } else { 1 };
+        let threads = if total >= PARALLEL { team::threads() } else { 1 };
         let per_reg = tile.saturating_mul(self.class.size());
         per_reg.saturating_mul(self.instrs.len()).saturating_mul(threads)
     }
@@ -358,7 +358,7 @@ impl<T: Real> Job<'_, T> {
             tile_cols: tiles.cols,
         };
         let blocks = space.rows / block.max(1);
-        let threads = rayon::current_num_threads();
+        let threads = team::threads();
         let work = space.rows.saturating_mul(space.cols);
         if threads <= 1 || work < PARALLEL || blocks < 2 {
             let mut outs = outs;
@@ -389,7 +389,7 @@ impl<T: Real> Job<'_, T> {
         if lost {
             tasks.pop();
         }
-        tasks.into_par_iter().for_each(|(first, rows, mut outs)| run.rows(first, rows, &mut outs));
+        team::each(tasks, |(first, rows, mut outs)| run.rows(first, rows, &mut outs));
     }
 }
 

@@ -39,6 +39,14 @@ pub(crate) struct Run<'a, T> {
     pub(crate) tile_cols: usize,
 }
 
+/// Bytes of a cache line.
+const LINE_BYTES: usize = 64;
+
+/// Elements of a cache line.
+fn per_line<T>() -> usize {
+    LINE_BYTES / size_of::<T>()
+}
+
 /// A thread's scratch.
 struct Scratch<T> {
     buffers: Vec<T>,
@@ -56,11 +64,15 @@ struct Tile {
 }
 
 impl<T: Real> Run<'_, T> {
+    /// Elements of a tile's buffer, in whole cache lines.
+    fn cap(&self) -> usize {
+        (self.tile_rows * self.tile_cols).next_multiple_of(per_line::<T>()).max(1)
+    }
+
     /// Runs rows `first..first + rows`; `outs` are the pieces of the outputs that hold exactly these rows.
     pub(crate) fn rows(&self, first: usize, rows: usize, outs: &mut [SliceMut<'_>]) {
-        let cap = self.tile_rows * self.tile_cols;
         let mut scratch = Scratch {
-            buffers: vec![T::ZERO; cap * self.schedule.buffers],
+            buffers: vec![T::ZERO; self.cap() * self.schedule.buffers + per_line::<T>()],
             rows: vec![Vec::new(); self.program.instrs.len()],
             offsets: vec![Vec::new(); self.space.operands.len()],
         };
@@ -151,10 +163,11 @@ impl<T: Real> Run<'_, T> {
     /// Runs one pass over one segment of columns.
     fn segment(&self, pass: &Pass, tile: Tile, local: usize, scratch: &mut Scratch<T>, outs: &mut [SliceMut<'_>]) {
         let len = tile.rows * tile.cols;
-        let cap = (self.tile_rows * self.tile_cols).max(1);
         let Scratch { buffers, rows: row_values, offsets } = scratch;
+        // on a boundary of cache lines: a vector across one costs two
+        let skip = buffers.as_ptr().align_offset(LINE_BYTES).min(per_line::<T>());
         let mut slots: SmallVec<[&mut [T]; 12]> =
-            buffers.chunks_mut(cap).take(self.schedule.buffers).map(|b| &mut b[..len]).collect();
+            buffers[skip..].chunks_mut(self.cap()).take(self.schedule.buffers).map(|b| &mut b[..len]).collect();
         slots.resize_with(self.schedule.buffers, Default::default);
         // Outputs that are computed in place are slots like any other.
         let mut stored: SmallVec<[Option<SliceMut<'_>>; 4]> = SmallVec::new();

@@ -274,9 +274,9 @@ pub fn assert_ulps(got: &[f64], want: &[f64], dtype: DType, ulps: f64, scale: f6
     assert!(diff <= limit, "{what}: off by {diff:e}, allowed {limit:e}");
 }
 
-/// Runs `f` on a pool of `n` threads.
-pub fn on_threads<R: Send>(n: usize, f: impl FnOnce() -> R + Send) -> R {
-    rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap().install(f)
+/// Runs `f` with kernels that use `n` threads.
+pub fn on_threads<R>(n: usize, f: impl FnOnce() -> R) -> R {
+    candle_lazy_ops::kernels::with_threads(n, f)
 }
 
 /// Runs a program and returns its outputs.

@@ -8,14 +8,13 @@
 mod avx512;
 mod loops;
 
-use super::{check_float, check_out};
+use super::{check_float, check_out, team};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::math::Real;
 use crate::view::{each_dtype, Slice, SliceMut, Strided, View};
 use loops::{accumulate, scaled, weigh, Scores};
-use rayon::prelude::*;
 
 const OP: &str = "attention";
 /// Keys per block. Part of the numbers that attention gives.
@@ -198,6 +197,7 @@ struct Query<T> {
 }
 
 /// One thread's scratch.
+#[derive(Default)]
 struct Scratch<T> {
     q: Vec<T>,
     acc: Vec<T>,
@@ -214,28 +214,17 @@ impl Job<'_> {
     {
         let s = &self.shape;
         let head = s.sq * s.dv;
-        let scratch = || Scratch::<T> {
-            q: Vec::new(),
-            acc: Vec::new(),
-            keys: Vec::new(),
-            values: Vec::new(),
-            mask: Vec::new(),
-            state: Vec::new(),
-        };
         let work = [s.skv, s.d + s.dv, out.len() / head.max(1)].into_iter().fold(s.sq, usize::saturating_mul);
-        if work < 1 << 18 || rayon::current_num_threads() < 2 {
-            let mut sc = scratch();
-            for (bh, head) in out.chunks_mut(head).enumerate() {
-                for (t, tile) in head.chunks_mut(QUERIES * s.dv).enumerate() {
-                    self.tile(q, k, v, bh, t * QUERIES, tile, &mut sc);
-                }
-            }
-            return;
+        let threads = if work < 1 << 18 { 1 } else { team::threads() };
+        let mut tiles = Vec::new();
+        for (bh, head) in out.chunks_mut(head).enumerate() {
+            tiles.extend(head.chunks_mut(QUERIES * s.dv).enumerate().map(|(t, tile)| (bh, t * QUERIES, tile)));
         }
-        out.par_chunks_mut(head).enumerate().for_each(|(bh, head)| {
-            head.par_chunks_mut(QUERIES * s.dv).enumerate().for_each_init(scratch, |sc, (t, tile)| {
-                self.tile(q, k, v, bh, t * QUERIES, tile, sc);
-            });
+        team::each_group(tiles, threads, |group| {
+            let mut sc = Scratch::<T>::default();
+            for (bh, first, tile) in group {
+                self.tile(q, k, v, bh, first, tile, &mut sc);
+            }
         });
     }
 

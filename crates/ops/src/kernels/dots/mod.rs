@@ -11,19 +11,21 @@ mod grid;
 mod narrow;
 mod portable;
 
+use super::team;
 use crate::error::{Error, Result};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{isa, Isa};
 pub(crate) use grid::Grid;
 pub(crate) use narrow::Narrow;
+use parking_lot::Mutex;
 
 /// Lanes of a sum.
 const LANES: usize = 16;
 /// What a thread reads from memory and multiplies in a nanosecond, roughly: they decide how many threads share a product.
 const BYTES_PER_NS: usize = 25;
 const MACS_PER_NS: usize = 40;
-/// The least time that a task is worth: waking a thread that sleeps costs tens of microseconds.
-const TASK_NS: usize = 75_000;
+/// The least time that a task is worth.
+const TASK_NS: usize = 10_000;
 /// Rows of the weight that one task takes, at least.
 const TASK_ROWS: usize = 16;
 /// Bytes of the weight's rows that are kept in the second-level cache while x's rows pass.
@@ -85,7 +87,9 @@ pub(crate) fn dots_parallel<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: Gr
     let weights = w.count.saturating_mul(w.len);
     let time =
         (weights.saturating_mul(size_of::<E>()) / BYTES_PER_NS).max(weights.saturating_mul(x.count) / MACS_PER_NS);
-    let tasks = rayon::current_num_threads().min(w.count / TASK_ROWS).min(time / TASK_NS);
+    // several parts for each thread: one that wakes late finds less to do
+    let tasks = if time < 2 * TASK_NS { 1 } else { (team::threads() * 4).min(time / TASK_NS) };
+    let tasks = if team::threads() < 2 { 1 } else { tasks };
     let mut store = Vec::new();
     share(aligned(x, w.count, &mut store), w, out, tasks)
 }
@@ -107,16 +111,26 @@ fn aligned<'a>(x: Rows<'a, f32>, uses: usize, store: &'a mut Vec<f32>) -> Rows<'
     Rows { data, pitch, ..x }
 }
 
+/// The product in about `tasks` parts.
 fn share<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, mut out: Grid<'_>, tasks: usize) -> Result<()> {
     if tasks < 2 || out.cols() != w.count {
         return dots(x, w, &mut out);
     }
-    let half = tasks / 2;
-    let at = (w.count / TASK_ROWS * half / tasks * TASK_ROWS).clamp(TASK_ROWS, w.count);
-    let (left, right) = out.split_cols(at);
-    let (a, b) =
-        rayon::join(|| share(x, w.part(0, at), left, half), || share(x, w.part(at, w.count - at), right, tasks - half));
-    a.and(b)
+    let rows = w.count.div_ceil(tasks).next_multiple_of(TASK_ROWS);
+    let mut parts = Vec::with_capacity(tasks);
+    for from in (0..w.count).step_by(rows) {
+        let count = rows.min(w.count - from);
+        let (part, rest) = out.split_cols(count);
+        parts.push((w.part(from, count), part));
+        out = rest;
+    }
+    let outcome = Mutex::new(Ok(()));
+    team::each(parts, |(w, mut out)| {
+        if let Err(error) = dots(x, w, &mut out) {
+            *outcome.lock() = Err(error);
+        }
+    });
+    outcome.into_inner()
 }
 
 #[cfg(test)]
@@ -149,8 +163,9 @@ mod tests {
         let ws = Rows::new(&w, n, wp, k).unwrap();
         share(xs, ws, Grid::new(&mut got, m, n, op).unwrap(), tasks).unwrap();
         let mut parallel = vec![7.0; m * op];
-        dots_parallel(xs, ws, Grid::new(&mut parallel, m, n, op).unwrap()).unwrap();
-        assert_eq!(parallel, got, "{isa:?} {m}x{n}x{k} with x on lines");
+        let run = || dots_parallel(xs, ws, Grid::new(&mut parallel, m, n, op).unwrap());
+        team::with_threads(tasks, run).unwrap();
+        assert!(parallel == got, "{isa:?} {m}x{n}x{k} with x on lines");
         for i in 0..m {
             for j in 0..op {
                 let want = match (j < n, fused(isa)) {

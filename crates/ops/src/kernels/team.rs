@@ -1,0 +1,402 @@
+//! The threads that share a kernel's work.
+//!
+//! One team for the process. The caller works too; the others wait hot for up to 50 µs after a job and sleep then. A kernel of twenty
+//! microseconds is over before a sleeping thread wakes, but where kernels follow one another, as in a plan, the team is awake.
+//! A caller who finds the team at work for someone else, and a task that calls a kernel itself, does all of its work alone.
+
+use parking_lot::{Condvar, Mutex};
+use std::any::Any;
+use std::cell::{Cell, UnsafeCell};
+use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+/// How long a thread without work waits before it sleeps.
+const HOT: Duration = Duration::from_micros(50);
+/// The most threads of a team.
+const MOST: usize = 256;
+
+thread_local! {
+    /// The limit of [`with_threads`], if any.
+    static LIMIT: Cell<Option<usize>> = const { Cell::new(None) };
+    /// Whether this thread is inside a task.
+    static INSIDE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `f` with kernels that cut their work for at most `n` threads (at least one) where the calling thread runs them. No result
+/// depends on it, only the time.
+pub fn with_threads<R>(n: usize, f: impl FnOnce() -> R) -> R {
+    struct Restore(Option<usize>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            LIMIT.set(self.0);
+        }
+    }
+    let _restore = Restore(LIMIT.replace(Some(n.clamp(1, MOST))));
+    f()
+}
+
+/// How many threads a kernel that the calling thread runs may use: as many as Candle uses (`RAYON_NUM_THREADS`, or the machine's),
+/// fewer within [`with_threads`], one within a task.
+pub fn threads() -> usize {
+    if INSIDE.get() {
+        return 1;
+    }
+    LIMIT.get().unwrap_or_else(all)
+}
+
+fn all() -> usize {
+    // asked once: Candle reads the environment and `/proc/cpuinfo` each time
+    static ALL: OnceLock<usize> = OnceLock::new();
+    *ALL.get_or_init(|| candle_core::utils::get_num_threads().clamp(1, MOST))
+}
+
+/// Calls `f` with each of `items`, on this thread and on those of the team that are free.
+///
+/// A panic of `f` reaches the caller after all tasks have ended.
+pub(crate) fn each<T: Send>(items: Vec<T>, f: impl Fn(T) + Sync) {
+    if items.len() < 2 || threads() < 2 {
+        return items.into_iter().for_each(f);
+    }
+    let items: Vec<Mutex<Option<T>>> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
+    run(items.len(), &|i| {
+        let item = items.get(i).and_then(|item| item.lock().take());
+        if let Some(item) = item {
+            f(item);
+        }
+    });
+}
+
+/// Pieces of work for each thread: several, so that they even out.
+const PIECES: usize = 4;
+
+/// Calls `f` with pieces of `data`, each a whole number of `unit`s of elements (the last may be cut short), and the number of its
+/// first unit.
+pub(crate) fn each_chunk<T: Send>(data: &mut [T], unit: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+    let unit = unit.max(1);
+    let units = data.len().div_ceil(unit).div_ceil(threads() * PIECES).max(1);
+    each(data.chunks_mut(units * unit).enumerate().collect(), |(i, piece)| f(i * units, piece));
+}
+
+/// Calls `f` with groups of neighbouring items, cut for `threads`.
+pub(crate) fn each_group<T: Send>(mut items: Vec<T>, threads: usize, f: impl Fn(Vec<T>) + Sync) {
+    if threads < 2 {
+        return f(items);
+    }
+    let len = items.len().div_ceil(threads * PIECES).max(1);
+    let mut groups = Vec::new();
+    while items.len() > len {
+        let rest = items.split_off(len);
+        groups.push(std::mem::replace(&mut items, rest));
+    }
+    groups.push(items);
+    each(groups, f);
+}
+
+/// Calls `f` with `0..tasks`.
+fn run(tasks: usize, f: &(dyn Fn(usize) + Sync)) {
+    static TEAM: OnceLock<Team> = OnceLock::new();
+    TEAM.get_or_init(|| Team::new(all() - 1)).run(tasks, f);
+}
+
+/// A job that is being worked on: how to call it, and how many tasks it has.
+#[derive(Clone, Copy)]
+struct Job {
+    f: *const (dyn Fn(usize) + Sync),
+    tasks: usize,
+}
+
+/// What the threads of a team share.
+///
+/// `state` is the heart: a number that grows with each job, whether the job is open to helpers, and how many are inside. A helper
+/// enters by adding itself while the job is open; the owner closes the job, and leaves when nobody is inside any more. So whoever
+/// is inside has the job's closure alive.
+struct Shared {
+    state: AtomicU64,
+    /// The job; written by the owner while the state is closed and nobody is inside.
+    job: UnsafeCell<Option<Job>>,
+    /// The next task that nobody has taken.
+    next: AtomicUsize,
+    /// The first panic of a helper.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    /// How many helpers sleep, or are about to.
+    sleeping: AtomicUsize,
+    sleep: Mutex<()>,
+    wake: Condvar,
+    quit: AtomicBool,
+}
+
+// SAFETY: `job` is the only field that is not `Sync`. The owner (one at a time, see `Team::owned`) writes it while nobody is inside
+// and none can enter; helpers read it only while they are inside, after they saw the state that was stored behind the write.
+unsafe impl Sync for Shared {}
+// SAFETY: the pointer in `job` is to a closure that is `Sync`, and is followed only as described above.
+unsafe impl Send for Shared {}
+
+const OPEN: u64 = 1 << 16;
+const INSIDERS: u64 = OPEN - 1;
+
+fn number(state: u64) -> u64 {
+    state >> 17
+}
+
+/// A team: helpers, and the caller of [`Team::run`].
+struct Team {
+    shared: Arc<Shared>,
+    /// Whether somebody's job is being run.
+    owned: AtomicBool,
+    helpers: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Team {
+    fn new(helpers: usize) -> Self {
+        let shared = Arc::new(Shared {
+            state: AtomicU64::new(0),
+            job: UnsafeCell::new(None),
+            next: AtomicUsize::new(0),
+            panic: Mutex::new(None),
+            sleeping: AtomicUsize::new(0),
+            sleep: Mutex::new(()),
+            wake: Condvar::new(),
+            quit: AtomicBool::new(false),
+        });
+        let helper = |i: usize| {
+            let shared = shared.clone();
+            // where the system gives no thread, the others do the work
+            std::thread::Builder::new().name(format!("candle-lazy-{i}")).spawn(move || shared.help()).ok()
+        };
+        let helpers = (1..=helpers).filter_map(helper).collect();
+        Self { shared, owned: AtomicBool::new(false), helpers }
+    }
+
+    fn run(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
+        let alone = tasks < 2 || self.helpers.is_empty();
+        if alone || self.owned.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
+            return inside(|| (0..tasks).for_each(f));
+        }
+        let shared = &*self.shared;
+        // SAFETY: only the lifetime changes. The pointer is followed by threads that are inside, and this function ends, or goes on
+        // with a panic, only after it has closed the job and seen nobody inside.
+        let f: *const (dyn Fn(usize) + Sync + 'static) =
+            unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), _>(std::ptr::from_ref(f)) };
+        // SAFETY: this thread owns the team, and the last owner left it closed with nobody inside.
+        unsafe { *shared.job.get() = Some(Job { f, tasks }) };
+        shared.next.store(0, Ordering::Relaxed);
+        let fresh = (number(shared.state.load(Ordering::Relaxed)) + 1) << 17 | OPEN;
+        shared.state.store(fresh, Ordering::SeqCst);
+        if shared.sleeping.load(Ordering::SeqCst) > 0 {
+            let _guard = shared.sleep.lock();
+            shared.wake.notify_all();
+        }
+        // SAFETY: the closure is alive until this function ends.
+        let own = catch_unwind(AssertUnwindSafe(|| inside(|| shared.work(unsafe { &*f }, tasks))));
+        shared.state.fetch_and(!OPEN, Ordering::AcqRel);
+        let mut spins = 0u32;
+        while shared.state.load(Ordering::Acquire) & INSIDERS != 0 {
+            spins += 1;
+            // a helper that lost its processor needs one
+            if spins.is_multiple_of(4096) {
+                std::thread::yield_now();
+            }
+            std::hint::spin_loop();
+        }
+        let theirs = shared.panic.lock().take();
+        self.owned.store(false, Ordering::Release);
+        if let Err(panic) = own {
+            resume_unwind(panic);
+        }
+        if let Some(panic) = theirs {
+            resume_unwind(panic);
+        }
+    }
+}
+
+impl Drop for Team {
+    fn drop(&mut self) {
+        {
+            let _guard = self.shared.sleep.lock();
+            self.shared.quit.store(true, Ordering::SeqCst);
+            self.shared.wake.notify_all();
+        }
+        for helper in self.helpers.drain(..) {
+            // a helper catches the panics of its tasks
+            let _ = helper.join();
+        }
+    }
+}
+
+/// Runs `f` as a task: kernels within use one thread.
+fn inside(f: impl FnOnce()) {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            INSIDE.set(self.0);
+        }
+    }
+    let _restore = Restore(INSIDE.replace(true));
+    f();
+}
+
+impl Shared {
+    /// Takes tasks until none is left.
+    fn work(&self, f: &(dyn Fn(usize) + Sync), tasks: usize) {
+        loop {
+            let i = self.next.fetch_add(1, Ordering::Relaxed);
+            if i >= tasks {
+                return;
+            }
+            f(i);
+        }
+    }
+
+    /// A helper's life.
+    fn help(&self) {
+        INSIDE.set(true);
+        let mut done = 0;
+        while let Some(state) = self.wait(done) {
+            let entered =
+                self.state.compare_exchange_weak(state, state + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+            if !entered {
+                continue;
+            }
+            done = number(state);
+            // SAFETY: this thread is inside, so nobody writes the job; the state that it saw was stored after the write.
+            if let Some(Job { f, tasks }) = unsafe { *self.job.get() } {
+                // SAFETY: the owner keeps the closure alive while somebody is inside.
+                let outcome = catch_unwind(AssertUnwindSafe(|| self.work(unsafe { &*f }, tasks)));
+                if let Err(panic) = outcome {
+                    self.panic.lock().get_or_insert(panic);
+                }
+            }
+            self.state.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    /// Waits for an open job other than number `done`; `None` at the end.
+    fn wait(&self, done: u64) -> Option<u64> {
+        let news = |state: u64| state & OPEN != 0 && number(state) != done;
+        let begin = Instant::now();
+        loop {
+            for _ in 0..64 {
+                let state = self.state.load(Ordering::Acquire);
+                if news(state) {
+                    return Some(state);
+                }
+                std::hint::spin_loop();
+            }
+            if begin.elapsed() > HOT {
+                break;
+            }
+        }
+        let mut guard = self.sleep.lock();
+        self.sleeping.fetch_add(1, Ordering::SeqCst);
+        // the owner stores the state, then looks for sleepers; a sleeper says that it is one, then looks at the state
+        let state = loop {
+            if self.quit.load(Ordering::SeqCst) {
+                break None;
+            }
+            let state = self.state.load(Ordering::SeqCst);
+            if news(state) {
+                break Some(state);
+            }
+            self.wake.wait(&mut guard);
+        };
+        self.sleeping.fetch_sub(1, Ordering::SeqCst);
+        state
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once_with_any_number_of_callers() {
+        let team = Team::new(3);
+        let rounds = if cfg!(miri) { 5 } else { 2000 };
+        std::thread::scope(|scope| {
+            for caller in 0..3 {
+                let team = &team;
+                scope.spawn(move || {
+                    for round in 0..rounds {
+                        let tasks = (round * 7 + caller) % 23;
+                        let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                        team.run(tasks, &|i| {
+                            counts[i].fetch_add(1, Ordering::Relaxed);
+                        });
+                        assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1), "{caller} {round}");
+                        if round % 100 == 0 {
+                            // long enough for the helpers to sleep
+                            std::thread::sleep(HOT * 3);
+                        }
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_panic_of_a_task_reaches_the_caller_and_the_team_goes_on() {
+        let team = Team::new(2);
+        for round in 0..20 {
+            let ran = AtomicUsize::new(0);
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                team.run(8, &|i| {
+                    ran.fetch_add(1, Ordering::Relaxed);
+                    assert!(i != round % 8, "task {i}");
+                });
+            }));
+            assert!(outcome.is_err());
+            let counts = AtomicUsize::new(0);
+            team.run(8, &|_| {
+                counts.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(counts.load(Ordering::Relaxed), 8);
+        }
+    }
+
+    #[test]
+    fn helpers_do_take_part() {
+        let team = Team::new(1);
+        let caller = std::thread::current().id();
+        // both wait for the other: one thread alone would never end
+        let met = std::sync::Barrier::new(2);
+        let helped = AtomicBool::new(false);
+        team.run(2, &|_| {
+            met.wait();
+            if std::thread::current().id() != caller {
+                helped.store(true, Ordering::Relaxed);
+            }
+        });
+        assert!(helped.load(Ordering::Relaxed));
+    }
+
+    #[test]
+    fn tasks_are_not_cut_further_and_limits_are_restored() {
+        assert_eq!(with_threads(5, threads), 5);
+        assert_eq!(with_threads(0, threads), 1);
+        assert_eq!(with_threads(3, || with_threads(2, threads)), 2);
+        assert_eq!(threads(), all());
+        with_threads(4, || each(vec![0, 1, 2], |_| assert_eq!(threads(), 1)));
+        with_threads(4, || {
+            let sum = AtomicUsize::new(0);
+            each((0..100).collect(), |i: usize| {
+                sum.fetch_add(i, Ordering::Relaxed);
+            });
+            assert_eq!(sum.load(Ordering::Relaxed), 4950);
+            let mut data = [0usize; 100];
+            each_chunk(&mut data, 3, |first, piece| {
+                for (i, v) in piece.iter_mut().enumerate() {
+                    *v += first * 3 + i;
+                }
+            });
+            assert!(data.iter().enumerate().all(|(i, v)| i == *v));
+            let sum = AtomicUsize::new(0);
+            each_group((0..100).collect(), 4, |group: Vec<usize>| {
+                assert!(group.windows(2).all(|w| w[1] == w[0] + 1));
+                sum.fetch_add(group.iter().sum(), Ordering::Relaxed);
+            });
+            assert_eq!(sum.load(Ordering::Relaxed), 4950);
+        });
+    }
+}
