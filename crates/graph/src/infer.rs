@@ -49,6 +49,9 @@ pub fn elem_count(dims: &[usize]) -> Option<usize> {
 /// The shape that two shapes broadcast to (numpy's rule: aligned at the end, size one stretches).
 #[must_use]
 pub fn broadcast_shapes(a: &[usize], b: &[usize]) -> Option<Dims> {
+    if a == b {
+        return Some(Dims::from_slice(a));
+    }
     let rank = a.len().max(b.len());
     let mut out: Dims = SmallVec::with_capacity(rank);
     for i in 0..rank {

@@ -329,6 +329,24 @@ impl Node {
         }
     }
 
+    /// Calls `f` with the op, its scalars and its inputs while the node is locked; `None` unless it is pending. `f` must not ask
+    /// this node for anything.
+    pub fn with_expr<R>(&self, f: impl FnOnce(&Expr) -> R) -> Option<R> {
+        match &*self.state.lock() {
+            State::Pending(expr) => Some(f(expr)),
+            State::Ready(_) | State::Lent => None,
+        }
+    }
+
+    /// The tensor of a ready node that holds one.
+    #[must_use]
+    pub fn tensor(&self) -> Option<Tensor> {
+        match &*self.state.lock() {
+            State::Ready(Value::Tensor(tensor)) => Some(tensor.clone()),
+            State::Ready(_) | State::Pending(_) | State::Lent => None,
+        }
+    }
+
     /// Makes the node ready unless it is: the first to publish wins. Returns whether `value` was taken.
     ///
     /// The op and the inputs are dropped here, outside the lock.

@@ -231,7 +231,7 @@ impl Emitter<'_> {
     }
 }
 
-fn unary(op: UnaryOp) -> UnaryFn {
+pub(crate) fn unary(op: UnaryOp) -> UnaryFn {
     match op {
         UnaryOp::Neg => UnaryFn::Neg,
         UnaryOp::Abs => UnaryFn::Abs,
@@ -257,7 +257,7 @@ fn unary(op: UnaryOp) -> UnaryFn {
     }
 }
 
-fn binary(op: BinaryOp) -> BinaryFn {
+pub(crate) fn binary(op: BinaryOp) -> BinaryFn {
     match op {
         BinaryOp::Add => BinaryFn::Add,
         BinaryOp::Sub => BinaryFn::Sub,

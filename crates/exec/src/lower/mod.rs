@@ -12,6 +12,7 @@ mod emit;
 mod units;
 
 pub use choose::{expands, Choice};
+pub(crate) use emit::{binary, unary};
 
 use crate::config::EvalOptions;
 use crate::error::{Error, Result};

@@ -7,6 +7,7 @@
 mod bind;
 mod candle;
 mod checked;
+mod direct;
 mod failure;
 mod inspect;
 mod judge;
@@ -14,6 +15,7 @@ mod kernel;
 mod slots;
 
 pub use checked::eval_all_checked;
+pub(crate) use direct::eval_direct;
 pub use inspect::{first_nan, first_nonfinite, NonFinite};
 
 use crate::buffer::BufferValue;

@@ -14,8 +14,10 @@ use half::{bf16, f16};
 
 /// Elements per segment of a sum. Part of the numbers a program gives: see [`sum_into`].
 pub(crate) const SEGMENT: usize = 1024;
+/// Up to this many elements an accumulator meets one element, and most are not needed.
+const SHORT: usize = 16;
 /// Accumulators per segment of a sum.
-const LANES: usize = 128;
+pub(super) const LANES: usize = 128;
 
 /// An argument of a loop: one value for the tile, one per row, or one per element.
 #[derive(Clone, Copy)]
@@ -243,6 +245,17 @@ fn binary_body<T: Real, const FMA: bool>(
     }
 }
 
+versions! {
+/// x·mul + add over a run of elements, rounded twice as a program's two instructions round.
+pub(crate) fn affine<T: Real>(x: Arg<'_, T>, mul: T, add: T, dst: &mut [T]) = affine_body;
+}
+
+#[inline(always)]
+fn affine_body<T: Real, const FMA: bool>(x: Arg<'_, T>, mul: T, add: T, dst: &mut [T]) {
+    let n = dst.len();
+    map1(x, dst, 1, n, |x| x * mul + add);
+}
+
 fn is_comparison(f: BinaryFn) -> bool {
     matches!(f, BinaryFn::Eq | BinaryFn::Ne | BinaryFn::Lt | BinaryFn::Le | BinaryFn::Gt | BinaryFn::Ge)
 }
@@ -344,6 +357,10 @@ fn sum_into<T: Real>(x: &[T], acc: &mut T) {
     let segments = if fault::active("row.sum.segment") { 1 } else { usize::MAX };
     let whole_chunks_only = fault::active("row.sum.remainder");
     for segment in x.chunks(SEGMENT).take(segments) {
+        if segment.len() <= SHORT && !whole_chunks_only {
+            *acc = *acc + T::from_f64(fold_wide::<T, SHORT>(segment));
+            continue;
+        }
         // An accumulator meets eight additions at most, so that a large element's rounding errors do not pile up.
         let mut lanes = [T::ZERO; LANES];
         let rest = fold_chunks(segment, &mut lanes, |l, v| l + v);
@@ -352,18 +369,23 @@ fn sum_into<T: Real>(x: &[T], acc: &mut T) {
                 *l = *l + v;
             }
         }
-        // The accumulators meet in f64, and round once: a short row's sum is as good as its type allows.
-        let used = segment.len().min(LANES).next_power_of_two();
-        let mut wide = [0f64; LANES];
-        for (w, &v) in wide.iter_mut().zip(&lanes).take(used) {
-            *w = v.to_f64();
-        }
-        let sum = if T::DTYPE == DType::F64 {
-            fold_exactly(&mut wide[..used])
-        } else {
-            fold(&mut wide[..used], |a, b| a + b)
-        };
-        *acc = *acc + T::from_f64(sum);
+        let used = segment.len().min(LANES);
+        *acc = *acc + T::from_f64(fold_wide::<T, LANES>(&lanes[..used]));
+    }
+}
+
+/// Sums of up to `N` accumulators. They meet in f64, and round once: a short row's sum is as good as its type allows.
+#[inline(always)]
+fn fold_wide<T: Real, const N: usize>(lanes: &[T]) -> f64 {
+    let used = lanes.len().next_power_of_two().min(N);
+    let mut wide = [0f64; N];
+    for (w, &v) in wide.iter_mut().zip(lanes) {
+        *w = v.to_f64();
+    }
+    if T::DTYPE == DType::F64 {
+        fold_exactly(&mut wide[..used])
+    } else {
+        fold(&mut wide[..used], |a, b| a + b)
     }
 }
 
@@ -392,7 +414,7 @@ fn fold_chunks<'a, T: Real>(x: &'a [T], lanes: &mut [T; LANES], f: impl Fn(T, T)
 /// Folds f64 lanes as [`fold`] does, carrying what each addition rounds away (Knuth's two-sum) and adding it at the end: there
 /// is no wider type to meet in.
 #[inline(always)]
-fn fold_exactly(lanes: &mut [f64]) -> f64 {
+pub(super) fn fold_exactly(lanes: &mut [f64]) -> f64 {
     let mut lost = 0f64;
     let mut width = lanes.len() / 2;
     while width > 0 {
@@ -435,6 +457,17 @@ fn extreme_into<T: Real>(x: &[T], acc: &mut T, first: bool, start: T, better: im
     // Candle keeps its first element until a later one compares better: a NaN there stays, a NaN elsewhere never wins.
     if first && x.first().is_some_and(|v| v.is_nan()) && !fault::active("row.extreme.nan") {
         *acc = T::NAN;
+        return;
+    }
+    if x.len() <= SHORT {
+        let mut lanes = [start; SHORT];
+        for (l, &v) in lanes.iter_mut().zip(x) {
+            *l = if better(start, v) { v } else { start };
+        }
+        let m = fold(&mut lanes, |a, b| if better(a, b) { b } else { a });
+        if better(*acc, m) {
+            *acc = m;
+        }
         return;
     }
     let mut lanes = [start; LANES];

@@ -8,6 +8,8 @@
 //! elements, folded in halves, segments added in order. So a row's bits are the same alone or among
 //! thousands, on one thread or many, contiguous or strided.
 
+mod columns;
+pub mod direct;
 pub mod emit;
 pub(crate) mod gather;
 pub(crate) mod loops;

@@ -3,7 +3,7 @@
 use super::loops::{self, Arg, SEGMENT};
 use super::program::{is_row_axis, kind_len, kinds, Class, Instr, Kind, RowProgram};
 use super::schedule::{resolve, Facts, Schedule};
-use super::space::Space;
+use super::space::{Operand, Space};
 use super::tile::{Access, Run};
 use crate::error::{Error, Result};
 use crate::fault;
@@ -19,8 +19,8 @@ const TILE: usize = 2048;
 const RESIDENT: usize = 8192;
 /// Rows per tile where neighbouring rows share cache lines.
 const STRIDED_ROWS: usize = 16;
-/// Below this many elements a run stays on the caller's thread: at 64 Ki a second thread costs what it saves.
-const PARALLEL: usize = 65_537;
+/// Below this much work (elements times [`RowProgram::cost`], some ten microseconds) a run stays on the caller's thread.
+const PARALLEL: usize = 1 << 18;
 
 /// Shape of the tiles of a run.
 #[derive(Clone, Copy, Debug)]
@@ -241,6 +241,30 @@ impl RowProgram {
         out
     }
 
+    /// How many threads a run over so many elements may use.
+    fn threads(&self, elements: usize) -> usize {
+        if elements.saturating_mul(self.cost()) < PARALLEL {
+            return 1;
+        }
+        team::threads()
+    }
+
+    /// What an element costs, roughly, in additions.
+    fn cost(&self) -> usize {
+        use super::program::{BinaryFn as B, UnaryFn as U};
+        let of = |instr: &Instr| match instr {
+            Instr::Param { .. } | Instr::RowLen | Instr::LoadRow { .. } => 0,
+            Instr::Binary(B::Pow, ..) => 64,
+            Instr::Unary(
+                U::Exp | U::Log | U::Sin | U::Cos | U::Tanh | U::Erf | U::Gelu | U::GeluErf | U::Silu | U::Sigmoid,
+                _,
+            ) => 16,
+            Instr::Binary(B::Div, ..) | Instr::Unary(U::Recip | U::Sqrt | U::Rsqrt, _) => 4,
+            _ => 1,
+        };
+        self.instrs.iter().map(of).sum()
+    }
+
     /// An upper bound, in bytes, on the scratch that a run over this space allocates, over all threads of the current pool.
     pub fn scratch_bytes(&self, dims: &[usize], row_axes: u32) -> usize {
         let n: usize =
@@ -257,7 +281,7 @@ impl RowProgram {
             dense.max(STRIDED_ROWS * n.min(SEGMENT)).max(2 * TILE)
         }
         .min(total.max(1));
-        let threads = if total >= PARALLEL { team::threads() } else { 1 };
+        let threads = self.threads(total);
         let per_reg = tile.saturating_mul(self.class.size());
         per_reg.saturating_mul(self.instrs.len()).saturating_mul(threads)
     }
@@ -287,6 +311,18 @@ struct Job<'a, T> {
 }
 
 impl<T: Real> Job<'_, T> {
+    /// Whether tiles lie column by column: where what is written, or else what is read, has far elements in a row and near rows.
+    fn in_columns(&self, space: &Space) -> bool {
+        let near = |o: &Operand| o.outer.last() == Some(&1) && o.row.single().is_none_or(|s| s > 1);
+        let mut written = self.stores.iter().flatten().filter_map(|&o| space.operands.get(o)).peekable();
+        let rows = space.outer.last().copied().unwrap_or(1);
+        let columns = match written.peek() {
+            Some(_) => written.all(near),
+            None => space.operands.iter().any(near),
+        };
+        !self.elementwise && rows >= STRIDED_ROWS && columns
+    }
+
     /// Runs all rows of a space; `outs` begin `skipped` elements into the outputs they were cut from.
     fn run(&self, space: &Space, outs: SmallVec<[SliceMut<'_>; 4]>, skipped: usize) {
         // The output operands are addressed from the start of `outs`.
@@ -300,6 +336,7 @@ impl<T: Real> Job<'_, T> {
         let strided = space.operands.iter().any(|o| o.row.single().is_none_or(|s| s > 1));
         let tiles = tiling(space, self.elementwise, strided);
         let segmented = tiles.cols < space.cols;
+        let columns = self.in_columns(space);
 
         let mut access: SmallVec<[Access; 4]> = self
             .data
@@ -308,7 +345,7 @@ impl<T: Real> Job<'_, T> {
             .map(|(data, operand)| {
                 let pitch = if tiles.rows == 1 { Some(0) } else { space.pitch(operand) };
                 match (pitch, operand.row.single()) {
-                    (Some(pitch), Some(1)) if T::of(data).is_some() => Access::Borrowed { pitch },
+                    (Some(pitch), Some(1)) if T::of(data).is_some() && !columns => Access::Borrowed { pitch },
                     (Some(0), _) if tiles.rows > 1 => Access::Shared,
                     _ => Access::Copied,
                 }
@@ -335,7 +372,7 @@ impl<T: Real> Job<'_, T> {
             .zip(self.stores)
             .map(|(out, store)| {
                 let dense = store.is_some_and(|o| space.operands[o].row.single() == Some(1));
-                dense && block == 1 && out.dtype() == T::DTYPE && (tiles.rows == 1 || !segmented)
+                !columns && dense && block == 1 && out.dtype() == T::DTYPE && (tiles.rows == 1 || !segmented)
             })
             .collect();
         let schedule = Schedule::new(
@@ -356,11 +393,11 @@ impl<T: Real> Job<'_, T> {
             row_len: self.row_len,
             tile_rows: tiles.rows,
             tile_cols: tiles.cols,
+            columns,
         };
         let blocks = space.rows / block.max(1);
-        let threads = team::threads();
-        let work = space.rows.saturating_mul(space.cols);
-        if threads <= 1 || work < PARALLEL || blocks < 2 {
+        let threads = self.program.threads(space.rows.saturating_mul(space.cols));
+        if threads <= 1 || blocks < 2 {
             let mut outs = outs;
             run.rows(0, space.rows - fault::one_if("row.last_row").min(space.rows), &mut outs);
             return;

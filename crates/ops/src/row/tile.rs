@@ -1,5 +1,6 @@
 //! The tile interpreter: runs a schedule over a range of rows.
 
+use super::columns;
 use super::gather::{gather, scatter};
 use super::loops::{self, Arg};
 use super::program::{Instr, Kind, Reg, RowProgram};
@@ -37,6 +38,8 @@ pub(crate) struct Run<'a, T> {
     pub(crate) row_len: usize,
     pub(crate) tile_rows: usize,
     pub(crate) tile_cols: usize,
+    /// Whether tiles lie column by column.
+    pub(crate) columns: bool,
 }
 
 /// Bytes of a cache line.
@@ -163,6 +166,8 @@ impl<T: Real> Run<'_, T> {
     /// Runs one pass over one segment of columns.
     fn segment(&self, pass: &Pass, tile: Tile, local: usize, scratch: &mut Scratch<T>, outs: &mut [SliceMut<'_>]) {
         let len = tile.rows * tile.cols;
+        // what the loops take for rows and columns
+        let (outer, inner) = if self.columns { (tile.cols, tile.rows) } else { (tile.rows, tile.cols) };
         let Scratch { buffers, rows: row_values, offsets } = scratch;
         // on a boundary of cache lines: a vector across one costs two
         let skip = buffers.as_ptr().align_offset(LINE_BYTES).min(per_line::<T>());
@@ -191,7 +196,8 @@ impl<T: Real> Run<'_, T> {
                     Instr::Reduce(f, a) => {
                         let mut acc = std::mem::take(&mut row_values[i]);
                         let a = self.arg(a, pass, tile, &slots, row_values, offsets);
-                        loops::reduce(f, a, &mut acc, tile.rows, tile.cols, tile.col == 0);
+                        let reduce = if self.columns { columns::reduce } else { loops::reduce };
+                        reduce(f, a, &mut acc, tile.rows, tile.cols, tile.col == 0);
                         row_values[i] = acc;
                     }
                     _ => self.row_value(i, tile.rows, row_values, offsets),
@@ -209,26 +215,26 @@ impl<T: Real> Run<'_, T> {
                 }
                 Instr::Unary(f, a) => {
                     let a = self.arg(a, pass, tile, &slots, row_values, offsets);
-                    loops::unary(f, a, dst, tile.rows, tile.cols);
+                    loops::unary(f, a, dst, outer, inner);
                 }
                 Instr::Binary(f, a, b) => {
                     let a = self.arg(a, pass, tile, &slots, row_values, offsets);
                     let b = self.arg(b, pass, tile, &slots, row_values, offsets);
-                    loops::binary(f, a, b, dst, tile.rows, tile.cols);
+                    loops::binary(f, a, b, dst, outer, inner);
                 }
                 Instr::Select(c, a, b) => {
                     let c = self.arg(c, pass, tile, &slots, row_values, offsets);
                     let a = self.arg(a, pass, tile, &slots, row_values, offsets);
                     let b = self.arg(b, pass, tile, &slots, row_values, offsets);
-                    loops::select(c, a, b, dst, tile.rows, tile.cols);
+                    loops::select(c, a, b, dst, outer, inner);
                 }
                 Instr::Round(to, a) => {
                     let a = self.arg(a, pass, tile, &slots, row_values, offsets);
-                    loops::round(to, a, dst, tile.rows, tile.cols);
+                    loops::round(to, a, dst, outer, inner);
                 }
                 Instr::RootMean { sum, eps } => {
                     let sum = self.arg(sum, pass, tile, &slots, row_values, offsets);
-                    loops::root_mean(sum, self.row_len as f64, self.param(eps), dst, tile.rows, tile.cols);
+                    loops::root_mean(sum, self.row_len as f64, self.param(eps), dst, outer, inner);
                 }
                 // Constants are not in a body, and a reduction is a row value or an alias.
                 Instr::Param { .. } | Instr::RowLen | Instr::Reduce(..) => {}
@@ -248,6 +254,7 @@ impl<T: Real> Run<'_, T> {
             };
             let shape = &self.space.operands[o].row;
             each_dtype!(SliceMut, out, dst => {
+                let scatter = if self.columns { columns::scatter } else { scatter };
                 scatter(data, pitch, &offsets[o], shape, tile.col, tile.cols, dst);
             });
         }
@@ -270,6 +277,7 @@ impl<T: Real> Run<'_, T> {
         let r = self.root(reg);
         match self.schedule.kinds[r] {
             Kind::Const => Arg::Const(self.consts[r]),
+            Kind::Row if self.columns => Arg::Vec { data: &rows[r][..tile.rows], pitch: 0 },
             Kind::Row => Arg::Row(&rows[r][..tile.rows]),
             Kind::Vec => {
                 let (input, access) = match self.program.instrs[r] {
@@ -285,10 +293,16 @@ impl<T: Real> Run<'_, T> {
                         let data = T::of(&self.inputs[input]).and_then(|d| d.get(at..));
                         Arg::Vec { data: data.unwrap_or_default(), pitch }
                     }
-                    shared_or_copied => Arg::Vec {
-                        data: slots.get(pass.slots[r]).map(|s| &**s).unwrap_or_default(),
-                        pitch: if shared_or_copied == Access::Shared { 0 } else { tile.cols },
-                    },
+                    shared_or_copied => {
+                        let data = slots.get(pass.slots[r]).map(|s| &**s).unwrap_or_default();
+                        match (shared_or_copied == Access::Shared, self.columns) {
+                            // the same row for all: one value per column
+                            (true, true) => Arg::Row(data.get(..tile.cols).unwrap_or_default()),
+                            (true, false) => Arg::Vec { data, pitch: 0 },
+                            (false, true) => Arg::Vec { data, pitch: tile.rows },
+                            (false, false) => Arg::Vec { data, pitch: tile.cols },
+                        }
+                    }
                 }
             }
         }
@@ -302,6 +316,7 @@ impl<T: Real> Run<'_, T> {
         };
         let shape = &self.space.operands[input].row;
         each_dtype!(Slice, &self.inputs[input], src => {
+            let gather = if self.columns && self.access[input] != Access::Shared { columns::gather } else { gather };
             gather(src, &offsets[input][..rows], shape, tile.col, tile.cols, dst);
         });
     }

@@ -1,0 +1,93 @@
+//! One op on small dense tensors: no capture, no plan, the kernel's loop at once.
+//!
+//! A graph of one op costs what eager costs only where nothing is built for it. The loops are those of row programs, so the result
+//! has the bits that a plan gives it.
+
+use crate::error::Result;
+use crate::lower::{binary, unary};
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use candle_lazy_graph::{Node, Op, Value};
+use candle_lazy_ops::row::{direct, BinaryFn, UnaryFn};
+use smallvec::SmallVec;
+use std::sync::Arc;
+
+/// From this many elements on a plan costs little beside the arithmetic, and may use more threads.
+const MOST: usize = 4096;
+
+/// What the op does to each element.
+enum Function {
+    Unary(UnaryFn),
+    Binary(BinaryFn),
+    Affine(f32, f32),
+}
+
+/// The value of a pending node that is one elementwise op of f32 on ready, dense, untracked tensors of its own shape on the CPU;
+/// `None` if it is anything else.
+pub(crate) fn eval_direct(node: &Arc<Node>) -> Option<Result<Tensor>> {
+    let count = node.shape().elem_count();
+    if node.dtype() != DType::F32 || node.tracked() || count > MOST || !matches!(node.device(), Device::Cpu) {
+        return None;
+    }
+    let (function, inputs) = node.with_expr(|expr| {
+        let function = match (&expr.op, expr.scalars.as_slice()) {
+            (Op::Unary(f), []) => Function::Unary(unary(*f)),
+            (Op::Binary(f), []) => Function::Binary(binary(*f)),
+            (Op::Affine, [mul, add]) => Function::Affine(*mul as f32, *add as f32),
+            _ => return None,
+        };
+        let mut inputs: SmallVec<[Tensor; 2]> = SmallVec::new();
+        for input in &expr.inputs {
+            let fits = input.shape() == node.shape() && input.dtype() == DType::F32;
+            inputs.push(input.tensor().filter(|t| fits && t.is_contiguous())?);
+        }
+        Some((function, inputs))
+    })??;
+    let mut out = vec![0f32; count];
+    let computed = match (&function, inputs.as_slice()) {
+        (Function::Unary(f), [x]) => with_one(x, |x| direct::unary(*f, x, &mut out)),
+        (Function::Affine(mul, add), [x]) => with_one(x, |x| direct::affine(x, *mul, *add, &mut out)),
+        (Function::Binary(f), [x, y]) => with_two(x, y, |x, y| direct::binary(*f, x, y, &mut out)),
+        _ => None,
+    };
+    // what fails here fails again with a plan, which knows how to say it
+    computed?.ok()?;
+    let tensor = match Tensor::from_vec(out, node.shape(), &Device::Cpu) {
+        Ok(tensor) => tensor,
+        Err(error) => return Some(Err(error.into())),
+    };
+    if node.publish(Value::Tensor(tensor.clone())) {
+        return Some(Ok(tensor));
+    }
+    // somebody else was first: all get the same tensor
+    node.tensor().map(Ok)
+}
+
+/// The elements of a dense f32 tensor.
+fn elements<'a>(storage: &'a Storage, tensor: &Tensor) -> Option<&'a [f32]> {
+    let Storage::Cpu(CpuStorage::F32(data)) = storage else {
+        return None;
+    };
+    let start = tensor.layout().start_offset();
+    data.get(start..start + tensor.elem_count())
+}
+
+fn with_one<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Option<R> {
+    let (storage, _) = x.storage_and_layout();
+    Some(f(elements(&storage, x)?))
+}
+
+/// One guard where both share a storage, else two in the order of their addresses: as [`super::slots::with_views`], whose reasons hold
+/// here too.
+fn with_two<R>(x: &Tensor, y: &Tensor, f: impl FnOnce(&[f32], &[f32]) -> R) -> Option<R> {
+    let address = |t: &Tensor| std::ptr::from_ref::<Storage>(&t.storage_and_layout().0) as usize;
+    let (at_x, at_y) = (address(x), address(y));
+    if at_x == at_y {
+        let (storage, _) = x.storage_and_layout();
+        return Some(f(elements(&storage, x)?, elements(&storage, y)?));
+    }
+    let (first, second) = if at_x < at_y { (x, y) } else { (y, x) };
+    let (low, _) = first.storage_and_layout();
+    let (high, _) = second.storage_and_layout();
+    let (sx, sy) = if at_x < at_y { (&low, &high) } else { (&high, &low) };
+    Some(f(elements(sx, x)?, elements(sy, y)?))
+}

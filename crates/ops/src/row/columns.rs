@@ -1,0 +1,209 @@
+//! Tiles that lie column by column, for rows whose elements stand far apart while neighbouring rows are neighbours in memory:
+//! a softmax over a middle dim, say. A column of the tile is a run of memory then, and a vector holds the same column of sixteen rows.
+//!
+//! Every row gets the bits that it has in a tile that lies row by row: the sums below meet in the order of [`super::loops`].
+
+use super::gather::RowShape;
+use super::loops::{fold_exactly, Arg, LANES, SEGMENT};
+use super::program::ReduceFn;
+use crate::element::Element;
+use crate::fault;
+use crate::math::Real;
+use crate::simd::versions;
+use candle_core::DType;
+
+/// Rows that are folded together.
+const WIDTH: usize = 16;
+
+/// Whether the rows that begin at `offsets` are neighbours.
+fn neighbours(offsets: &[usize]) -> bool {
+    offsets.windows(2).all(|w| w[1] == w[0] + 1)
+}
+
+/// Reads columns `start..start + cols` of the rows that begin at `offsets` into a tile of columns.
+pub(crate) fn gather<T: Real, E: Element>(
+    src: &[E],
+    offsets: &[usize],
+    shape: &RowShape,
+    start: usize,
+    cols: usize,
+    tile: &mut [T],
+) {
+    let (rows, dense) = (offsets.len(), neighbours(offsets));
+    let Some(&first) = offsets.first() else {
+        return;
+    };
+    shape.pieces(start, cols, |done, offset, stride, len| {
+        for (i, column) in tile[done * rows..(done + len) * rows].chunks_exact_mut(rows).enumerate() {
+            let at = offset + i * if fault::active("row.columns.stride") { 1 } else { stride };
+            if dense {
+                T::read(&src[first + at..first + at + rows], column);
+            } else {
+                for (d, &base) in column.iter_mut().zip(offsets) {
+                    *d = T::get(src[base + at]);
+                }
+            }
+        }
+    });
+}
+
+/// Writes a tile of columns (`pitch` apart) to columns `start..start + cols` of the rows that begin at `offsets`.
+pub(crate) fn scatter<T: Real, E: Element>(
+    tile: &[T],
+    pitch: usize,
+    offsets: &[usize],
+    shape: &RowShape,
+    start: usize,
+    cols: usize,
+    dst: &mut [E],
+) {
+    let (rows, dense) = (offsets.len(), neighbours(offsets));
+    let Some(&first) = offsets.first() else {
+        return;
+    };
+    shape.pieces(start, cols - fault::one_if("row.columns.tail"), |done, offset, stride, len| {
+        for i in 0..len {
+            let column = &tile[(done + i) * pitch..(done + i) * pitch + rows];
+            let at = offset + i * stride;
+            if dense {
+                T::write(column, &mut dst[first + at..first + at + rows]);
+            } else {
+                for (&v, &base) in column.iter().zip(offsets) {
+                    dst[base + at] = v.put();
+                }
+            }
+        }
+    });
+}
+
+versions! {
+/// Folds the columns of a tile into one accumulator per row. `first` says whether column 0 is the rows' first element.
+pub(crate) fn reduce<T: Real>(f: ReduceFn, a: Arg<'_, T>, acc: &mut [T], rows: usize, cols: usize, first: bool) = reduce_body;
+}
+
+#[inline(always)]
+fn reduce_body<T: Real, const FMA: bool>(
+    f: ReduceFn,
+    a: Arg<'_, T>,
+    acc: &mut [T],
+    rows: usize,
+    cols: usize,
+    first: bool,
+) {
+    let Arg::Vec { data, pitch } = a else {
+        return;
+    };
+    let mut block = [T::ZERO; WIDTH];
+    for r in (0..rows).step_by(WIDTH) {
+        let n = WIDTH.min(rows - r);
+        // rows that are not there repeat the last one
+        let mut column = |c: usize| {
+            let x = &data[c * pitch + r..c * pitch + r + n];
+            match <&[T; WIDTH]>::try_from(x) {
+                Ok(x) => block = *x,
+                Err(_) => {
+                    for (i, b) in block.iter_mut().enumerate() {
+                        *b = x[i.min(n - 1)];
+                    }
+                }
+            }
+            block
+        };
+        let mut own = [T::ZERO; WIDTH];
+        own[..n].copy_from_slice(&acc[r..r + n]);
+        match f {
+            ReduceFn::Sum => sums(cols, &mut column, &mut own),
+            ReduceFn::Max => extremes(cols, &mut column, &mut own, first, T::NEG_INF, |m, x| m < x),
+            ReduceFn::Min => extremes(cols, &mut column, &mut own, first, T::INF, |m, x| m > x),
+        }
+        if fault::any() && fault::active("row.columns.rows") {
+            own[n - 1] = fault::nudged(own[n - 1]);
+        }
+        acc[r..r + n].copy_from_slice(&own[..n]);
+    }
+}
+
+/// See `loops::sum_into`.
+#[inline(always)]
+fn sums<T: Real>(cols: usize, column: &mut impl FnMut(usize) -> [T; WIDTH], acc: &mut [T; WIDTH]) {
+    for from in (0..cols).step_by(SEGMENT) {
+        let n = SEGMENT.min(cols - from);
+        let used = n.min(LANES).next_power_of_two();
+        let mut wide = [[0f64; WIDTH]; LANES];
+        for (lane, wide) in wide.iter_mut().enumerate().take(used.min(n)) {
+            let mut sum = [T::ZERO; WIDTH];
+            for c in (lane..n).step_by(LANES) {
+                for (s, v) in sum.iter_mut().zip(column(from + c)) {
+                    *s = *s + v;
+                }
+            }
+            for (w, s) in wide.iter_mut().zip(sum) {
+                *w = s.to_f64();
+            }
+        }
+        let mut total = [0f64; WIDTH];
+        if T::DTYPE == DType::F64 {
+            for (r, total) in total.iter_mut().enumerate() {
+                let mut lanes = [0f64; LANES];
+                for (l, w) in lanes.iter_mut().zip(&wide) {
+                    *l = w[r];
+                }
+                *total = fold_exactly(&mut lanes[..used]);
+            }
+        } else {
+            fold(&mut wide[..used], |a, b| a + b);
+            total = wide[0];
+        }
+        for (a, t) in acc.iter_mut().zip(total) {
+            *a = *a + T::from_f64(t);
+        }
+    }
+}
+
+/// See `loops::extreme_into`.
+#[inline(always)]
+fn extremes<T: Real>(
+    cols: usize,
+    column: &mut impl FnMut(usize) -> [T; WIDTH],
+    acc: &mut [T; WIDTH],
+    first: bool,
+    start: T,
+    better: impl Fn(T, T) -> bool,
+) {
+    if cols == 0 {
+        return;
+    }
+    let leading = column(0);
+    let used = cols.min(LANES).next_power_of_two();
+    let mut lanes = [[start; WIDTH]; LANES];
+    for (lane, held) in lanes.iter_mut().enumerate().take(used.min(cols)) {
+        for c in (lane..cols).step_by(LANES) {
+            for (h, v) in held.iter_mut().zip(column(c)) {
+                *h = if better(*h, v) { v } else { *h };
+            }
+        }
+    }
+    fold(&mut lanes[..used], |a, b| if better(a, b) { b } else { a });
+    for ((a, &m), &lead) in acc.iter_mut().zip(&lanes[0]).zip(&leading) {
+        if first && lead.is_nan() && !fault::active("row.columns.nan") {
+            *a = T::NAN;
+        } else if better(*a, m) {
+            *a = m;
+        }
+    }
+}
+
+/// Folds a power of two of lanes in halves, into the first.
+#[inline(always)]
+fn fold<V: Copy>(lanes: &mut [[V; WIDTH]], f: impl Fn(V, V) -> V) {
+    let mut width = lanes.len() / 2;
+    while width > 0 {
+        let (low, high) = lanes.split_at_mut(width);
+        for (a, b) in low.iter_mut().zip(high.iter()) {
+            for (a, &b) in a.iter_mut().zip(b) {
+                *a = f(*a, b);
+            }
+        }
+        width /= 2;
+    }
+}
