@@ -65,7 +65,7 @@ fn binary(f: BinaryFn, a: f64, b: f64) -> f64 {
         BinaryFn::Add => a + b,
         BinaryFn::Sub => a - b,
         BinaryFn::Mul => a * b,
-        BinaryFn::Div => a / b,
+        BinaryFn::Div | BinaryFn::Quotient => a / b,
         BinaryFn::Max => {
             if a < b {
                 b

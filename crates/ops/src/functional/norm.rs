@@ -50,7 +50,7 @@ fn normalised(b: &mut Builder, x: Reg, centre: bool) -> (Reg, Reg) {
         let squares = b.reduce(ReduceFn::Sum, sqr);
         b.root_mean(squares, 0)
     };
-    let hat = b.binary(B::Div, x, root);
+    let hat = b.binary(B::Quotient, x, root);
     (hat, root)
 }
 
@@ -96,7 +96,7 @@ impl Norm {
         let mp = mean(&mut b, p);
         let along = b.binary(B::Mul, hat, mp);
         let d = if fault::active("grad.norm.along") { d } else { b.binary(B::Sub, d, along) };
-        let dx = b.binary(B::Div, d, root);
+        let dx = b.binary(B::Quotient, d, root);
         b.output(dx, self.dtype);
         let call = self.call(b)?;
         match w {

@@ -18,6 +18,8 @@ pub(crate) trait Real:
     + std::ops::Div<Output = Self>
     + std::ops::Neg<Output = Self>
 {
+    /// Whether f64 holds a number of this type and its rounding error too.
+    const SPLITS: bool;
     const ZERO: Self;
     const ONE: Self;
     const NEG_INF: Self;
@@ -87,6 +89,7 @@ pub(crate) trait Real:
 
 macro_rules! consts {
     ($t:ident) => {
+        const SPLITS: bool = size_of::<Self>() < 8;
         const ZERO: Self = 0.0;
         const ONE: Self = 1.0;
         const NEG_INF: Self = std::primitive::$t::NEG_INFINITY;

@@ -31,7 +31,7 @@ pub fn softmax(b: &mut Builder, x: Reg) -> Result<Reg> {
     let shifted = if fault::active("emit.softmax.max") { x } else { b.binary(B::Sub, x, max) };
     let e = b.unary(U::Exp, shifted);
     let sum = b.reduce(ReduceFn::Sum, if fault::active("emit.softmax.sum") { shifted } else { e });
-    Ok(b.binary(B::Div, e, sum))
+    Ok(b.binary(B::Quotient, e, sum))
 }
 
 /// x - max x - log Σ exp(x - max x) over the row.
@@ -113,7 +113,7 @@ pub fn rms_norm(b: &mut Builder, x: Reg, weight: Option<Reg>, eps: u16) -> Resul
     let sqr = b.unary(U::Sqr, x);
     let sum = b.reduce(ReduceFn::Sum, sqr);
     let root = b.root_mean(sum, eps);
-    let out = b.binary(B::Div, x, root);
+    let out = b.binary(B::Quotient, x, root);
     Ok(match weight.filter(|_| !fault::active("emit.rms_norm.weight")) {
         Some(w) => b.binary(B::Mul, out, w),
         None => out,
@@ -134,7 +134,7 @@ pub fn layer_norm(b: &mut Builder, x: Reg, weight: Option<Reg>, bias: Option<Reg
     let sqr = b.unary(U::Sqr, if fault::active("emit.layer_norm.variance") { x } else { centred });
     let squares = b.reduce(ReduceFn::Sum, sqr);
     let root = b.root_mean(squares, eps);
-    let mut out = b.binary(B::Div, centred, root);
+    let mut out = b.binary(B::Quotient, centred, root);
     if let Some(w) = weight.filter(|_| !fault::active("emit.layer_norm.weight")) {
         out = b.binary(B::Mul, out, w);
     }

@@ -229,7 +229,7 @@ fn binary_body<T: Real, const FMA: bool>(
         BinaryFn::Add => go!(|x, y| x + y),
         BinaryFn::Sub => go!(|x, y| x - y),
         BinaryFn::Mul => go!(|x, y| x * y),
-        BinaryFn::Div => go!(|x, y| x / y),
+        BinaryFn::Div | BinaryFn::Quotient => go!(|x, y| x / y),
         BinaryFn::Max => go!(|x, y| if x < y { y } else { x }),
         BinaryFn::Min => go!(|x, y| if x > y { y } else { x }),
         BinaryFn::Pow => go!(T::pow),
@@ -369,9 +369,32 @@ fn sum_into<T: Real>(x: &[T], acc: &mut T) {
                 *l = *l + v;
             }
         }
-        let used = segment.len().min(LANES);
-        *acc = *acc + T::from_f64(fold_wide::<T, LANES>(&lanes[..used]));
+        let sum = match segment.len() < LANES || T::DTYPE == DType::F64 {
+            true => fold_wide::<T, LANES>(&lanes[..segment.len().min(LANES)]),
+            false => fold_all(&lanes),
+        };
+        *acc = *acc + T::from_f64(sum);
     }
+}
+
+/// As [`fold_wide`] for all lanes, in arrays whose sizes the compiler knows, so that they stay in registers.
+#[inline(always)]
+fn fold_all<T: Real>(lanes: &[T; LANES]) -> f64 {
+    if fault::any() && fault::active("row.fold.lane") {
+        return fold_wide::<T, LANES>(lanes);
+    }
+    macro_rules! halve {
+        ($from:ident, $width:literal) => {
+            std::array::from_fn::<f64, $width, _>(|i| $from[i] + $from[i + $width])
+        };
+    }
+    let w: [f64; 64] = std::array::from_fn(|i| lanes[i].to_f64() + lanes[i + 64].to_f64());
+    let w = halve!(w, 32);
+    let w = halve!(w, 16);
+    let w = halve!(w, 8);
+    let w = halve!(w, 4);
+    let w = halve!(w, 2);
+    w[0] + w[1]
 }
 
 /// Sums of up to `N` accumulators. They meet in f64, and round once: a short row's sum is as good as its type allows.

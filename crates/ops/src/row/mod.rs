@@ -15,6 +15,7 @@ pub(crate) mod gather;
 pub(crate) mod loops;
 mod program;
 pub mod programs;
+mod quotient;
 mod run;
 mod schedule;
 pub(crate) mod space;

@@ -3,7 +3,8 @@
 use super::columns;
 use super::gather::{gather, scatter};
 use super::loops::{self, Arg};
-use super::program::{Instr, Kind, Reg, RowProgram};
+use super::program::{BinaryFn, Instr, Kind, Reg, RowProgram};
+use super::quotient::quotient;
 use super::schedule::{Pass, Schedule, NO_SLOT};
 use super::space::Space;
 use crate::fault;
@@ -216,6 +217,11 @@ impl<T: Real> Run<'_, T> {
                 Instr::Unary(f, a) => {
                     let a = self.arg(a, pass, tile, &slots, row_values, offsets);
                     loops::unary(f, a, dst, outer, inner);
+                }
+                Instr::Binary(BinaryFn::Quotient, a, b) if self.schedule.kinds[self.root(b)] == Kind::Row => {
+                    let d = &row_values[self.root(b)][..tile.rows];
+                    let a = self.arg(a, pass, tile, &slots, row_values, offsets);
+                    quotient(a, d, dst, outer, inner, self.columns);
                 }
                 Instr::Binary(f, a, b) => {
                     let a = self.arg(a, pass, tile, &slots, row_values, offsets);

@@ -76,6 +76,7 @@ pub(super) fn check(subject: &mut Subject, mode: Mode) -> Result<Option<Cell>> {
         Mode::RoundsOnce => return rounds_once(subject),
         Mode::OtherSizes => return other_sizes(subject),
         Mode::OtherScalars => return other_scalars(subject),
+        Mode::Eval => return eval(subject),
         Mode::Decomposed if subject.case.op.class() != OpClass::Composite => return Ok(None),
         _ => {}
     }
@@ -117,6 +118,22 @@ pub(super) fn check(subject: &mut Subject, mode: Mode) -> Result<Option<Cell>> {
     };
     if computed && hit_expected.is_some_and(|want| want != report.cache_hit) {
         cell.outcome = Outcome::Failed(format!("cache hit {}, which is wrong when {}", report.cache_hit, mode.name()));
+    }
+    Ok(Some(cell))
+}
+
+/// `eval()` has the bits of a plan.
+fn eval(subject: &mut Subject) -> Result<Option<Cell>> {
+    let case = &subject.case;
+    let elementwise = matches!(case.op, Op::Unary(_) | Op::Binary(_) | Op::Affine);
+    if !elementwise || case.infer()?.dtype != DType::F32 {
+        return Ok(None);
+    }
+    let got = record(case, &subject.inputs)?.eval()?;
+    let mut cell = subject.verdict("eval", &got)?;
+    let want = baseline(subject)?;
+    if let Err(text) = same_bits("eval against no passes", &got, &want)? {
+        cell.outcome = Outcome::Failed(text);
     }
     Ok(Some(cell))
 }

@@ -39,6 +39,8 @@ pub enum Mode {
     OnlyPass(&'static str),
     /// Lazy, as users get it.
     AllPasses,
+    /// Lazy, by `eval()`: one elementwise op on a small tensor needs no plan.
+    Eval,
     /// Lazy, every composite decomposed.
     Decomposed,
     /// Lazy, the plan cache neither asked nor filled.
@@ -70,8 +72,16 @@ impl Mode {
         let mut modes = vec![Self::Eager, Self::Ops, Self::OpsTracked, Self::NoPasses];
         modes.extend(PASSES.iter().map(|p| Self::OnlyPass(p.name)));
         modes.push(Self::OnlyPass("fuse"));
-        modes.extend([Self::AllPasses, Self::Decomposed, Self::Recorded, Self::Cold, Self::Warm, Self::OtherSizes]);
-        modes.extend([Self::OtherScalars, Self::RoundsOnce, Self::Replay, Self::Tracked, Self::Chain, Self::NnModule]);
+        modes.extend([Self::AllPasses, Self::Eval, Self::Decomposed, Self::Recorded, Self::Cold, Self::Warm]);
+        modes.extend([
+            Self::OtherSizes,
+            Self::OtherScalars,
+            Self::RoundsOnce,
+            Self::Replay,
+            Self::Tracked,
+            Self::Chain,
+            Self::NnModule,
+        ]);
         modes
     }
 
@@ -89,6 +99,7 @@ impl Mode {
             Self::NoPasses => "no-passes".into(),
             Self::OnlyPass(name) => format!("only-{}", name.replace('_', "-")),
             Self::AllPasses => "all-passes".into(),
+            Self::Eval => "eval".into(),
             Self::Decomposed => "decomposed".into(),
             Self::Cold => "cold".into(),
             Self::Warm => "warm".into(),

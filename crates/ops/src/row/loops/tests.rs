@@ -26,11 +26,12 @@ const UNARY: [UnaryFn; 21] = [
     UnaryFn::Round,
     UnaryFn::Sign,
 ];
-const BINARY: [BinaryFn; 13] = [
+const BINARY: [BinaryFn; 14] = [
     BinaryFn::Add,
     BinaryFn::Sub,
     BinaryFn::Mul,
     BinaryFn::Div,
+    BinaryFn::Quotient,
     BinaryFn::Max,
     BinaryFn::Min,
     BinaryFn::Pow,
