@@ -347,13 +347,13 @@ impl Node {
         }
     }
 
-    /// Makes the node ready unless it is: the first to publish wins. Returns whether `value` was taken.
+    /// Makes a pending node ready: the first to publish wins. Returns whether `value` was taken.
     ///
     /// The op and the inputs are dropped here, outside the lock.
     pub fn publish(&self, value: Value) -> bool {
         let old = {
             let mut state = self.state.lock();
-            if matches!(*state, State::Ready(_)) {
+            if !matches!(*state, State::Pending(_)) {
                 return false;
             }
             std::mem::replace(&mut *state, State::Ready(value))

@@ -66,6 +66,68 @@ fn bits_do_not_depend_on_where_the_row_axis_stands() {
     }
 }
 
+/// Rows over a middle dim lie in tiles of columns; the same rows over the last dim do not.
+#[test]
+fn rows_over_a_middle_dim_have_the_bits_of_rows_over_the_last() {
+    let mut rng = Rng(29);
+    let reduce = |f: ReduceFn, dtype: DType| {
+        let mut b = RowProgram::builder(Class::of(dtype).unwrap());
+        let x = b.load(0);
+        let y = b.reduce(f, x);
+        b.output(y, dtype);
+        b.finish().unwrap()
+    };
+    for dtype in [DType::F32, DType::BF16, DType::F64] {
+        let mut all = sample_programs(dtype);
+        all.retain(|(_, p, _)| p.instrs.iter().any(|i| matches!(i, Instr::Reduce(..))));
+        all.push(("sum", reduce(ReduceFn::Sum, dtype), 1));
+        all.push(("max", reduce(ReduceFn::Max, dtype), 1));
+        all.push(("min", reduce(ReduceFn::Min, dtype), 1));
+        for (n, m) in [(1usize, 16usize), (2, 300), (15, 37), (16, 64), (17, 33), (128, 20), (129, 37), (1500, 17)] {
+            let (lead, dims) = (2usize, [2usize, n, m]);
+            for (name, p, inputs) in &all {
+                // which dims of the inputs are repeated
+                for repeated in [&[][..], &[0], &[1], &[0, 2], &[0, 1, 2]] {
+                    let ops: Vec<Operand> = (0..*inputs)
+                        .map(|_| {
+                            let mut values = rng.floats(lead * n * m, 3.0);
+                            // some rows begin with, or hold, what is no number
+                            for (i, v) in [(0, f64::NAN), (m / 2, f64::INFINITY), (m * (n / 2) + 3, f64::NAN)] {
+                                values[i] = v;
+                            }
+                            let mut x = Operand::contiguous(dtype, &dims, &values);
+                            for &d in repeated {
+                                x.layout.strides[d] = 0;
+                            }
+                            x
+                        })
+                        .collect();
+                    let params = vec![1e-5; p.params as usize];
+                    let middle = &run(p, &dims, 0b010, &ops, &params)[0];
+                    let turned: Vec<Operand> = ops
+                        .iter()
+                        .map(|x| {
+                            Operand { layout: x.layout.permute(&[0, 2, 1]).unwrap(), data: x.data.clone() }.dense()
+                        })
+                        .collect();
+                    let last = &run(p, &[lead, m, n], 0b100, &turned, &params)[0];
+                    let (middle, last) = (middle.bits(), last.bits());
+                    let per_row = middle.len() == lead * m;
+                    for l in 0..lead {
+                        for (r, j) in (0..m).flat_map(|r| (0..if per_row { 1 } else { n }).map(move |j| (r, j))) {
+                            let at = if per_row { l * m + r } else { (l * n + j) * m + r };
+                            let want = last[if per_row { l * m + r } else { (l * m + r) * n + j }];
+                            let what =
+                                format!("{name} {} {n} x {m} repeated {repeated:?} at {l} {r} {j}", dtype.as_str());
+                            assert_eq!(middle[at], want, "{what}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn bits_do_not_depend_on_threads() {
     let mut rng = Rng(6);

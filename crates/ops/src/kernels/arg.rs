@@ -8,8 +8,6 @@ use crate::row::space::Space;
 use crate::view::{each_dtype, Dims, SliceMut, Strided, View};
 use candle_core::DType;
 
-/// Rows that are visited together.
-
 /// The place of the first largest (or, with `smallest`, the first smallest) element along `dim`, as u32. The output's dims are
 /// `x`'s without `dim`. As in Candle, a NaN counts only where it comes first.
 ///

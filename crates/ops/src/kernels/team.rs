@@ -2,7 +2,8 @@
 //!
 //! One team for the process. The caller works too; the others wait hot for up to 50 µs after a job and sleep then. A kernel of twenty
 //! microseconds is over before a sleeping thread wakes, but where kernels follow one another, as in a plan, the team is awake.
-//! A caller who finds the team at work for someone else, and a task that calls a kernel itself, does all of its work alone.
+//! A caller who finds the team at work for someone else, and a task that calls a kernel itself, does all of its work alone. A process
+//! that was forked from one whose team has worked must not use it: its helpers do not exist there.
 
 use parking_lot::{Condvar, Mutex};
 use std::any::Any;
@@ -97,7 +98,7 @@ pub(crate) fn each_group<T: Send>(mut items: Vec<T>, threads: usize, f: impl Fn(
 /// Calls `f` with `0..tasks`.
 fn run(tasks: usize, f: &(dyn Fn(usize) + Sync)) {
     static TEAM: OnceLock<Team> = OnceLock::new();
-    TEAM.get_or_init(|| Team::new(all() - 1)).run(tasks, f);
+    TEAM.get_or_init(|| Team::new(all() - 1)).run(tasks, threads(), f);
 }
 
 /// A job that is being worked on: how to call it, and how many tasks it has.
@@ -118,6 +119,8 @@ struct Shared {
     job: UnsafeCell<Option<Job>>,
     /// The next task that nobody has taken.
     next: AtomicUsize,
+    /// How many helpers may be inside.
+    most: AtomicU64,
     /// The first panic of a helper.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     /// How many helpers sleep, or are about to.
@@ -154,6 +157,7 @@ impl Team {
             state: AtomicU64::new(0),
             job: UnsafeCell::new(None),
             next: AtomicUsize::new(0),
+            most: AtomicU64::new(0),
             panic: Mutex::new(None),
             sleeping: AtomicUsize::new(0),
             sleep: Mutex::new(()),
@@ -169,8 +173,8 @@ impl Team {
         Self { shared, owned: AtomicBool::new(false), helpers }
     }
 
-    fn run(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
-        let alone = tasks < 2 || self.helpers.is_empty();
+    fn run(&self, tasks: usize, threads: usize, f: &(dyn Fn(usize) + Sync)) {
+        let alone = tasks < 2 || threads < 2 || self.helpers.is_empty();
         if alone || self.owned.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
             return inside(|| (0..tasks).for_each(f));
         }
@@ -182,6 +186,7 @@ impl Team {
         // SAFETY: this thread owns the team, and the last owner left it closed with nobody inside.
         unsafe { *shared.job.get() = Some(Job { f, tasks }) };
         shared.next.store(0, Ordering::Relaxed);
+        shared.most.store((threads - 1) as u64, Ordering::Relaxed);
         let fresh = (number(shared.state.load(Ordering::Relaxed)) + 1) << 17 | OPEN;
         shared.state.store(fresh, Ordering::SeqCst);
         if shared.sleeping.load(Ordering::SeqCst) > 0 {
@@ -191,11 +196,13 @@ impl Team {
         // SAFETY: the closure is alive until this function ends.
         let own = catch_unwind(AssertUnwindSafe(|| inside(|| shared.work(unsafe { &*f }, tasks))));
         shared.state.fetch_and(!OPEN, Ordering::AcqRel);
-        let mut spins = 0u32;
+        let mut spins = 0u64;
         while shared.state.load(Ordering::Acquire) & INSIDERS != 0 {
             spins += 1;
             // a helper that lost its processor needs one
-            if spins.is_multiple_of(4096) {
+            if spins > 1 << 20 {
+                std::thread::sleep(HOT);
+            } else if spins.is_multiple_of(4096) {
                 std::thread::yield_now();
             }
             std::hint::spin_loop();
@@ -265,7 +272,12 @@ impl Shared {
                 // SAFETY: the owner keeps the closure alive while somebody is inside.
                 let outcome = catch_unwind(AssertUnwindSafe(|| self.work(unsafe { &*f }, tasks)));
                 if let Err(panic) = outcome {
-                    self.panic.lock().get_or_insert(panic);
+                    let mut first = self.panic.lock();
+                    match &*first {
+                        None => *first = Some(panic),
+                        // dropping it could panic again, and the owner waits for this thread
+                        Some(_) => std::mem::forget(panic),
+                    }
                 }
             }
             self.state.fetch_sub(1, Ordering::AcqRel);
@@ -274,7 +286,10 @@ impl Shared {
 
     /// Waits for an open job other than number `done`; `None` at the end.
     fn wait(&self, done: u64) -> Option<u64> {
-        let news = |state: u64| state & OPEN != 0 && number(state) != done;
+        let news = |state: u64| {
+            let room = state & INSIDERS < self.most.load(Ordering::Relaxed);
+            state & OPEN != 0 && number(state) != done && room
+        };
         let begin = Instant::now();
         loop {
             for _ in 0..64 {
@@ -321,7 +336,7 @@ mod tests {
                     for round in 0..rounds {
                         let tasks = (round * 7 + caller) % 23;
                         let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-                        team.run(tasks, &|i| {
+                        team.run(tasks, 4, &|i| {
                             counts[i].fetch_add(1, Ordering::Relaxed);
                         });
                         assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1), "{caller} {round}");
@@ -341,14 +356,14 @@ mod tests {
         for round in 0..20 {
             let ran = AtomicUsize::new(0);
             let outcome = catch_unwind(AssertUnwindSafe(|| {
-                team.run(8, &|i| {
+                team.run(8, 3, &|i| {
                     ran.fetch_add(1, Ordering::Relaxed);
                     assert!(i != round % 8, "task {i}");
                 });
             }));
             assert!(outcome.is_err());
             let counts = AtomicUsize::new(0);
-            team.run(8, &|_| {
+            team.run(8, 3, &|_| {
                 counts.fetch_add(1, Ordering::Relaxed);
             });
             assert_eq!(counts.load(Ordering::Relaxed), 8);
@@ -362,13 +377,27 @@ mod tests {
         // both wait for the other: one thread alone would never end
         let met = std::sync::Barrier::new(2);
         let helped = AtomicBool::new(false);
-        team.run(2, &|_| {
+        team.run(2, 2, &|_| {
             met.wait();
             if std::thread::current().id() != caller {
                 helped.store(true, Ordering::Relaxed);
             }
         });
         assert!(helped.load(Ordering::Relaxed));
+    }
+
+    #[test]
+    fn no_more_threads_take_part_than_are_allowed() {
+        let team = Team::new(3);
+        let (inside, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        for _ in 0..20 {
+            team.run(12, 2, &|_| {
+                most.fetch_max(inside.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                std::thread::sleep(Duration::from_micros(50));
+                inside.fetch_sub(1, Ordering::SeqCst);
+            });
+        }
+        assert!(most.load(Ordering::SeqCst) <= 2);
     }
 
     #[test]

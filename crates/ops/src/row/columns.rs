@@ -33,11 +33,14 @@ pub(crate) fn gather<T: Real, E: Element>(
     let Some(&first) = offsets.first() else {
         return;
     };
+    let same = offsets.iter().all(|&o| o == first);
     shape.pieces(start, cols, |done, offset, stride, len| {
         for (i, column) in tile[done * rows..(done + len) * rows].chunks_exact_mut(rows).enumerate() {
             let at = offset + i * if fault::active("row.columns.stride") { 1 } else { stride };
             if dense {
                 T::read(&src[first + at..first + at + rows], column);
+            } else if same {
+                column.fill(T::get(src[first + at]));
             } else {
                 for (d, &base) in column.iter_mut().zip(offsets) {
                     *d = T::get(src[base + at]);
@@ -90,7 +93,9 @@ fn reduce_body<T: Real, const FMA: bool>(
     cols: usize,
     first: bool,
 ) {
+    // a tile's elements, whatever they are computed from: see `Run::arg`
     let Arg::Vec { data, pitch } = a else {
+        acc.fill(T::NAN);
         return;
     };
     let mut block = [T::ZERO; WIDTH];

@@ -4,7 +4,7 @@ use super::loops::{self, Arg, SEGMENT};
 use super::program::{is_row_axis, kind_len, kinds, Class, Instr, Kind, RowProgram};
 use super::schedule::{resolve, Facts, Schedule};
 use super::space::{Operand, Space};
-use super::tile::{Access, Run};
+use super::tile::{Access, Run, LINE_BYTES};
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::kernels::team;
@@ -282,8 +282,9 @@ impl RowProgram {
         }
         .min(total.max(1));
         let threads = self.threads(total);
-        let per_reg = tile.saturating_mul(self.class.size());
-        per_reg.saturating_mul(self.instrs.len()).saturating_mul(threads)
+        // a register's buffer is whole cache lines, and the first one begins on a line
+        let per_reg = tile.saturating_mul(self.class.size()).next_multiple_of(LINE_BYTES);
+        per_reg.saturating_mul(self.instrs.len()).saturating_add(LINE_BYTES).saturating_mul(threads)
     }
 }
 
@@ -346,7 +347,7 @@ impl<T: Real> Job<'_, T> {
                 let pitch = if tiles.rows == 1 { Some(0) } else { space.pitch(operand) };
                 match (pitch, operand.row.single()) {
                     (Some(pitch), Some(1)) if T::of(data).is_some() && !columns => Access::Borrowed { pitch },
-                    (Some(0), _) if tiles.rows > 1 => Access::Shared,
+                    (Some(0), _) if tiles.rows > 1 && !columns => Access::Shared,
                     _ => Access::Copied,
                 }
             })

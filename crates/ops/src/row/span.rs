@@ -30,6 +30,13 @@ fn padded<T: Real>(x: &[T]) -> [T; LINE] {
 pub(super) fn one<T: Real>(dst: &mut [T], x: &[T], f: impl Fn(T) -> T) {
     let n = dst.len().min(x.len());
     let (dst, x) = (&mut dst[..n], &x[..n]);
+    if !T::SPLITS {
+        // f64 functions are calls, one element each: nothing to pad for
+        for (d, &x) in dst.iter_mut().zip(x) {
+            *d = f(x);
+        }
+        return;
+    }
     let (from, to) = body(dst);
     for (d, &x) in dst[from..to].iter_mut().zip(&x[from..to]) {
         *d = f(x);

@@ -44,7 +44,7 @@ pub(crate) struct Run<'a, T> {
 }
 
 /// Bytes of a cache line.
-const LINE_BYTES: usize = 64;
+pub(super) const LINE_BYTES: usize = 64;
 
 /// Elements of a cache line.
 fn per_line<T>() -> usize {
@@ -301,13 +301,12 @@ impl<T: Real> Run<'_, T> {
                     }
                     shared_or_copied => {
                         let data = slots.get(pass.slots[r]).map(|s| &**s).unwrap_or_default();
-                        match (shared_or_copied == Access::Shared, self.columns) {
-                            // the same row for all: one value per column
-                            (true, true) => Arg::Row(data.get(..tile.cols).unwrap_or_default()),
-                            (true, false) => Arg::Vec { data, pitch: 0 },
-                            (false, true) => Arg::Vec { data, pitch: tile.rows },
-                            (false, false) => Arg::Vec { data, pitch: tile.cols },
-                        }
+                        let pitch = match (shared_or_copied == Access::Shared, self.columns) {
+                            (true, _) => 0,
+                            (false, true) => tile.rows,
+                            (false, false) => tile.cols,
+                        };
+                        Arg::Vec { data, pitch }
                     }
                 }
             }
@@ -322,7 +321,7 @@ impl<T: Real> Run<'_, T> {
         };
         let shape = &self.space.operands[input].row;
         each_dtype!(Slice, &self.inputs[input], src => {
-            let gather = if self.columns && self.access[input] != Access::Shared { columns::gather } else { gather };
+            let gather = if self.columns { columns::gather } else { gather };
             gather(src, &offsets[input][..rows], shape, tile.col, tile.cols, dst);
         });
     }

@@ -30,6 +30,8 @@ const TASK_NS: usize = 10_000;
 const TASK_ROWS: usize = 16;
 /// Bytes of the weight's rows that are kept in the second-level cache while x's rows pass.
 const BLOCK_BYTES: usize = 1 << 18;
+/// More elements of x than these are not copied to cache lines: it would take long, and memory.
+const ALIGNED: usize = 1 << 16;
 /// Bytes of a cache line.
 const LINE_BYTES: usize = 64;
 
@@ -98,7 +100,7 @@ pub(crate) fn dots_parallel<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: Gr
 /// boundary costs two.
 fn aligned<'a>(x: Rows<'a, f32>, uses: usize, store: &'a mut Vec<f32>) -> Rows<'a, f32> {
     let rests = x.data.as_ptr().align_offset(LINE_BYTES) == 0 && (x.pitch.is_multiple_of(LANES) || x.count == 1);
-    if rests || uses < TASK_ROWS {
+    if rests || uses < TASK_ROWS || x.count.saturating_mul(x.len) > ALIGNED {
         return x;
     }
     let pitch = x.len.next_multiple_of(LANES);
@@ -116,7 +118,7 @@ fn share<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, mut out: Grid<'_>, tasks: 
     if tasks < 2 || out.cols() != w.count {
         return dots(x, w, &mut out);
     }
-    let rows = w.count.div_ceil(tasks).next_multiple_of(TASK_ROWS);
+    let rows = w.count.div_ceil(tasks).next_multiple_of(TASK_ROWS).max(TASK_ROWS);
     let mut parts = Vec::with_capacity(tasks);
     for from in (0..w.count).step_by(rows) {
         let count = rows.min(w.count - from);
