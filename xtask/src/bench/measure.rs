@@ -23,7 +23,7 @@ impl Effort {
 }
 
 /// A sample of one side lasts at least this long, so that reading the clock is nothing beside it.
-const SAMPLE: Duration = Duration::from_micros(120);
+const SAMPLE: Duration = Duration::from_millis(2);
 
 /// Eager's time may be this many times the best of its idle probes.
 const DISTURBED: f64 = 1.3;

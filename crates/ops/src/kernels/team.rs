@@ -136,6 +136,24 @@ unsafe impl Sync for Shared {}
 // SAFETY: the pointer in `job` is to a closure that is `Sync`, and is followed only as described above.
 unsafe impl Send for Shared {}
 
+/// How often a thread that waits looks before it offers its processor: the one it waits for may need that very processor, since a
+/// thread that was woken often begins on its waker's.
+const PATIENCE: u64 = 32;
+
+/// Where an offered processor comes back later than this, somebody else had it.
+const SHARED: Duration = Duration::from_micros(3);
+
+/// Passes a moment; now and then another thread may have the processor, and the result says how long that took.
+fn look_again(spins: u64) -> Option<Duration> {
+    if !spins.is_multiple_of(PATIENCE) {
+        std::hint::spin_loop();
+        return None;
+    }
+    let offered = Instant::now();
+    std::thread::yield_now();
+    Some(offered.elapsed())
+}
+
 const OPEN: u64 = 1 << 16;
 const INSIDERS: u64 = OPEN - 1;
 
@@ -199,13 +217,11 @@ impl Team {
         let mut spins = 0u64;
         while shared.state.load(Ordering::Acquire) & INSIDERS != 0 {
             spins += 1;
-            // a helper that lost its processor needs one
             if spins > 1 << 20 {
                 std::thread::sleep(HOT);
-            } else if spins.is_multiple_of(4096) {
-                std::thread::yield_now();
+            } else {
+                look_again(spins);
             }
-            std::hint::spin_loop();
         }
         let theirs = shared.panic.lock().take();
         self.owned.store(false, Ordering::Release);
@@ -291,15 +307,13 @@ impl Shared {
             state & OPEN != 0 && number(state) != done && room
         };
         let begin = Instant::now();
-        loop {
-            for _ in 0..64 {
-                let state = self.state.load(Ordering::Acquire);
-                if news(state) {
-                    return Some(state);
-                }
-                std::hint::spin_loop();
+        for spins in 1u64.. {
+            let state = self.state.load(Ordering::Acquire);
+            if news(state) {
+                return Some(state);
             }
-            if begin.elapsed() > HOT {
+            let offered = look_again(spins);
+            if offered.is_some_and(|time| time > SHARED) || begin.elapsed() > HOT {
                 break;
             }
         }

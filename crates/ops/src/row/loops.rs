@@ -4,7 +4,7 @@
 //! instruction set; nothing here depends on which.
 
 use super::program::{BinaryFn, FloatKind, ReduceFn, UnaryFn};
-use super::span;
+use super::span::{self, Left, Map1, Map2, Right};
 use crate::element::Element;
 use crate::fault;
 use crate::math::Real;
@@ -69,32 +69,56 @@ fn shape<T: Copy + Default>(args: &[Arg<'_, T>], rows: usize, cols: usize) -> (u
     }
 }
 
+/// Makes `F<FMA>` the function that is written like a closure of `T`s.
+macro_rules! function {
+    (|$x:ident| $e:expr) => {
+        #[derive(Clone, Copy)]
+        struct F<const FMA: bool>;
+        impl<T: Real, const FMA: bool> Map1<T> for F<FMA> {
+            #[inline(always)]
+            fn call(self, $x: T) -> T {
+                $e
+            }
+        }
+    };
+    (|$x:ident, $y:ident| $e:expr) => {
+        #[derive(Clone, Copy)]
+        struct F<const FMA: bool>;
+        impl<T: Real, const FMA: bool> Map2<T> for F<FMA> {
+            #[inline(always)]
+            fn call(self, $x: T, $y: T) -> T {
+                $e
+            }
+        }
+    };
+}
+
 #[inline(always)]
-fn map1<T: Real>(a: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize, f: impl Fn(T) -> T) {
+fn map1<T: Real>(a: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize, f: impl Map1<T>) {
     let (rows, cols) = shape(&[a], rows, cols);
     if cols == 0 {
         return;
     }
     for (r, d) in dst.chunks_exact_mut(cols).take(rows).enumerate() {
         match a.row(r, cols) {
-            RowArg::Scalar(x) => d.fill(f(x)),
-            RowArg::Slice(x) => span::one(d, x, &f),
+            RowArg::Scalar(x) => d.fill(f.call(x)),
+            RowArg::Slice(x) => span::one(d, x, f),
         }
     }
 }
 
 #[inline(always)]
-fn map2<T: Real>(a: Arg<'_, T>, b: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize, f: impl Fn(T, T) -> T) {
+fn map2<T: Real>(a: Arg<'_, T>, b: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize, f: impl Map2<T>) {
     let (rows, cols) = shape(&[a, b], rows, cols);
     if cols == 0 {
         return;
     }
     for (r, d) in dst.chunks_exact_mut(cols).take(rows).enumerate() {
         match (a.row(r, cols), b.row(r, cols)) {
-            (RowArg::Slice(x), RowArg::Slice(y)) => span::two(d, x, y, &f),
-            (RowArg::Slice(x), RowArg::Scalar(y)) => span::one(d, x, |x| f(x, y)),
-            (RowArg::Scalar(x), RowArg::Slice(y)) => span::one(d, y, |y| f(x, y)),
-            (RowArg::Scalar(x), RowArg::Scalar(y)) => d.fill(f(x, y)),
+            (RowArg::Slice(x), RowArg::Slice(y)) => span::two(d, x, y, f),
+            (RowArg::Slice(x), RowArg::Scalar(y)) => span::one(d, x, Right(f, y)),
+            (RowArg::Scalar(x), RowArg::Slice(y)) => span::one(d, y, Left(f, x)),
+            (RowArg::Scalar(x), RowArg::Scalar(y)) => d.fill(f.call(x, y)),
         }
     }
 }
@@ -174,31 +198,32 @@ pub(crate) fn unary<T: Real>(f: UnaryFn, a: Arg<'_, T>, dst: &mut [T], rows: usi
 #[inline(always)]
 fn unary_body<T: Real, const FMA: bool>(f: UnaryFn, a: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize) {
     macro_rules! go {
-        ($e:expr) => {
-            map1(a, dst, rows, cols, $e)
-        };
+        (|$x:ident| $e:expr) => {{
+            function!(|$x| $e);
+            map1(a, dst, rows, cols, F::<FMA>)
+        }};
     }
     match f {
-        UnaryFn::Neg => go!(|x: T| -x),
-        UnaryFn::Abs => go!(T::abs),
+        UnaryFn::Neg => go!(|x| -x),
+        UnaryFn::Abs => go!(|x| x.abs()),
         UnaryFn::Recip => go!(|x| T::ONE / x),
         UnaryFn::Sqr => go!(|x| x * x),
-        UnaryFn::Sqrt => go!(T::sqrt),
-        UnaryFn::Rsqrt => go!(|x: T| T::ONE / x.sqrt()),
-        UnaryFn::Exp => go!(T::exp::<FMA>),
-        UnaryFn::Log => go!(T::log::<FMA>),
-        UnaryFn::Sin => go!(T::sin::<FMA>),
-        UnaryFn::Cos => go!(T::cos::<FMA>),
-        UnaryFn::Tanh => go!(T::tanh::<FMA>),
-        UnaryFn::Erf => go!(T::erf::<FMA>),
-        UnaryFn::Gelu => go!(T::gelu::<FMA>),
-        UnaryFn::GeluErf => go!(T::gelu_erf::<FMA>),
+        UnaryFn::Sqrt => go!(|x| x.sqrt()),
+        UnaryFn::Rsqrt => go!(|x| T::ONE / x.sqrt()),
+        UnaryFn::Exp => go!(|x| x.exp::<FMA>()),
+        UnaryFn::Log => go!(|x| x.log::<FMA>()),
+        UnaryFn::Sin => go!(|x| x.sin::<FMA>()),
+        UnaryFn::Cos => go!(|x| x.cos::<FMA>()),
+        UnaryFn::Tanh => go!(|x| x.tanh::<FMA>()),
+        UnaryFn::Erf => go!(|x| x.erf::<FMA>()),
+        UnaryFn::Gelu => go!(|x| x.gelu::<FMA>()),
+        UnaryFn::GeluErf => go!(|x| x.gelu_erf::<FMA>()),
         UnaryFn::Relu => go!(|x| if x > T::ZERO { x } else { T::ZERO }),
-        UnaryFn::Silu => go!(T::silu::<FMA>),
-        UnaryFn::Sigmoid => go!(T::sigmoid::<FMA>),
-        UnaryFn::Floor => go!(T::floor),
-        UnaryFn::Ceil => go!(T::ceil),
-        UnaryFn::Round => go!(T::round),
+        UnaryFn::Silu => go!(|x| x.silu::<FMA>()),
+        UnaryFn::Sigmoid => go!(|x| x.sigmoid::<FMA>()),
+        UnaryFn::Floor => go!(|x| x.floor()),
+        UnaryFn::Ceil => go!(|x| x.ceil()),
+        UnaryFn::Round => go!(|x| x.round()),
         UnaryFn::Sign => go!(|x| truth::<T>(x > T::ZERO) - truth::<T>(x < T::ZERO)),
     }
     if fault::any() && fault::active(&format!("row.{f:?}.tail")) {
@@ -221,9 +246,10 @@ fn binary_body<T: Real, const FMA: bool>(
     cols: usize,
 ) {
     macro_rules! go {
-        ($e:expr) => {
-            map2(a, b, dst, rows, cols, $e)
-        };
+        (|$x:ident, $y:ident| $e:expr) => {{
+            function!(|$x, $y| $e);
+            map2(a, b, dst, rows, cols, F::<FMA>)
+        }};
     }
     match f {
         BinaryFn::Add => go!(|x, y| x + y),
@@ -232,7 +258,7 @@ fn binary_body<T: Real, const FMA: bool>(
         BinaryFn::Div | BinaryFn::Quotient => go!(|x, y| x / y),
         BinaryFn::Max => go!(|x, y| if x < y { y } else { x }),
         BinaryFn::Min => go!(|x, y| if x > y { y } else { x }),
-        BinaryFn::Pow => go!(T::pow),
+        BinaryFn::Pow => go!(|x, y| x.pow(y)),
         BinaryFn::Eq => go!(|x, y| truth(x == y)),
         BinaryFn::Ne => go!(|x, y| truth(x != y)),
         BinaryFn::Lt => go!(|x, y| truth(x < y)),
@@ -250,10 +276,23 @@ versions! {
 pub(crate) fn affine<T: Real>(x: Arg<'_, T>, mul: T, add: T, dst: &mut [T]) = affine_body;
 }
 
+#[derive(Clone, Copy)]
+struct Affine<T> {
+    mul: T,
+    add: T,
+}
+
+impl<T: Real> Map1<T> for Affine<T> {
+    #[inline(always)]
+    fn call(self, x: T) -> T {
+        x * self.mul + self.add
+    }
+}
+
 #[inline(always)]
 fn affine_body<T: Real, const FMA: bool>(x: Arg<'_, T>, mul: T, add: T, dst: &mut [T]) {
     let n = dst.len();
-    map1(x, dst, 1, n, |x| x * mul + add);
+    map1(x, dst, 1, n, Affine { mul, add });
 }
 
 fn is_comparison(f: BinaryFn) -> bool {
@@ -274,19 +313,38 @@ pub(crate) fn round<T: Real>(to: FloatKind, a: Arg<'_, T>, dst: &mut [T], rows: 
 
 #[inline(always)]
 fn round_body<T: Real, const FMA: bool>(to: FloatKind, a: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize) {
+    macro_rules! go {
+        (|$x:ident| $e:expr) => {{
+            function!(|$x| $e);
+            map1(a, dst, rows, cols, F::<FMA>)
+        }};
+    }
     if fault::any() && fault::active(&format!("row.round.{to:?}")) {
-        return map1(a, dst, rows, cols, |x| x);
+        return go!(|x| x);
     }
     match to {
-        FloatKind::F16 => map1(a, dst, rows, cols, |x| T::get(x.put::<f16>())),
-        FloatKind::BF16 => map1(a, dst, rows, cols, |x| T::get(x.put::<bf16>())),
-        FloatKind::F32 => map1(a, dst, rows, cols, |x| T::get(Element::to_f32(x))),
+        FloatKind::F16 => go!(|x| T::get(x.put::<f16>())),
+        FloatKind::BF16 => go!(|x| T::get(x.put::<bf16>())),
+        FloatKind::F32 => go!(|x| T::get(Element::to_f32(x))),
     }
 }
 
 versions! {
 /// √(sum/n + eps) over a tile, in f64 and rounded once.
 pub(crate) fn root_mean<T: Real>(sum: Arg<'_, T>, n: f64, eps: f64, dst: &mut [T], rows: usize, cols: usize) = root_mean_body;
+}
+
+#[derive(Clone, Copy)]
+struct RootMean {
+    n: f64,
+    eps: f64,
+}
+
+impl<T: Real> Map1<T> for RootMean {
+    #[inline(always)]
+    fn call(self, x: T) -> T {
+        T::from_f64((x.to_f64() / self.n + self.eps).sqrt())
+    }
 }
 
 #[inline(always)]
@@ -300,7 +358,7 @@ fn root_mean_body<T: Real, const FMA: bool>(
 ) {
     let n = if fault::active("row.root_mean.count") { 1.0 } else { n };
     let eps = if fault::active("row.root_mean.eps") { 0.0 } else { eps };
-    map1(sum, dst, rows, cols, |x| T::from_f64((x.to_f64() / n + eps).sqrt()));
+    map1(sum, dst, rows, cols, RootMean { n, eps });
 }
 
 /// Where a reduction starts.

@@ -4,7 +4,7 @@
 //! (0.5 + 2⁻²² units in the last place; where the quotient is below 10⁻³¹, up to 1). `high` is rounded down and `low` is positive: two infinities never meet with unlike signs.
 
 use super::loops::Arg;
-use super::span;
+use super::span::{self, Map1};
 use crate::fault;
 use crate::math::Real;
 use crate::simd::versions;
@@ -24,6 +24,30 @@ fn reciprocal<T: Real, const FMA: bool>(d: T) -> Option<(T, T)> {
     let high = T::from_f64(inverse * (1.0 - f64::from(f32::EPSILON)));
     let low = T::from_f64(if fault::active("row.quotient.low") { -inverse * 1e-3 } else { inverse - high.to_f64() });
     Some((high, low))
+}
+
+/// A product with a reciprocal in two parts.
+#[derive(Clone, Copy)]
+struct Scale<T, const FMA: bool> {
+    high: T,
+    low: T,
+}
+
+impl<T: Real, const FMA: bool> Map1<T> for Scale<T, FMA> {
+    #[inline(always)]
+    fn call(self, x: T) -> T {
+        x.mul_add::<FMA>(self.high, x * self.low)
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Divide<T>(T);
+
+impl<T: Real> Map1<T> for Divide<T> {
+    #[inline(always)]
+    fn call(self, x: T) -> T {
+        x / self.0
+    }
 }
 
 versions! {
@@ -54,8 +78,8 @@ fn quotient_body<T: Real, const FMA: bool>(
         for (r, dst) in runs {
             let (x, d) = (&data[r * pitch..r * pitch + inner], d.get(r).copied().unwrap_or(T::NAN));
             match reciprocal::<T, FMA>(d) {
-                Some((high, low)) => span::one(dst, x, |x| x.mul_add::<FMA>(high, x * low)),
-                None => span::one(dst, x, |x| x / d),
+                Some((high, low)) => span::one(dst, x, Scale::<T, FMA> { high, low }),
+                None => span::one(dst, x, Divide(d)),
             }
         }
         return;
@@ -67,13 +91,13 @@ fn quotient_body<T: Real, const FMA: bool>(
         match &split {
             Some(parts) => {
                 for ((q, &x), &(high, low)) in dst.iter_mut().zip(x).zip(parts) {
-                    *q = x.mul_add::<FMA>(high, x * low);
+                    *q = Scale::<T, FMA> { high, low }.call(x);
                 }
             }
             None => {
                 for (((q, &x), &d), part) in dst.iter_mut().zip(x).zip(d).zip(&parts) {
                     *q = match part {
-                        Some((high, low)) => x.mul_add::<FMA>(*high, x * *low),
+                        Some((high, low)) => Scale::<T, FMA> { high: *high, low: *low }.call(x),
                         None => x / d,
                     };
                 }
