@@ -25,6 +25,7 @@ const ALLOWED: &[(&str, &str, What)] = &[
             "eval_all",
             "eval_all_with",
             "eval_all_with_report",
+            "eval_direct",
             "eval_all_checked",
             "first_nan",
             "first_nonfinite",

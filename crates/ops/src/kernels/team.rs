@@ -385,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn helpers_do_take_part() {
+    fn the_other_threads_take_part() {
         let team = Team::new(1);
         let caller = std::thread::current().id();
         // both wait for the other: one thread alone would never end
