@@ -4,7 +4,7 @@
 //! Every row gets the bits that it has in a tile that lies row by row: the sums below meet in the order of [`super::loops`].
 
 use super::gather::RowShape;
-use super::loops::{fold_exactly, Arg, LANES, SEGMENT};
+use super::loops::{fold_exactly, Arg, LANES, SEGMENT, SHORT};
 use super::program::ReduceFn;
 use crate::element::Element;
 use crate::fault;
@@ -116,10 +116,18 @@ fn reduce_body<T: Real, const FMA: bool>(
         };
         let mut own = [T::ZERO; WIDTH];
         own[..n].copy_from_slice(&acc[r..r + n]);
-        match f {
-            ReduceFn::Sum => sums(cols, &mut column, &mut own),
-            ReduceFn::Max => extremes(cols, &mut column, &mut own, first, T::NEG_INF, |m, x| m < x),
-            ReduceFn::Min => extremes(cols, &mut column, &mut own, first, T::INF, |m, x| m > x),
+        // lanes that a short row does not have are not kept
+        match (f, cols <= SHORT) {
+            (ReduceFn::Sum, true) => sums::<T, SHORT>(cols, &mut column, &mut own),
+            (ReduceFn::Sum, false) => sums::<T, LANES>(cols, &mut column, &mut own),
+            (ReduceFn::Max, true) => {
+                extremes::<T, SHORT>(cols, &mut column, &mut own, first, T::NEG_INF, |m, x| m < x);
+            }
+            (ReduceFn::Max, false) => {
+                extremes::<T, LANES>(cols, &mut column, &mut own, first, T::NEG_INF, |m, x| m < x);
+            }
+            (ReduceFn::Min, true) => extremes::<T, SHORT>(cols, &mut column, &mut own, first, T::INF, |m, x| m > x),
+            (ReduceFn::Min, false) => extremes::<T, LANES>(cols, &mut column, &mut own, first, T::INF, |m, x| m > x),
         }
         if fault::any() && fault::active("row.columns.rows") {
             own[n - 1] = fault::nudged(own[n - 1]);
@@ -130,14 +138,14 @@ fn reduce_body<T: Real, const FMA: bool>(
 
 /// See `loops::sum_into`.
 #[inline(always)]
-fn sums<T: Real>(cols: usize, column: &mut impl FnMut(usize) -> [T; WIDTH], acc: &mut [T; WIDTH]) {
+fn sums<T: Real, const N: usize>(cols: usize, column: &mut impl FnMut(usize) -> [T; WIDTH], acc: &mut [T; WIDTH]) {
     for from in (0..cols).step_by(SEGMENT) {
         let n = SEGMENT.min(cols - from);
-        let used = n.min(LANES).next_power_of_two();
-        let mut wide = [[0f64; WIDTH]; LANES];
+        let used = n.min(N).next_power_of_two();
+        let mut wide = [[0f64; WIDTH]; N];
         for (lane, wide) in wide.iter_mut().enumerate().take(used.min(n)) {
             let mut sum = [T::ZERO; WIDTH];
-            for c in (lane..n).step_by(LANES) {
+            for c in (lane..n).step_by(N) {
                 for (s, v) in sum.iter_mut().zip(column(from + c)) {
                     *s = *s + v;
                 }
@@ -149,7 +157,7 @@ fn sums<T: Real>(cols: usize, column: &mut impl FnMut(usize) -> [T; WIDTH], acc:
         let mut total = [0f64; WIDTH];
         if T::DTYPE == DType::F64 {
             for (r, total) in total.iter_mut().enumerate() {
-                let mut lanes = [0f64; LANES];
+                let mut lanes = [0f64; N];
                 for (l, w) in lanes.iter_mut().zip(&wide) {
                     *l = w[r];
                 }
@@ -167,7 +175,7 @@ fn sums<T: Real>(cols: usize, column: &mut impl FnMut(usize) -> [T; WIDTH], acc:
 
 /// See `loops::extreme_into`.
 #[inline(always)]
-fn extremes<T: Real>(
+fn extremes<T: Real, const N: usize>(
     cols: usize,
     column: &mut impl FnMut(usize) -> [T; WIDTH],
     acc: &mut [T; WIDTH],
@@ -179,17 +187,19 @@ fn extremes<T: Real>(
         return;
     }
     let leading = column(0);
-    let used = cols.min(LANES).next_power_of_two();
-    let mut lanes = [[start; WIDTH]; LANES];
+    let used = cols.min(N).next_power_of_two();
+    let mut lanes = [[start; WIDTH]; N];
     for (lane, held) in lanes.iter_mut().enumerate().take(used.min(cols)) {
-        for c in (lane..cols).step_by(LANES) {
+        for c in (lane..cols).step_by(N) {
             for (h, v) in held.iter_mut().zip(column(c)) {
                 *h = if better(*h, v) { v } else { *h };
             }
         }
     }
     fold(&mut lanes[..used], |a, b| if better(a, b) { b } else { a });
-    for ((a, &m), &lead) in acc.iter_mut().zip(&lanes[0]).zip(&leading) {
+    for (r, ((a, &m), &lead)) in acc.iter_mut().zip(&lanes[0]).zip(&leading).enumerate() {
+        // see `loops::first_zero`
+        let m = if m == T::ZERO { (0..cols).map(|c| column(c)[r]).find(|v| *v == T::ZERO).unwrap_or(m) } else { m };
         if first && lead.is_nan() && !fault::active("row.columns.nan") {
             *a = T::NAN;
         } else if better(*a, m) {

@@ -15,7 +15,7 @@ use half::{bf16, f16};
 /// Elements per segment of a sum. Part of the numbers a program gives: see [`sum_into`].
 pub(crate) const SEGMENT: usize = 1024;
 /// Up to this many elements an accumulator meets one element, and most are not needed.
-const SHORT: usize = 16;
+pub(super) const SHORT: usize = 16;
 /// Accumulators per segment of a sum.
 pub(super) const LANES: usize = 128;
 
@@ -546,6 +546,7 @@ fn extreme_into<T: Real>(x: &[T], acc: &mut T, first: bool, start: T, better: im
             *l = if better(start, v) { v } else { start };
         }
         let m = fold(&mut lanes, |a, b| if better(a, b) { b } else { a });
+        let m = first_zero(m, || x.iter().copied());
         if better(*acc, m) {
             *acc = m;
         }
@@ -557,9 +558,19 @@ fn extreme_into<T: Real>(x: &[T], acc: &mut T, first: bool, start: T, better: im
         *l = if better(*l, v) { v } else { *l };
     }
     let m = fold(&mut lanes, |a, b| if better(a, b) { b } else { a });
+    let m = first_zero(m, || x.iter().copied());
     if better(*acc, m) {
         *acc = m;
     }
+}
+
+/// An extreme that is zero has the sign of the row's first zero, as Candle keeps the first of equals: lanes meet in another order.
+#[inline(always)]
+pub(super) fn first_zero<T: Real, I: Iterator<Item = T>>(m: T, row: impl Fn() -> I) -> T {
+    if m == T::ZERO && !fault::active("row.extreme.zero") {
+        return row().find(|v| *v == T::ZERO).unwrap_or(m);
+    }
+    m
 }
 
 #[cfg(test)]

@@ -111,7 +111,7 @@ fn reductions(t: &mut Table) {
         (&[], 0),
     ];
     // one that runs on several threads, and one whose rows do not divide among them
-    for dims in t.some(&[[70usize, 1030], [1030, 67]], 1, 1) {
+    for dims in t.some(&[[140usize, 1030], [2060, 67]], 1, 1) {
         for f in [ReduceOp::Sum, ReduceOp::Max] {
             let op = Op::Reduce { op: f, axes: 0b10, keepdim: true };
             t.push(Case::new(op, &[], vec![InputSpec::new(dims, DType::F32, Layout::Contiguous, Domain::Any)]));
@@ -121,6 +121,8 @@ fn reductions(t: &mut Table) {
         let op = Op::Reduce { op: f, axes: 0b10, keepdim: false };
         for dtype in FLOATS {
             t.laid_out(&op, &[], &[(&[3, 41], dtype, Domain::Special)]);
+            // enough neighbouring rows that a tile lies column by column
+            t.laid_out(&op, &[], &[(&[2, 7, 18], dtype, Domain::Special)]);
         }
     }
     for (dims, axes) in t.some(&shapes, 2, 10).to_vec() {

@@ -33,6 +33,7 @@ const ROW: &[Row] = &[
     ("row.sum.remainder", "a sum leaves out what fills no whole chunk", "sum", "all-passes"),
     ("row.fold.lane", "a fold of lanes drops a term", "sum", "all-passes"),
     ("row.extreme.nan", "a leading NaN is not kept", "max min", "all-passes"),
+    ("row.extreme.zero", "an extreme that is zero has any zero's sign", "max min", "all-passes"),
     ("row.split.rest", "the tail behind whole tiles is not computed", "exp neg", "all-passes"),
     ("row.row_len", "a row is one longer than it is", "mean", "all-passes"),
     ("row.shared_output", "one row shared by all is stored once", "to_dtype", "all-passes"),
