@@ -236,7 +236,6 @@ fn unary(f: UnaryOp, x: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// Candle takes the largest element over one dim at a time.
 fn reduce(f: ReduceOp, axes: u32, keepdim: bool, x: &Tensor) -> Result<Tensor> {
     let dims: Vec<usize> = (0..x.rank()).filter(|d| axes & (1 << d) != 0).collect();
     let x = &dense(x)?;
@@ -266,16 +265,21 @@ fn reduce(f: ReduceOp, axes: u32, keepdim: bool, x: &Tensor) -> Result<Tensor> {
             }
         }
         ReduceOp::Max | ReduceOp::Min => {
-            let mut y = x.clone();
-            for &d in &dims {
-                y = if f == ReduceOp::Max { y.max_keepdim(d)? } else { y.min_keepdim(d)? };
+            // as `max_all` does: several dims are one row
+            let kept: Vec<usize> = (0..x.rank()).filter(|d| !dims.contains(d)).collect();
+            let (row, at) = match &dims[..] {
+                [] => return Ok(x.clone()),
+                [one] => (x.clone(), *one),
+                several => (x.permute([&kept[..], several].concat())?.flatten_from(kept.len())?, kept.len()),
+            };
+            let y = if f == ReduceOp::Max { row.max(at)? } else { row.min(at)? };
+            if keepdim {
+                let ones: Vec<usize> =
+                    x.dims().iter().enumerate().map(|(d, &n)| if dims.contains(&d) { 1 } else { n }).collect();
+                y.reshape(ones)?
+            } else {
+                y
             }
-            if !keepdim {
-                for &d in dims.iter().rev() {
-                    y = y.squeeze(d)?;
-                }
-            }
-            y
         }
     })
 }

@@ -323,18 +323,28 @@ fn reduce(f: ReduceOp, x: &Tensor, axes: u32, keepdim: bool) -> candle_core::Res
             y.reshape(kept)
         }
         (ReduceOp::Max | ReduceOp::Min, _) => {
-            // Candle reduces one dim at a time; from the last one, so that earlier indices stay
-            let mut y = x.clone();
+            // several dims as one: a NaN counts where it comes first of all, not first along some dim
             let dims = &dims[fault::one_if("replay.extreme").min(dims.len())..];
-            for &d in dims.iter().rev() {
-                y = match (f, keepdim) {
-                    (ReduceOp::Max, true) => y.max_keepdim(d)?,
-                    (ReduceOp::Max, false) => y.max(d)?,
-                    (_, true) => y.min_keepdim(d)?,
-                    (_, false) => y.min(d)?,
-                };
+            let kept: Vec<usize> = (0..x.rank()).filter(|d| !dims.contains(d)).collect();
+            let row = match dims {
+                [] => return Ok(x.clone()),
+                [one] => {
+                    return match (f, keepdim) {
+                        (ReduceOp::Max, true) => x.max_keepdim(*one),
+                        (ReduceOp::Max, false) => x.max(*one),
+                        (_, true) => x.min_keepdim(*one),
+                        (_, false) => x.min(*one),
+                    }
+                }
+                several => x.permute([&kept[..], several].concat())?.flatten_from(kept.len())?,
+            };
+            let y = if f == ReduceOp::Max { row.max(kept.len())? } else { row.min(kept.len())? };
+            if !keepdim {
+                return Ok(y);
             }
-            Ok(y)
+            let ones: Vec<usize> =
+                x.dims().iter().enumerate().map(|(d, &n)| if dims.contains(&d) { 1 } else { n }).collect();
+            y.reshape(ones)
         }
     }
 }

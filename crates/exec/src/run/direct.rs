@@ -91,3 +91,48 @@ fn with_two<R>(x: &Tensor, y: &Tensor, f: impl FnOnce(&[f32], &[f32]) -> R) -> O
     let (sx, sy) = if at_x < at_y { (&low, &high) } else { (&high, &low) };
     Some(f(elements(sx, x)?, elements(sy, y)?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::LazyTensor;
+    use candle_core::Var;
+
+    fn tensor(n: usize, dtype: DType) -> Tensor {
+        Tensor::arange(1f32, n as f32 + 1.0, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+    }
+
+    #[test]
+    fn one_small_op_needs_no_plan_and_has_the_bits_of_one() {
+        let (x, y) = (LazyTensor::from(tensor(100, DType::F32)), LazyTensor::from(tensor(100, DType::F32)));
+        let ops: [fn(&LazyTensor, &LazyTensor) -> Result<LazyTensor>; 4] =
+            [|x, _| x.exp(), |x, y| x - y, |x, _| x.affine(0.3, -1.7), |x, y| x.maximum(y)];
+        for op in ops {
+            let direct = eval_direct(op(&x, &y).unwrap().node()).expect("direct").unwrap();
+            let (planned, report) = op(&x, &y).unwrap().eval_with_report().unwrap();
+            assert_eq!(report.steps, 1);
+            assert_eq!(direct.to_vec1::<f32>().unwrap(), planned.to_vec1::<f32>().unwrap());
+        }
+        let once = (&x + &y).unwrap();
+        assert_eq!(once.eval().unwrap().id(), once.eval().unwrap().id(), "the value is kept");
+    }
+
+    #[test]
+    fn what_is_not_one_small_dense_f32_op_is_planned() {
+        let small = LazyTensor::from(tensor(6, DType::F32));
+        let planned = [
+            LazyTensor::from(tensor(MOST + 1, DType::F32)).exp(),
+            LazyTensor::from(tensor(6, DType::F64)).exp(),
+            LazyTensor::from(tensor(6, DType::F32).reshape((2, 3)).unwrap().t().unwrap()).exp(),
+            LazyTensor::from(Var::from_tensor(&tensor(6, DType::F32)).unwrap().as_tensor().clone()).exp(),
+            small.exp().and_then(|x| x.neg()),
+            small.broadcast_add(&LazyTensor::from(tensor(1, DType::F32))),
+            small.sum_keepdim(0),
+        ];
+        for (i, tensor) in planned.into_iter().enumerate() {
+            let tensor = tensor.unwrap();
+            assert!(eval_direct(tensor.node()).is_none(), "{i}");
+            assert!(tensor.eval().is_ok(), "{i}");
+        }
+    }
+}

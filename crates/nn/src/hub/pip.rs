@@ -29,6 +29,9 @@ import os, runpy, signal, threading, time
 def watch():
     while os.read(0, 4096):
         pass
+    # a signal to the whole group has reached pip already, which is cleaning up
+    if seen:
+        time.sleep(1)
     ended.append(True)
     del seen[:]
     for _ in range(50):

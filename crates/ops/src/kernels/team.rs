@@ -204,12 +204,15 @@ impl Team {
         // SAFETY: this thread owns the team, and the last owner left it closed with nobody inside.
         unsafe { *shared.job.get() = Some(Job { f, tasks }) };
         shared.next.store(0, Ordering::Relaxed);
-        shared.most.store((threads - 1) as u64, Ordering::Relaxed);
+        let most = threads.min(tasks) - 1;
+        shared.most.store(most as u64, Ordering::Relaxed);
         let fresh = (number(shared.state.load(Ordering::Relaxed)) + 1) << 17 | OPEN;
         shared.state.store(fresh, Ordering::SeqCst);
         if shared.sleeping.load(Ordering::SeqCst) > 0 {
             let _guard = shared.sleep.lock();
-            shared.wake.notify_all();
+            for _ in 0..most.min(self.helpers.len()) {
+                shared.wake.notify_one();
+            }
         }
         // SAFETY: the closure is alive until this function ends.
         let own = catch_unwind(AssertUnwindSafe(|| inside(|| shared.work(unsafe { &*f }, tasks))));
@@ -226,6 +229,8 @@ impl Team {
         let theirs = shared.panic.lock().take();
         self.owned.store(false, Ordering::Release);
         if let Err(panic) = own {
+            // dropping a second one could panic while the first unwinds
+            std::mem::forget(theirs);
             resume_unwind(panic);
         }
         if let Some(panic) = theirs {

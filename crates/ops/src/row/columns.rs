@@ -199,7 +199,11 @@ fn extremes<T: Real, const N: usize>(
     fold(&mut lanes[..used], |a, b| if better(a, b) { b } else { a });
     for (r, ((a, &m), &lead)) in acc.iter_mut().zip(&lanes[0]).zip(&leading).enumerate() {
         // see `loops::first_zero`
-        let m = if m == T::ZERO { (0..cols).map(|c| column(c)[r]).find(|v| *v == T::ZERO).unwrap_or(m) } else { m };
+        let m = if m == T::ZERO && !fault::active("row.columns.zero") {
+            (0..cols).map(|c| column(c)[r]).find(|v| *v == T::ZERO).unwrap_or(m)
+        } else {
+            m
+        };
         if first && lead.is_nan() && !fault::active("row.columns.nan") {
             *a = T::NAN;
         } else if better(*a, m) {

@@ -118,7 +118,7 @@ pub enum BinaryFn {
     Mul,
     /// a / b
     Div,
-    /// a / b where b is a number per row, by a reciprocal of twice the precision: off by up to 0.5 + 2⁻²² units in the last place (1
+    /// a / b where b is a number per row, by a reciprocal of twice the precision: off by up to 0.5 + 2⁻²¹ units in the last place (1
     /// near the end of the range). A division wherever b is not per row, in f64, and on machines without a fused multiply-add.
     Quotient,
     /// `if a < b { b } else { a }`: a NaN in `a` stays, a NaN in `b` is dropped, as in Candle's `maximum`

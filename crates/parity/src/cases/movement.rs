@@ -121,6 +121,8 @@ fn reductions(t: &mut Table) {
         let op = Op::Reduce { op: f, axes: 0b10, keepdim: false };
         for dtype in FLOATS {
             t.laid_out(&op, &[], &[(&[3, 41], dtype, Domain::Special)]);
+            let all = Op::Reduce { op: f, axes: 0b11, keepdim: false };
+            t.laid_out(&all, &[], &[(&[3, 41], dtype, Domain::Special)]);
             // enough neighbouring rows that a tile lies column by column
             t.laid_out(&op, &[], &[(&[2, 7, 18], dtype, Domain::Special)]);
         }
