@@ -46,16 +46,6 @@ pub fn binary(f: BinaryFn, x: &[f32], y: &[f32], out: &mut [f32]) -> Result<()> 
     Ok(())
 }
 
-/// `out[i] = f(x[i], scalar)`; a comparison gives 1 or 0.
-///
-/// # Errors
-/// `ShapeMismatch` if the lengths differ.
-pub fn binary_scalar(f: BinaryFn, x: &[f32], scalar: f32, out: &mut [f32]) -> Result<()> {
-    same(x, out)?;
-    loops::binary(f, dense(x), Arg::Const(scalar), out, 1, x.len());
-    Ok(())
-}
-
 /// `out[i] = x[i]·mul + add`, rounded twice.
 ///
 /// # Errors
