@@ -1,6 +1,7 @@
 //! Reading Candle's CPU storage.
 
 use crate::error::{Error, Result};
+use crate::kernels::fresh;
 use crate::view::{Slice, SliceMut, Strided, View};
 use candle_core::{CpuStorage, DType, Layout, Storage, Tensor};
 
@@ -53,7 +54,7 @@ pub(crate) fn cpu_slice_mut(storage: &mut CpuStorage) -> Option<SliceMut<'_>> {
     })
 }
 
-/// A new CPU storage of `n` elements that `f` fills.
+/// A new CPU storage of `n` elements that `f` writes, every one.
 ///
 /// # Errors
 /// `Unsupported` for an element type that kernels do not cover, and whatever `f` returns.
@@ -64,13 +65,13 @@ pub(crate) fn filled(
     f: impl FnOnce(&mut SliceMut<'_>) -> Result<()>,
 ) -> Result<CpuStorage> {
     let mut storage = match dtype {
-        DType::U8 => CpuStorage::U8(vec![0; n]),
-        DType::U32 => CpuStorage::U32(vec![0; n]),
-        DType::I64 => CpuStorage::I64(vec![0; n]),
-        DType::BF16 => CpuStorage::BF16(vec![half::bf16::ZERO; n]),
-        DType::F16 => CpuStorage::F16(vec![half::f16::ZERO; n]),
-        DType::F32 => CpuStorage::F32(vec![0.0; n]),
-        DType::F64 => CpuStorage::F64(vec![0.0; n]),
+        DType::U8 => CpuStorage::U8(fresh(n)),
+        DType::U32 => CpuStorage::U32(fresh(n)),
+        DType::I64 => CpuStorage::I64(fresh(n)),
+        DType::BF16 => CpuStorage::BF16(fresh(n)),
+        DType::F16 => CpuStorage::F16(fresh(n)),
+        DType::F32 => CpuStorage::F32(fresh(n)),
+        DType::F64 => CpuStorage::F64(fresh(n)),
         other => return Err(Error::unsupported(op, format!("dtype {}", other.as_str()))),
     };
     match cpu_slice_mut(&mut storage) {

@@ -13,21 +13,23 @@ pub use pool::{memory_stats, set_pool_cap, trim, MemoryStats};
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_lazy_graph::EngineValue;
+use candle_lazy_ops::kernels::fresh;
 use candle_lazy_ops::view::{Slice, SliceMut, Strided};
 use half::{bf16, f16};
 use std::any::Any;
 use std::sync::Arc;
 
 macro_rules! for_dtypes {
-    ($($variant:ident, $ty:ty, $zero:expr;)*) => {
+    ($($variant:ident, $ty:ty;)*) => {
         /// Elements of one dtype; every one initialised.
         #[derive(Debug)]
         pub(crate) enum Data { $(#[doc = "Elements."] $variant(Vec<$ty>)),* }
 
         impl Data {
-            pub(crate) fn zeroed(dtype: DType, len: usize) -> Option<Self> {
+            /// Elements of no particular value.
+            pub(crate) fn fresh(dtype: DType, len: usize) -> Option<Self> {
                 match dtype {
-                    $(DType::$variant => Some(Self::$variant(vec![$zero; len])),)*
+                    $(DType::$variant => Some(Self::$variant(fresh(len))),)*
                     _ => None,
                 }
             }
@@ -61,13 +63,13 @@ macro_rules! for_dtypes {
 }
 
 for_dtypes! {
-    U8, u8, 0;
-    U32, u32, 0;
-    I64, i64, 0;
-    BF16, bf16, bf16::ZERO;
-    F16, f16, f16::ZERO;
-    F32, f32, 0.0;
-    F64, f64, 0.0;
+    U8, u8;
+    U32, u32;
+    I64, i64;
+    BF16, bf16;
+    F16, f16;
+    F32, f32;
+    F64, f64;
 }
 
 impl Data {

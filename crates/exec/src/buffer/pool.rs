@@ -76,8 +76,8 @@ pub(super) fn take(dtype: DType, len: usize) -> Option<Data> {
     if cached.is_some() {
         return cached;
     }
-    // outside the lock: zeroing large memory takes time
-    let data = Data::zeroed(dtype, len)?;
+    // outside the lock: the system may take its time
+    let data = Data::fresh(dtype, len)?;
     let mut pool = POOL.lock();
     pool.active += data.bytes() as u64;
     pool.peak = pool.peak.max(pool.active);

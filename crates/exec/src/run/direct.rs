@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::lower::{binary, unary};
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use candle_lazy_graph::{Node, Op, Value};
+use candle_lazy_ops::kernels::fresh;
 use candle_lazy_ops::row::{direct, BinaryFn, UnaryFn};
 use smallvec::SmallVec;
 use std::sync::Arc;
@@ -42,7 +43,7 @@ pub(crate) fn eval_direct(node: &Arc<Node>) -> Option<Result<Tensor>> {
         }
         Some((function, inputs))
     })??;
-    let mut out = vec![0f32; count];
+    let mut out = fresh::<f32>(count);
     let computed = match (&function, inputs.as_slice()) {
         (Function::Unary(f), [x]) => with_one(x, |x| direct::unary(*f, x, &mut out)),
         (Function::Affine(mul, add), [x]) => with_one(x, |x| direct::affine(x, *mul, *add, &mut out)),

@@ -80,7 +80,7 @@ impl CustomOp2 for Added {
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
         let (grad, ids) = (cpu_view(OP, s1, l1)?, cpu_view(OP, s2, l2)?);
         let shape = Shape::from((self.rows, grad.dims().last().copied().unwrap_or(0)));
-        let zero = filled(OP, grad.dtype(), 1, |_| Ok(()))?;
+        let zero = filled(OP, grad.dtype(), 1, |out| kernels::fill(out, 0.0))?;
         let mut zeros: View<'_> = cpu_view(OP, &zero, &Layout::contiguous(()))?;
         zeros.layout = zeros.layout.broadcast_to(shape.dims())?;
         let mut ids = ids;

@@ -108,6 +108,17 @@ struct Job {
     tasks: usize,
 }
 
+/// The next task of a share, on a cache line of its own.
+#[derive(Default)]
+#[repr(align(64))]
+struct Share(AtomicUsize);
+
+/// The tasks of share `i` of `shares`: neighbours, and the same ones whenever a kernel runs again over memory of the same size. What a
+/// thread wrote for one kernel it then reads for the next, from its own cache.
+fn share(i: usize, shares: usize, tasks: usize) -> std::ops::Range<usize> {
+    tasks * i / shares..tasks * (i + 1) / shares
+}
+
 /// What the threads of a team share.
 ///
 /// `state` is the heart: a number that grows with each job, whether the job is open to helpers, and how many are inside. A helper
@@ -117,8 +128,8 @@ struct Shared {
     state: AtomicU64,
     /// The job; written by the owner while the state is closed and nobody is inside.
     job: UnsafeCell<Option<Job>>,
-    /// The next task that nobody has taken.
-    next: AtomicUsize,
+    /// Each thread's share of the tasks, the caller's first: the next one that nobody has taken.
+    shares: Vec<Share>,
     /// How many helpers may be inside.
     most: AtomicU64,
     /// The first panic of a helper.
@@ -174,7 +185,7 @@ impl Team {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
             job: UnsafeCell::new(None),
-            next: AtomicUsize::new(0),
+            shares: (0..=helpers).map(|_| Share::default()).collect(),
             most: AtomicU64::new(0),
             panic: Mutex::new(None),
             sleeping: AtomicUsize::new(0),
@@ -185,7 +196,7 @@ impl Team {
         let helper = |i: usize| {
             let shared = shared.clone();
             // where the system gives no thread, the others do the work
-            std::thread::Builder::new().name(format!("candle-lazy-{i}")).spawn(move || shared.help()).ok()
+            std::thread::Builder::new().name(format!("candle-lazy-{i}")).spawn(move || shared.help(i)).ok()
         };
         let helpers = (1..=helpers).filter_map(helper).collect();
         Self { shared, owned: AtomicBool::new(false), helpers }
@@ -203,19 +214,21 @@ impl Team {
             unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), _>(std::ptr::from_ref(f)) };
         // SAFETY: this thread owns the team, and the last owner left it closed with nobody inside.
         unsafe { *shared.job.get() = Some(Job { f, tasks }) };
-        shared.next.store(0, Ordering::Relaxed);
-        let most = threads.min(tasks) - 1;
+        let most = (threads.min(tasks) - 1).min(self.helpers.len());
+        for (i, next) in shared.shares.iter().take(most + 1).enumerate() {
+            next.0.store(share(i, most + 1, tasks).start, Ordering::Relaxed);
+        }
         shared.most.store(most as u64, Ordering::Relaxed);
         let fresh = (number(shared.state.load(Ordering::Relaxed)) + 1) << 17 | OPEN;
         shared.state.store(fresh, Ordering::SeqCst);
         if shared.sleeping.load(Ordering::SeqCst) > 0 {
             let _guard = shared.sleep.lock();
-            for _ in 0..most.min(self.helpers.len()) {
+            for _ in 0..most {
                 shared.wake.notify_one();
             }
         }
         // SAFETY: the closure is alive until this function ends.
-        let own = catch_unwind(AssertUnwindSafe(|| inside(|| shared.work(unsafe { &*f }, tasks))));
+        let own = catch_unwind(AssertUnwindSafe(|| inside(|| shared.work(0, most + 1, unsafe { &*f }, tasks))));
         shared.state.fetch_and(!OPEN, Ordering::AcqRel);
         let mut spins = 0u64;
         while shared.state.load(Ordering::Acquire) & INSIDERS != 0 {
@@ -266,19 +279,25 @@ fn inside(f: impl FnOnce()) {
 }
 
 impl Shared {
-    /// Takes tasks until none is left.
-    fn work(&self, f: &(dyn Fn(usize) + Sync), tasks: usize) {
-        loop {
-            let i = self.next.fetch_add(1, Ordering::Relaxed);
-            if i >= tasks {
+    /// Takes tasks until none is left: those of share `own` of `shares` first, then the others'.
+    fn work(&self, own: usize, shares: usize, f: &(dyn Fn(usize) + Sync), tasks: usize) {
+        for k in 0..shares {
+            let s = (own + k) % shares;
+            let end = share(s, shares, tasks).end;
+            let Some(Share(next)) = self.shares.get(s) else {
                 return;
+            };
+            while next.load(Ordering::Relaxed) < end {
+                let i = next.fetch_add(1, Ordering::Relaxed);
+                if i < end {
+                    f(i);
+                }
             }
-            f(i);
         }
     }
 
-    /// A helper's life.
-    fn help(&self) {
+    /// The life of helper `own`.
+    fn help(&self, own: usize) {
         INSIDE.set(true);
         let mut done = 0;
         while let Some(state) = self.wait(done) {
@@ -291,7 +310,8 @@ impl Shared {
             // SAFETY: this thread is inside, so nobody writes the job; the state that it saw was stored after the write.
             if let Some(Job { f, tasks }) = unsafe { *self.job.get() } {
                 // SAFETY: the owner keeps the closure alive while somebody is inside.
-                let outcome = catch_unwind(AssertUnwindSafe(|| self.work(unsafe { &*f }, tasks)));
+                let shares = self.most.load(Ordering::Relaxed) as usize + 1;
+                let outcome = catch_unwind(AssertUnwindSafe(|| self.work(own, shares, unsafe { &*f }, tasks)));
                 if let Err(panic) = outcome {
                     let mut first = self.panic.lock();
                     match &*first {
