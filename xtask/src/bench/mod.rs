@@ -14,7 +14,8 @@ use candle_core::{DType, Tensor};
 use machine::Machine;
 use measure::{paired, Effort};
 use report::Line;
-use rows::{Floor, Row, Run, Work};
+use rows::{Floor, Job, Row, Run, Work};
+use std::io::Read;
 use std::path::PathBuf;
 
 /// What `cargo xtask bench` takes.
@@ -29,6 +30,9 @@ pub struct BenchArgs {
     /// Writes the rows as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Keeps a core busy until it is killed: what `busy/` rows run beside themselves.
+    #[arg(long, hide = true)]
+    spin: bool,
 }
 
 /// Why the bench ends without a verdict.
@@ -38,6 +42,10 @@ pub(crate) enum Error {
     Lazy(#[from] candle_lazy::exec::Error),
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+    #[error(transparent)]
+    Parity(#[from] candle_lazy_parity::Error),
+    #[error(transparent)]
+    Models(#[from] crate::demo::Error),
     #[error("{0}")]
     Wrong(String),
     #[error("no row is named {0:?}; there are: {1}")]
@@ -54,6 +62,9 @@ const BEYOND_LIMIT: f64 = 1.05;
 /// Runs the rows; the exit code is 1 if one is below its floor, void or wrong.
 #[must_use]
 pub fn run(args: &BenchArgs) -> i32 {
+    if args.spin {
+        spin();
+    }
     match bench(args) {
         Ok(0) => 0,
         Ok(_) => 1,
@@ -63,6 +74,21 @@ pub fn run(args: &BenchArgs) -> i32 {
             1
         }
     }
+}
+
+/// Spins once a byte has come, until the parent kills it or is gone.
+fn spin() -> ! {
+    let (mut stdin, mut byte) = (std::io::stdin(), [0u8; 1]);
+    let begun = stdin.read(&mut byte).is_ok_and(|n| n == 1);
+    // the end of the parent ends its side of the pipe
+    std::thread::spawn(move || {
+        let _ = stdin.read(&mut byte);
+        std::process::exit(0);
+    });
+    while begun {
+        std::hint::spin_loop();
+    }
+    std::process::exit(0)
 }
 
 /// The number of rows below their floor.
@@ -81,7 +107,7 @@ fn bench(args: &BenchArgs) -> Result<usize, Error> {
         let line = match measured(row, effort, &machine) {
             Ok(line) => line,
             Err(Error::Output(error)) => return Err(error.into()),
-            Err(error) => Line::failed(row, error.to_string()),
+            Err(error) => Line::failed(row, error.to_string().lines().next().unwrap_or_default().to_string()),
         };
         say!("{line}")?;
         lines.push(line);
@@ -108,7 +134,15 @@ fn chosen(filter: Option<&str>) -> Result<Vec<Row>, Error> {
 
 /// Times a row until a measurement counts, and checks its results.
 fn measured(row: &Row, effort: Effort, machine: &Machine) -> Result<Line, Error> {
-    let work = (row.make)()?;
+    let make = match &row.job {
+        Job::Pair(make) => make,
+        Job::Own(measure) => {
+            let mut line = Line::new(row);
+            line.set(&measure(effort)?, 1.0, None);
+            return Ok(line);
+        }
+    };
+    let work = make()?;
     let run = |f: &Run, i: usize| f(i).map(|y| drop(std::hint::black_box(y)));
     let eager = fastest(&work)?;
     let limit_us = (work.footprint > 0).then(|| machine.limit_us(work.bytes, work.footprint, work.flops));
@@ -124,7 +158,7 @@ fn measured(row: &Row, effort: Effort, machine: &Machine) -> Result<Line, Error>
             break;
         }
     }
-    check(&work, eager)?;
+    check(&work, work.rough.as_ref().unwrap_or(eager))?;
     Ok(line)
 }
 
@@ -189,9 +223,10 @@ mod tests {
     #[test]
     fn a_wrong_result_is_told() {
         let row = rows::all().into_iter().find(|row| row.name == "overhead/add-1280").unwrap();
-        let work = (row.make)().unwrap();
+        let Job::Pair(make) = row.job else { panic!("two sides") };
+        let work = make().unwrap();
         assert!(check(&work, &work.eager[0]).is_ok());
-        let right = (row.make)().unwrap().lazy;
+        let right = make().unwrap().lazy;
         let wrong = Work { lazy: Box::new(move |i| Ok((right(i)? * 1.0001)?)), ..work };
         assert!(check(&wrong, &wrong.eager[0]).is_err());
     }

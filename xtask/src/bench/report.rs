@@ -82,7 +82,12 @@ impl fmt::Display for Line {
             return write!(f, "  {failure}");
         }
         let Some(n) = &self.numbers else { return write!(f, "  nothing measured") };
-        write!(f, "  {:>9.2}  {:>10.3}  {:>7.2}  {:>6.2}", n.eager_us, n.lazy_us, n.ratio, n.ratio_hi)?;
+        let cell = |x: f64, width: usize, digits: usize| {
+            let text = if x.is_nan() { "-".to_string() } else { format!("{x:.digits$}") };
+            format!("  {text:>width$}")
+        };
+        let (us, lazy_us) = (cell(n.eager_us, 9, 2), cell(n.lazy_us, 10, 3));
+        write!(f, "{us}{lazy_us}{}{}", cell(n.ratio, 7, 2), cell(n.ratio_hi, 6, 2))?;
         match self.floor {
             None => write!(f, "  {:>7}", "-")?,
             Some(Floor::Ratio(floor)) => write!(f, "  {floor:>7.2}")?,

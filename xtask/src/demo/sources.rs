@@ -29,9 +29,17 @@ enum Role {
 
 /// Opens the user's models, and fetches what they do not have.
 pub(crate) fn open(dirs: &[PathBuf]) -> Result<Models, Error> {
-    let encoder = source(dirs, Role::Encoder, &ALL_MINILM_L6_V2)?;
-    let decoder = source(dirs, Role::Decoder, &SMOLLM2_135M_INSTRUCT)?;
-    Ok(Models { encoder, decoder })
+    Ok(Models { encoder: encoder(dirs)?, decoder: decoder(dirs)? })
+}
+
+/// The sentence encoder of [`open`].
+pub(crate) fn encoder(dirs: &[PathBuf]) -> Result<Source, Error> {
+    source(dirs, Role::Encoder, &ALL_MINILM_L6_V2)
+}
+
+/// The language model of [`open`].
+pub(crate) fn decoder(dirs: &[PathBuf]) -> Result<Source, Error> {
+    source(dirs, Role::Decoder, &SMOLLM2_135M_INSTRUCT)
 }
 
 fn source(dirs: &[PathBuf], role: Role, published: &WheelModel) -> Result<Source, Error> {

@@ -84,6 +84,19 @@ pub fn explain(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<String>
     Ok(format!("graph\n{graph}\nplan\n{plan}peak {peak} bytes\n"))
 }
 
+/// Makes the plan that evaluating `tensors` needs, and runs nothing: an evaluation of a graph of this structure, at any length,
+/// then finds it in the cache. Whether it was there already.
+///
+/// # Errors
+/// When lowering fails.
+pub fn prepare(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<bool> {
+    let roots: Vec<Arc<Node>> = tensors.iter().map(|t| t.node().clone()).collect();
+    let Captured { graph, bindings } = capture_waiting(&roots, options)?;
+    let make = |graph: &Graph| lower::make_plan(graph, &bindings, options);
+    let (_, hit) = plan::lookup_or_make(PlanKey::new(graph, options), options.cache, make)?;
+    Ok(hit)
+}
+
 fn evaluate(tensors: &[&LazyTensor], options: &EvalOptions, as_tensors: bool) -> Result<EvalReport> {
     let start = Instant::now();
     let mut report = EvalReport::default();

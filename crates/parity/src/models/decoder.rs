@@ -173,7 +173,7 @@ pub(super) fn compare(dir: &ModelDir, repetitions: usize) -> Result<Vec<ModelRow
     let lazy = dir.causal_lm(DType::F32, &Device::Cpu)?;
     let config = lazy.config();
     let mut twin = match twin::kind(config) {
-        Ok(kind) => Ok(Twin::load(kind, dir, config)?),
+        Ok(kind) => Ok(Twin::load(kind, dir, config, DType::F32)?),
         Err(why) => Err(why),
     };
     let tokenizer = dir.tokenizer()?;

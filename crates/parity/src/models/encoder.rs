@@ -28,14 +28,14 @@ fn file_error(path: &Path, detail: &dyn std::fmt::Display) -> Error {
 }
 
 /// The texts as rows of ids of one length, and the mask.
-struct Batch {
+pub(super) struct Batch {
     ids: Tensor,
     segments: Tensor,
     mask: Tensor,
 }
 
 impl Batch {
-    fn new(texts: &[Vec<u32>], pad: u32) -> Result<Self> {
+    pub(super) fn new(texts: &[Vec<u32>], pad: u32) -> Result<Self> {
         let longest = texts.iter().map(Vec::len).max().unwrap_or(0);
         let mut ids = Vec::new();
         let mut mask = Vec::new();
@@ -51,7 +51,7 @@ impl Batch {
 }
 
 /// Mean pooling and normalisation, by eager Candle.
-fn eager_embed(model: &bert::BertModel, batch: &Batch) -> Result<Tensor> {
+pub(super) fn eager_embed(model: &bert::BertModel, batch: &Batch) -> Result<Tensor> {
     let hidden = model.forward(&batch.ids, &batch.segments, Some(&batch.mask))?;
     let sum = hidden.broadcast_mul(&batch.mask.unsqueeze(2)?)?.sum(1)?;
     let mean = sum.broadcast_div(&batch.mask.sum_keepdim(1)?)?;
@@ -73,7 +73,7 @@ fn load(dir: &ModelDir) -> Result<Encoder> {
 }
 
 /// The eager model, or why there is none.
-fn eager(dir: &ModelDir) -> Result<std::result::Result<bert::BertModel, String>> {
+pub(super) fn eager(dir: &ModelDir) -> Result<std::result::Result<bert::BertModel, String>> {
     let path = dir.file("config.json")?;
     let text = std::fs::read_to_string(&path).map_err(|e| file_error(&path, &e))?;
     let config: bert::Config = match serde_json::from_str(&text) {

@@ -120,13 +120,20 @@ enum Model {
 /// An eager decoder and the text that it has read so far.
 pub(super) struct Twin {
     model: Model,
+    dtype: DType,
+    position: usize,
+}
+
+/// A place in a text.
+pub(super) struct Mark {
+    cache: llama::Cache,
     position: usize,
 }
 
 impl Twin {
     /// Loads the twin of a config that a lazy model was loaded with.
-    pub(super) fn load(kind: Kind, dir: &ModelDir, config: &CausalLmConfig) -> Result<Self> {
-        let vb = dir.var_builder(DType::F32, &Device::Cpu)?;
+    pub(super) fn load(kind: Kind, dir: &ModelDir, config: &CausalLmConfig, dtype: DType) -> Result<Self> {
+        let vb = dir.var_builder(dtype, &Device::Cpu)?;
         let tied = |name: &str| {
             let name = if name == "lm_head.weight" { "model.embed_tokens.weight" } else { name };
             name.to_string()
@@ -142,16 +149,32 @@ impl Twin {
                 Model::Mistral(mistral::Model::new(&mistral_config(config), vb)?)
             }
         };
-        Ok(Self { model, position: 0 })
+        Ok(Self { model, dtype, position: 0 })
     }
 
     /// Forgets the text and makes ready for a new one.
     pub(super) fn begin(&mut self) -> Result<()> {
         self.end();
         if let Model::Llama { config, cache, .. } = &mut self.model {
-            *cache = Some(llama::Cache::new(true, DType::F32, config, &Device::Cpu)?);
+            *cache = Some(llama::Cache::new(true, self.dtype, config, &Device::Cpu)?);
         }
         Ok(())
+    }
+
+    /// The text so far, to come back to; `None` where candle-transformers keeps it to itself.
+    pub(super) fn mark(&self) -> Option<Mark> {
+        match &self.model {
+            Model::Llama { cache, .. } => cache.clone().map(|cache| Mark { cache, position: self.position }),
+            Model::Qwen2(_) | Model::Mistral(_) => None,
+        }
+    }
+
+    /// Comes back to a text: nothing is copied, since eager Candle's cache makes new tensors when it grows.
+    pub(super) fn back(&mut self, mark: &Mark) {
+        if let Model::Llama { cache, .. } = &mut self.model {
+            *cache = Some(mark.cache.clone());
+            self.position = mark.position;
+        }
     }
 
     /// Forgets the text.
@@ -166,12 +189,17 @@ impl Twin {
 
     /// The logits after the new ids.
     pub(super) fn logits(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
+        Ok(self.forward(ids)?.flatten_all()?.to_vec1()?)
+    }
+
+    /// As [`Twin::logits`], as Candle gives them: (1, vocabulary).
+    pub(super) fn forward(&mut self, ids: &[u32]) -> Result<Tensor> {
         let input = Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?;
         let logits = match &mut self.model {
             Model::Llama { model, config, cache } => {
                 let cache = match cache {
                     Some(cache) => cache,
-                    None => cache.insert(llama::Cache::new(true, DType::F32, config, &Device::Cpu)?),
+                    None => cache.insert(llama::Cache::new(true, self.dtype, config, &Device::Cpu)?),
                 };
                 model.forward(&input, self.position, cache)?
             }
@@ -179,7 +207,7 @@ impl Twin {
             Model::Mistral(model) => model.forward(&input, self.position)?,
         };
         self.position += ids.len();
-        Ok(logits.flatten_all()?.to_vec1()?)
+        Ok(logits)
     }
 }
 

@@ -17,6 +17,7 @@ fn lora(rows: usize, width: usize, rank: usize) -> Result<Work, Error> {
     Ok(Work {
         eager: vec![eagerly(&xs, move |x| x.matmul(&a)?.matmul(&b)? * SCALE)],
         lazy: lazily(&xs, move |x| x.lora(&la, &lb, SCALE)),
+        rough: None,
         exact: exactly(&xs, move |x| {
             let value = (x.matmul(&wa)?.matmul(&wb)? * SCALE)?;
             let scale = (x.abs()?.matmul(&wa.abs()?)?.matmul(&wb.abs()?)? * SCALE)?;
@@ -39,6 +40,7 @@ fn linear(rows: usize, features: usize, out: usize, dtype: DType) -> Result<Work
     Ok(Work {
         eager: vec![eagerly(&xs, move |x| x.matmul(&w.t()?))],
         lazy: lazily(&xs, move |x| x.linear(&lw, None)),
+        rough: None,
         exact: exactly(&xs, move |x| Ok((x.matmul(&wide)?, x.abs()?.matmul(&wide.abs()?)?))),
         bytes: read + weight + written,
         footprint: RING * read + weight + written,
@@ -61,6 +63,7 @@ fn attention(heads: usize, queries: usize, keys: usize, d: usize) -> Result<Work
             candle_nn::ops::softmax_last_dim(&(q.matmul(&k.t()?)? * scale)?)?.matmul(&v)
         })],
         lazy: lazily(&xs, move |q| LazyTensor::attention(q, &lk, &lv, None, &AttentionOptions::new(scale))),
+        rough: None,
         exact: exactly(&xs, move |q| {
             let p: Tensor = candle_nn::ops::softmax(&(q.matmul(&wk.t()?)? * scale)?, D::Minus1)?;
             Ok((p.matmul(&wv)?, p.matmul(&wv.abs()?)?))

@@ -38,6 +38,7 @@ fn work(dims: [usize; 3], map: &Map) -> Result<Work, Error> {
     Ok(Work {
         eager: eager.collect(),
         lazy: lazily(&xs, move |x| lazy(x, &lazies)),
+        rough: None,
         exact: exactly(&xs, move |x| by_row(first(x, &wide)?)),
         bytes: 2 * one + params_bytes,
         footprint: (RING + 1) * one + params_bytes,

@@ -2,8 +2,10 @@
 
 mod contraction;
 mod elementwise;
+mod model;
 mod overhead;
 
+use super::measure::{Effort, Paired};
 use super::Error;
 use candle_core::{DType, Device, Tensor};
 use candle_lazy::exec::LazyTensor;
@@ -31,6 +33,8 @@ pub(super) struct Work {
     /// Candle's ways; the fastest counts.
     pub(super) eager: Vec<Run>,
     pub(super) lazy: Run,
+    /// Whose error lazy's is compared with, where eager computes with more digits than lazy.
+    pub(super) rough: Option<Run>,
     pub(super) exact: Exact,
     /// Bytes that a call must read and write.
     pub(super) bytes: usize,
@@ -46,7 +50,15 @@ pub(super) struct Work {
 pub(super) struct Row {
     pub(super) name: String,
     pub(super) floor: Option<Floor>,
-    pub(super) make: Box<dyn Fn() -> Result<Work, Error>>,
+    pub(super) job: Job,
+}
+
+/// How a row is measured.
+pub(super) enum Job {
+    /// Two sides in turns; the work is made when the row's turn comes.
+    Pair(Box<dyn Fn() -> Result<Work, Error>>),
+    /// In a way of its own.
+    Own(Box<dyn Fn(Effort) -> Result<Paired, Error>>),
 }
 
 impl Row {
@@ -55,7 +67,7 @@ impl Row {
         floor: impl Into<Option<f64>>,
         make: impl Fn() -> Result<Work, Error> + 'static,
     ) -> Self {
-        Self { name: name.into(), floor: floor.into().map(Floor::Ratio), make: Box::new(make) }
+        Self { name: name.into(), floor: floor.into().map(Floor::Ratio), job: Job::Pair(Box::new(make)) }
     }
 
     /// A row judged by lazy's time alone.
@@ -64,10 +76,22 @@ impl Row {
     }
 }
 
+impl Row {
+    /// A row that measures itself.
+    fn own(
+        name: impl Into<String>,
+        floor: Floor,
+        measure: impl Fn(Effort) -> Result<Paired, Error> + 'static,
+    ) -> Self {
+        Self { name: name.into(), floor: Some(floor), job: Job::Own(Box::new(measure)) }
+    }
+}
+
 /// All rows, in the order of the report.
 pub(super) fn all() -> Vec<Row> {
     let mut rows = elementwise::rows();
     rows.extend(contraction::rows());
+    rows.extend(model::rows());
     rows.extend(overhead::rows());
     rows
 }

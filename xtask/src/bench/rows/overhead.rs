@@ -14,6 +14,7 @@ fn add(count: usize) -> Result<Work, Error> {
     Ok(Work {
         eager: vec![eagerly(&xs, move |x| x + &y)],
         lazy: lazily(&xs, move |x| x + &lazy),
+        rough: None,
         exact: exactly(&xs, move |x| Ok(((x + &wide)?, (x.abs()? + wide.abs()?)?))),
         bytes: 3 * one,
         footprint: (RING + 2) * one,
@@ -28,6 +29,7 @@ fn chain(nodes: usize) -> Result<Work, Error> {
     Ok(Work {
         eager: vec![eagerly(&xs, move |x| (0..nodes).try_fold(x.clone(), |x, _| x + 1.0))],
         lazy: lazily(&xs, move |x| (0..nodes).try_fold(x.clone(), |x, _| x + 1.0)),
+        rough: None,
         exact: exactly(&xs, move |x| {
             let value = (x + nodes as f64)?;
             Ok((value.clone(), value.abs()?))
