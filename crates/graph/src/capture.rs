@@ -100,7 +100,17 @@ pub enum CaptureFailure {
 struct Visit {
     node: Arc<Node>,
     arena: u32,
+    /// How many captured nodes have it as an input.
     edges: usize,
+    /// How many references capture holds on the node, beside this one.
+    own: usize,
+}
+
+/// A leaf's index in the graph and in the visits.
+struct Leaf {
+    index: u32,
+    visit: usize,
+    value: Value,
 }
 
 struct Frame {
@@ -124,7 +134,7 @@ pub fn capture(roots: &[Arc<Node>], options: &CaptureOptions<'_>) -> std::result
     let mut visits: Vec<Visit> = Vec::new();
     let mut seen: FastMap<NodeId, usize> = FastMap::default();
     let mut stack: Vec<Frame> = Vec::new();
-    let mut leaves: Vec<(u32, Arc<Node>, Value)> = Vec::new();
+    let mut leaves: Vec<Leaf> = Vec::new();
 
     for root in roots {
         if root.is_ready() || seen.contains_key(&root.id()) {
@@ -146,8 +156,10 @@ pub fn capture(roots: &[Arc<Node>], options: &CaptureOptions<'_>) -> std::result
             let Some(Frame { node, visit, expr, inputs }) = stack.pop() else {
                 break;
             };
+            let known = builder.graph.nodes.len();
             let id = builder.op(&node, expr.op, expr.scalars, expr.custom, &inputs).map_err(CaptureFailure::Error)?;
             visits[visit].arena = id;
+            visits[visit].own = builder.graph.nodes.len() - known;
         }
     }
     Ok(builder.finish(roots, &seen, visits, leaves))
@@ -159,16 +171,18 @@ fn enter(
     seen: &mut FastMap<NodeId, usize>,
     visits: &mut Vec<Visit>,
     stack: &mut Vec<Frame>,
-    leaves: &mut Vec<(u32, Arc<Node>, Value)>,
+    leaves: &mut Vec<Leaf>,
     builder: &mut Builder<'_>,
 ) -> std::result::Result<(), CaptureFailure> {
+    let mut own = 0;
     let arena = match node.look() {
         Look::Lent => return Err(CaptureFailure::Lent),
         Look::Ready(value) => {
             let known = builder.graph.nodes.len();
             let id = builder.leaf(node, &value);
             if id as usize == known {
-                leaves.push((id, node.clone(), value));
+                own = 1;
+                leaves.push(Leaf { index: id, visit: visits.len(), value });
             }
             id
         }
@@ -179,7 +193,7 @@ fn enter(
         }
     };
     seen.insert(node.id(), visits.len());
-    visits.push(Visit { node: node.clone(), arena, edges: 0 });
+    visits.push(Visit { node: node.clone(), arena, edges: 0, own });
     Ok(())
 }
 
@@ -395,7 +409,7 @@ impl<'a> Builder<'a> {
         roots: &[Arc<Node>],
         seen: &FastMap<NodeId, usize>,
         visits: Vec<Visit>,
-        leaves: Vec<(u32, Arc<Node>, Value)>,
+        leaves: Vec<Leaf>,
     ) -> Captured {
         self.current = None;
         let mut output_of: FastMap<u32, usize> = FastMap::default();
@@ -415,20 +429,11 @@ impl<'a> Builder<'a> {
                 add(&mut self.graph, &visits[v]);
             }
         }
-        // how many references capture itself holds on each recorded node
-        let mut own: FastMap<NodeId, usize> = FastMap::default();
-        for node in &self.bindings.recorded {
-            *own.entry(node.id()).or_default() += 1;
-        }
-        for (_, node, _) in &leaves {
-            *own.entry(node.id()).or_default() += 1;
-        }
-        let mut exclusive: FastMap<NodeId, bool> = FastMap::default();
-        for visit in &visits {
-            let ours = own.get(&visit.node.id()).copied().unwrap_or(0) + 1;
-            let outside = Arc::strong_count(&visit.node).saturating_sub(ours + visit.edges);
+        let mut exclusive = vec![false; visits.len()];
+        for (visit, exclusive) in visits.iter().zip(&mut exclusive) {
+            let outside = Arc::strong_count(&visit.node).saturating_sub(1 + visit.own + visit.edges);
             if visit.node.is_ready() {
-                exclusive.insert(visit.node.id(), outside == 0 && visit.edges == 1);
+                *exclusive = outside == 0 && visit.edges == 1;
             } else if outside > 0 {
                 add(&mut self.graph, visit);
             }
@@ -436,9 +441,9 @@ impl<'a> Builder<'a> {
         self.bindings.publish = publish;
         self.bindings.leaves = leaves
             .into_iter()
-            .map(|(index, node, value)| {
-                let exclusive = exclusive.get(&node.id()).copied().unwrap_or(false);
-                LeafBinding { index, node, value, exclusive }
+            .filter_map(|Leaf { index, visit, value }| {
+                let exclusive = exclusive.get(visit).copied().unwrap_or(false);
+                visits.get(visit).map(|visit| LeafBinding { index, node: visit.node.clone(), value, exclusive })
             })
             .collect();
         self.graph.origins = (0..self.graph.nodes.len() as u32).collect();

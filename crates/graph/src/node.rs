@@ -4,6 +4,8 @@
 //! reach frees itself, and a node that becomes ready drops its op and its inputs. Building, reading and dropping are
 //! iterative: a chain of a million nodes needs no stack.
 
+mod pending;
+
 use crate::custom::CustomOp;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hash::FastMap;
@@ -13,6 +15,7 @@ use crate::site::BuildSite;
 use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Shape, Tensor};
 use parking_lot::Mutex;
+use pending::Pending;
 use smallvec::SmallVec;
 use std::any::Any;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -111,9 +114,8 @@ pub struct Node {
     device: Device,
     tracked: bool,
     site: BuildSite,
-    /// An upper estimate of the pending work above this node, for the pending budget.
-    pending_nodes: AtomicU64,
-    pending_bytes: AtomicU64,
+    /// For the pending budget.
+    pending: Pending,
     state: Mutex<State>,
     _alive: Alive,
 }
@@ -129,8 +131,7 @@ impl Node {
             device: tensor.device().clone(),
             tracked: tensor.track_op(),
             site,
-            pending_nodes: AtomicU64::new(0),
-            pending_bytes: AtomicU64::new(0),
+            pending: Pending::none(),
             state: Mutex::new(State::Ready(Value::Tensor(tensor))),
             _alive: Alive::new(),
         })
@@ -146,8 +147,7 @@ impl Node {
             device: weight.device(),
             tracked: false,
             site,
-            pending_nodes: AtomicU64::new(0),
-            pending_bytes: AtomicU64::new(0),
+            pending: Pending::none(),
             state: Mutex::new(State::Ready(Value::Quantized(weight))),
             _alive: Alive::new(),
         })
@@ -222,11 +222,7 @@ impl Node {
             && meta.dtype.is_float()
             && inputs.iter().any(|n| n.tracked);
         let own_bytes = meta.dims.iter().product::<usize>() * meta.dtype.size_in_bytes();
-        let sum = |f: fn(&Node) -> &AtomicU64| {
-            inputs.iter().fold(0u64, |acc, n| acc.saturating_add(f(n).load(Ordering::Relaxed)))
-        };
-        let pending_nodes = AtomicU64::new(sum(|n| &n.pending_nodes).saturating_add(1));
-        let pending_bytes = AtomicU64::new(sum(|n| &n.pending_bytes).saturating_add(own_bytes as u64));
+        let pending = Pending::above(inputs.iter().map(|n| &n.pending), own_bytes as u64);
         Ok(Arc::new(Self {
             id: NodeId::next(),
             shape: Shape::from(meta.dims.as_slice()),
@@ -234,8 +230,7 @@ impl Node {
             device,
             tracked,
             site,
-            pending_nodes,
-            pending_bytes,
+            pending,
             state: Mutex::new(State::Pending(Expr { op, scalars, inputs, custom })),
             _alive: Alive::new(),
         }))
@@ -244,7 +239,6 @@ impl Node {
     /// Records [`Op::Detach`] on `input`: the one op that no input can make fail.
     #[must_use]
     pub fn detached(input: &Arc<Node>, site: BuildSite) -> Arc<Self> {
-        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let own_bytes = input.shape.elem_count() * input.dtype.size_in_bytes();
         let inputs = SmallVec::from_iter([input.clone()]);
         let expr = Expr { op: Op::Detach, scalars: Scalars::new(), inputs, custom: None };
@@ -255,8 +249,7 @@ impl Node {
             device: input.device.clone(),
             tracked: false,
             site,
-            pending_nodes: AtomicU64::new(load(&input.pending_nodes).saturating_add(1)),
-            pending_bytes: AtomicU64::new(load(&input.pending_bytes).saturating_add(own_bytes as u64)),
+            pending: Pending::above(std::iter::once(&input.pending), own_bytes as u64),
             state: Mutex::new(State::Pending(expr)),
             _alive: Alive::new(),
         })
@@ -358,8 +351,7 @@ impl Node {
             }
             std::mem::replace(&mut *state, State::Ready(value))
         };
-        self.pending_nodes.store(0, Ordering::Relaxed);
-        self.pending_bytes.store(0, Ordering::Relaxed);
+        self.pending.set(0, 0);
         drop_iteratively(old);
         true
     }
@@ -411,10 +403,11 @@ impl Node {
         }
     }
 
-    /// Upper estimates of the pending nodes and bytes at and above this node; shared parts may count twice.
+    /// Upper estimates of the pending nodes and bytes at and above this node: exact for a graph that was recorded without another
+    /// one between its nodes.
     #[must_use]
     pub fn pending_estimate(&self) -> (u64, u64) {
-        (self.pending_nodes.load(Ordering::Relaxed), self.pending_bytes.load(Ordering::Relaxed))
+        self.pending.estimate()
     }
 
     /// Counts pending nodes and bytes exactly and stores the result as the new estimate.
@@ -431,8 +424,7 @@ impl Node {
                 stack.extend(expr.inputs.iter().filter(|n| seen.insert(n.id, ()).is_none()).cloned());
             }
         }
-        self.pending_nodes.store(nodes, Ordering::Relaxed);
-        self.pending_bytes.store(bytes, Ordering::Relaxed);
+        self.pending.set(nodes, bytes);
         (nodes, bytes)
     }
 }

@@ -54,21 +54,27 @@ fn long_chains_drop_on_a_small_stack() {
 }
 
 #[test]
-fn pending_estimates_count_shared_nodes_until_counted_exactly() {
-    let mut x = leaf();
+fn pending_estimates_are_upper_ones_until_counted_exactly() {
+    let add = |a: &Arc<Node>, b: &Arc<Node>| {
+        let inputs = smallvec![a.clone(), b.clone()];
+        Node::record(Op::Binary(BinaryOp::Add), smallvec![], inputs, None, BuildSite::here()).unwrap()
+    };
+    let (mut x, mut aside) = (leaf(), leaf());
     for _ in 0..10 {
-        x = Node::record(
-            Op::Binary(BinaryOp::Add),
-            smallvec![],
-            smallvec![x.clone(), x.clone()],
-            None,
-            BuildSite::here(),
-        )
-        .unwrap();
+        x = add(&x, &x);
+        for _ in 0..30 {
+            aside = add(&aside, &leaf());
+        }
     }
-    assert!(x.pending_estimate().0 > 1000);
+    assert!(x.pending_estimate().0 >= 9 * 31, "{:?}", x.pending_estimate());
     assert_eq!(x.count_pending(), (10, 10 * 24));
     assert_eq!(x.pending_estimate(), (10, 240));
+    // a sum of few nodes is near even if much was recorded since
+    let y = add(&x, &leaf());
+    assert_eq!(y.pending_estimate(), (11, 264));
+    // what is ready counts no more
+    y.publish(Value::Tensor(Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap()));
+    assert_eq!(add(&y, &y).pending_estimate(), (1, 24));
 }
 
 #[test]

@@ -152,7 +152,7 @@ unsafe impl Send for Shared {}
 const PATIENCE: u64 = 32;
 
 /// Where an offered processor comes back later than this, somebody else had it.
-const SHARED: Duration = Duration::from_micros(3);
+const SHARED: Duration = Duration::from_micros(25);
 
 /// Passes a moment; now and then another thread may have the processor, and the result says how long that took.
 fn look_again(spins: u64) -> Option<Duration> {
