@@ -26,6 +26,7 @@ pub use config::EvalOptions;
 pub use error::{Difference, Error, Member, Result};
 pub use report::EvalReport;
 pub use run::{
-    eval_all, eval_all_checked, eval_all_with, eval_all_with_report, first_nan, first_nonfinite, materialize, prepare, NonFinite,
+    eval_all, eval_all_checked, eval_all_with, eval_all_with_report, first_nan, first_nonfinite, materialize, prepare,
+    NonFinite,
 };
 pub use tensor::{AttentionOptions, IndexOp, LazyTensor, Module, ModuleT, RandomKey, TensorIndexer, TensorOrScalar};

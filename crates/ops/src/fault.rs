@@ -13,6 +13,20 @@ mod injected {
     static REACHED: AtomicU64 = AtomicU64::new(0);
     static NAME: RwLock<String> = RwLock::new(String::new());
     static TURN: Mutex<()> = Mutex::new(());
+    static SPOILED: AtomicBool = AtomicBool::new(false);
+
+    /// Whether memory for results is filled with numbers that are none before a kernel gets it.
+    #[inline]
+    #[must_use]
+    pub fn spoiled() -> bool {
+        SPOILED.load(Ordering::Relaxed)
+    }
+
+    /// From now on memory for results is spoiled before a kernel gets it: what a kernel leaves out does not look right because an
+    /// earlier run wrote the right numbers there.
+    pub fn spoil_memory() {
+        SPOILED.store(true, Ordering::Relaxed);
+    }
 
     /// A fault that is active until this is dropped. There is one per process: a second injection waits for the first.
     #[derive(Debug)]
@@ -69,13 +83,21 @@ mod injected {
 }
 
 #[cfg(feature = "testing")]
-pub use injected::{active, any, inject, Injected};
+pub use injected::{active, any, inject, spoil_memory, spoiled, Injected};
 
 /// Whether any fault is active: never without the feature `testing`.
 #[cfg(not(feature = "testing"))]
 #[inline(always)]
 #[must_use]
 pub const fn any() -> bool {
+    false
+}
+
+/// Whether memory for results is spoiled before a kernel gets it: never without the feature `testing`.
+#[cfg(not(feature = "testing"))]
+#[inline(always)]
+#[must_use]
+pub const fn spoiled() -> bool {
     false
 }
 

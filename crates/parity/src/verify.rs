@@ -393,6 +393,7 @@ fn silence() {
 /// # Errors
 /// When a filter names nothing.
 pub fn run(options: &Options) -> Result<Summary> {
+    candle_lazy_ops::fault::spoil_memory();
     let modes = modes_named(options.mode.as_deref())?;
     let table: Vec<Case> = cases(options.extent)
         .into_iter()

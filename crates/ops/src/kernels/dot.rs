@@ -2,7 +2,7 @@
 
 use crate::fault;
 use crate::math::Real;
-use crate::row::loops::fold;
+use crate::row::reduce::fold;
 
 /// Σ aᵢ·bᵢ with 16 interleaved accumulators folded in halves: the order depends on the length alone.
 #[inline(always)]

@@ -4,6 +4,8 @@
 //! moreover pulls all of it into that thread's cache.
 #![allow(unsafe_code)] // a length without a write, see `fresh`
 
+use crate::fault;
+use crate::view::SliceMut;
 use half::{bf16, f16};
 
 mod sealed {
@@ -32,7 +34,8 @@ plain! {
 /// A `Vec` of `len` elements of no particular value, for a kernel to write. With debug assertions floats are NaN and integers odd values.
 #[must_use]
 pub fn fresh<T: Plain>(len: usize) -> Vec<T> {
-    if cfg!(any(debug_assertions, miri, not(any(target_arch = "x86_64", target_arch = "aarch64")))) {
+    if fault::spoiled() || cfg!(any(debug_assertions, miri, not(any(target_arch = "x86_64", target_arch = "aarch64"))))
+    {
         return vec![T::POISON; len];
     }
     let mut vec: Vec<T> = Vec::with_capacity(len);
@@ -41,6 +44,25 @@ pub fn fresh<T: Plain>(len: usize) -> Vec<T> {
     // value, and any bytes are one (`Plain` is sealed).
     unsafe { vec.set_len(len) };
     vec
+}
+
+/// Makes memory that holds an earlier result look as [`fresh`] memory does: with debug assertions, and where the feature `testing` is told
+/// to spoil memory. Elsewhere it does nothing.
+pub fn spoil(out: &mut SliceMut<'_>) {
+    fn fill<T: Plain>(out: &mut [T]) {
+        out.fill(T::POISON);
+    }
+    if cfg!(debug_assertions) || fault::spoiled() {
+        match out {
+            SliceMut::U8(out) => fill(out),
+            SliceMut::U32(out) => fill(out),
+            SliceMut::I64(out) => fill(out),
+            SliceMut::BF16(out) => fill(out),
+            SliceMut::F16(out) => fill(out),
+            SliceMut::F32(out) => fill(out),
+            SliceMut::F64(out) => fill(out),
+        }
+    }
 }
 
 /// Stands for a write of unknown bytes to the memory behind `vec`. The machine does nothing, but the compiler must assume that

@@ -20,7 +20,7 @@ pub use arg::arg_reduce;
 pub(crate) use attention::visible;
 pub use attention::{attention, AttentionParams};
 pub use copy::{arange, cast, copy_into, fill};
-pub use fresh::fresh;
+pub use fresh::{fresh, spoil};
 pub use index::index_select;
 pub(crate) use index::{index_select_as, read_ids};
 pub use lora::lora;

@@ -4,8 +4,9 @@
 //! Every row gets the bits that it has in a tile that lies row by row: the sums below meet in the order of [`super::loops`].
 
 use super::gather::RowShape;
-use super::loops::{fold_exactly, Arg, LANES, SEGMENT, SHORT};
+use super::loops::Arg;
 use super::program::ReduceFn;
+use super::reduce::{fold_exactly, LANES, SEGMENT, SHORT};
 use crate::element::Element;
 use crate::fault;
 use crate::math::Real;
@@ -136,7 +137,7 @@ fn reduce_body<T: Real, const FMA: bool>(
     }
 }
 
-/// See `loops::sum_into`.
+/// See `reduce::sum_into`.
 #[inline(always)]
 fn sums<T: Real, const N: usize>(cols: usize, column: &mut impl FnMut(usize) -> [T; WIDTH], acc: &mut [T; WIDTH]) {
     for from in (0..cols).step_by(SEGMENT) {
@@ -173,7 +174,7 @@ fn sums<T: Real, const N: usize>(cols: usize, column: &mut impl FnMut(usize) -> 
     }
 }
 
-/// See `loops::extreme_into`.
+/// See `reduce::extreme_into`.
 #[inline(always)]
 fn extremes<T: Real, const N: usize>(
     cols: usize,
@@ -198,7 +199,7 @@ fn extremes<T: Real, const N: usize>(
     }
     fold(&mut lanes[..used], |a, b| if better(a, b) { b } else { a });
     for (r, ((a, &m), &lead)) in acc.iter_mut().zip(&lanes[0]).zip(&leading).enumerate() {
-        // see `loops::first_zero`
+        // see `reduce::first_zero`
         let m = if m == T::ZERO && !fault::active("row.columns.zero") {
             (0..cols).map(|c| column(c)[r]).find(|v| *v == T::ZERO).unwrap_or(m)
         } else {

@@ -11,11 +11,13 @@
 mod columns;
 pub mod direct;
 pub mod emit;
+mod fuse;
 pub(crate) mod gather;
 pub(crate) mod loops;
 mod program;
 pub mod programs;
 mod quotient;
+pub(crate) mod reduce;
 mod run;
 mod schedule;
 pub(crate) mod space;

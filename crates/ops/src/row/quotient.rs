@@ -4,7 +4,7 @@
 //! (0.5 + 2⁻²¹ units in the last place; where the quotient is below 10⁻³¹, up to 1). `high` is rounded down and `low` is positive: two infinities never meet with unlike signs.
 
 use super::loops::Arg;
-use super::span::{self, Map1};
+use super::span::{self, Map1, Map2, Map3};
 use crate::fault;
 use crate::math::Real;
 use crate::simd::versions;
@@ -106,6 +106,140 @@ fn quotient_body<T: Real, const FMA: bool>(
                     };
                 }
             }
+        }
+    }
+}
+
+/// (x − shift) times a reciprocal in two parts, or divided.
+#[derive(Clone, Copy)]
+struct Shifted<F, T> {
+    shift: T,
+    f: F,
+}
+
+impl<T: Real, F: Map1<T>> Map1<T> for Shifted<F, T> {
+    #[inline(always)]
+    fn call(self, x: T) -> T {
+        // without a shift it is 0, which changes no x
+        self.f.call(x - self.shift)
+    }
+}
+
+/// `f` of x, times a weight, plus a bias.
+#[derive(Clone, Copy)]
+struct Weighted<F>(F);
+
+impl<T: Real, F: Map1<T>> Map2<T> for Weighted<F> {
+    #[inline(always)]
+    fn call(self, x: T, w: T) -> T {
+        self.0.call(x) * w
+    }
+}
+
+impl<T: Real, F: Map1<T>> Map3<T> for Weighted<F> {
+    #[inline(always)]
+    fn call(self, x: T, w: T, b: T) -> T {
+        self.0.call(x) * w + b
+    }
+}
+
+/// The operands of [`normal`] for one row of a tile.
+struct Operands<'a, T> {
+    x: &'a [T],
+    weight: Option<&'a [T]>,
+    bias: Option<&'a [T]>,
+}
+
+/// A row of an argument with a value for each element, which all arguments here are: see `Run::arg`.
+#[inline(always)]
+fn elements<'a, T>(a: Arg<'a, T>, r: usize, cols: usize) -> &'a [T] {
+    match a {
+        Arg::Vec { data, pitch } => &data[r * pitch..r * pitch + cols],
+        Arg::Const(_) | Arg::Row(_) => &[],
+    }
+}
+
+#[inline(always)]
+fn normal_row<T: Real>(dst: &mut [T], of: &Operands<'_, T>, f: impl Map1<T>) {
+    match (of.weight, of.bias) {
+        (None, _) => span::one(dst, of.x, f),
+        (Some(w), None) => span::two(dst, of.x, w, Weighted(f)),
+        (Some(w), Some(b)) => span::three(dst, of.x, w, b, Weighted(f)),
+    }
+}
+
+/// The numbers of [`normal`] that a row has one of.
+#[derive(Clone, Copy)]
+pub(super) struct PerRow<'a, T> {
+    pub(super) shift: Option<&'a [T]>,
+    pub(super) root: &'a [T],
+}
+
+versions! {
+/// `(x[r][c] − shift[r]) / root[r] · weight[r][c] + bias[r][c]` over a tile of rows, as the instructions one by one; a bias comes with a
+/// weight.
+pub(super) fn normal<T: Real>(x: Arg<'_, T>, row: PerRow<'_, T>, weight: Option<Arg<'_, T>>, bias: Option<Arg<'_, T>>, dst: &mut [T], cols: usize) = normal_body;
+}
+
+#[inline(always)]
+fn normal_body<T: Real, const FMA: bool>(
+    x: Arg<'_, T>,
+    row: PerRow<'_, T>,
+    weight: Option<Arg<'_, T>>,
+    bias: Option<Arg<'_, T>>,
+    dst: &mut [T],
+    cols: usize,
+) {
+    if cols == 0 {
+        return;
+    }
+    for (r, dst) in dst.chunks_exact_mut(cols).enumerate() {
+        let number = |a: &[T]| a.get(r).copied().unwrap_or(T::NAN);
+        let of = Operands {
+            x: elements(x, r, cols),
+            weight: weight.map(|w| elements(w, r, cols)),
+            bias: bias.map(|b| elements(b, r, cols)),
+        };
+        let (d, shift) = (number(row.root), row.shift.map_or(T::ZERO, number));
+        match reciprocal::<T, FMA>(d) {
+            Some((high, low)) => normal_row(dst, &of, Shifted { shift, f: Scale::<T, FMA> { high, low } }),
+            None => normal_row(dst, &of, Shifted { shift, f: Divide(d) }),
+        }
+        if fault::any() && fault::active("row.normal.tail") {
+            dst[cols - 1] = fault::nudged(dst[cols - 1]);
+        }
+    }
+}
+
+versions! {
+/// `e^(x[r][c] − shift[r])` over a tile of rows, as the instructions one by one.
+pub(super) fn shifted_exp<T: Real>(x: Arg<'_, T>, shift: &[T], dst: &mut [T], cols: usize) = shifted_exp_body;
+}
+
+#[derive(Clone, Copy)]
+struct Exp<const FMA: bool>;
+
+impl<T: Real, const FMA: bool> Map1<T> for Exp<FMA> {
+    #[inline(always)]
+    fn call(self, x: T) -> T {
+        x.exp::<FMA>()
+    }
+}
+
+#[inline(always)]
+fn shifted_exp_body<T: Real, const FMA: bool>(x: Arg<'_, T>, shift: &[T], dst: &mut [T], cols: usize) {
+    let Arg::Vec { data, pitch } = x else {
+        dst.fill(T::NAN);
+        return;
+    };
+    if cols == 0 {
+        return;
+    }
+    for (r, dst) in dst.chunks_exact_mut(cols).enumerate() {
+        let shift = shift.get(r).copied().unwrap_or(T::NAN);
+        span::one(dst, &data[r * pitch..r * pitch + cols], Shifted { shift, f: Exp::<FMA> });
+        if fault::any() && fault::active("row.shifted_exp.tail") {
+            dst[cols - 1] = fault::nudged(dst[cols - 1]);
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Checking a run's operands, choosing tiles and tasks, and running them.
 
-use super::loops::{self, Arg, SEGMENT};
+use super::loops::{self, Arg};
 use super::program::{is_row_axis, kind_len, kinds, Class, Instr, Kind, RowProgram};
+use super::reduce::SEGMENT;
 use super::schedule::{resolve, Facts, Schedule};
 use super::space::{Operand, Space};
 use super::tile::{Access, Run, LINE_BYTES};
@@ -379,7 +380,7 @@ impl<T: Real> Job<'_, T> {
         let schedule = Schedule::new(
             self.program,
             self.kinds.clone(),
-            &Facts { elementwise: self.elementwise, segmented, borrowed: &borrowed, direct: &direct },
+            &Facts { elementwise: self.elementwise, segmented, columns, borrowed: &borrowed, direct: &direct },
         );
         let run = Run {
             program: self.program,

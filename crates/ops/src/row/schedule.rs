@@ -1,5 +1,6 @@
 //! Which instructions run when, and which tile buffer each value lives in.
 
+use super::fuse::{fuse, Fused};
 use super::program::{Instr, Kind, Reg, RowProgram};
 use crate::fault;
 
@@ -17,6 +18,8 @@ pub(crate) struct Pass {
     pub(crate) stores: Vec<usize>,
     /// Buffer of each register during this pass.
     pub(crate) slots: Vec<usize>,
+    /// What is done in the place of each instruction, where it is not the instruction.
+    pub(crate) fused: Vec<Option<Fused>>,
 }
 
 /// The sweeps of a run, and how many buffers they need.
@@ -37,6 +40,8 @@ pub(crate) struct Facts<'a> {
     pub(crate) elementwise: bool,
     /// The columns do not fit one tile: recompute element values in each pass.
     pub(crate) segmented: bool,
+    /// Whether tiles lie column by column: no loop does several instructions then.
+    pub(crate) columns: bool,
     /// Inputs that are read in place.
     pub(crate) borrowed: &'a [bool],
     /// Outputs that are computed in place; such an output `i` lives in slot `buffers + i`.
@@ -127,12 +132,17 @@ impl Schedule {
                 before: Vec::new(),
                 body: (0..n).filter(|&i| live(i)).collect(),
                 stores: (0..roots.len()).filter(|&o| kinds[roots[o]] == Kind::Vec).collect(),
-                slots: Vec::new(),
+                ..Pass::default()
             });
         }
 
         let mut buffers = 0;
         for pass in &mut passes {
+            pass.fused = match facts.columns || facts.elementwise {
+                true => vec![None; n],
+                false => fuse(program, &kinds, &alias, &pass.body, pass.stores.iter().map(|&o| roots[o])),
+            };
+            pass.body.retain(|&i| pass.fused[i] != Some(Fused::Absorbed));
             buffers = buffers.max(assign(pass, program, &kinds, &alias, &roots, facts));
         }
         for pass in &mut passes {
@@ -150,6 +160,14 @@ impl Schedule {
 /// Provisional numbering of direct outputs.
 const DIRECT: usize = usize::MAX / 2;
 
+/// The registers that are read in the place of instruction `i`.
+fn each_arg(program: &RowProgram, pass: &Pass, i: usize, f: impl FnMut(Reg)) {
+    match &pass.fused[i] {
+        Some(fused) => fused.each_arg(f),
+        None => program.instrs[i].each_arg(f),
+    }
+}
+
 /// Gives each element value of a pass a buffer, reusing buffers after their last use. Returns how many there are.
 fn assign(
     pass: &mut Pass,
@@ -162,7 +180,7 @@ fn assign(
     let n = program.instrs.len();
     let mut last_use = vec![0usize; n];
     for (at, &i) in pass.body.iter().enumerate() {
-        program.instrs[i].each_arg(|r| {
+        each_arg(program, pass, i, |r| {
             if let Some(&a) = alias.get(usize::from(r.0)) {
                 last_use[a] = at;
             }
@@ -203,7 +221,7 @@ fn assign(
         let mut freed: smallvec::SmallVec<[usize; 3]> = smallvec::SmallVec::new();
         // the fault: given back although a later instruction reads it
         let early = fault::active("row.buffer_freed_early");
-        program.instrs[i].each_arg(|r| {
+        each_arg(program, pass, i, |r| {
             if let Some(&a) = alias.get(usize::from(r.0)) {
                 let slot = pass.slots[a];
                 if (last_use[a] == at || early && last_use[a] < usize::MAX) && slot < DIRECT && !freed.contains(&slot) {

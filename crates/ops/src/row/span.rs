@@ -16,6 +16,11 @@ pub(super) trait Map2<T>: Copy {
     fn call(self, x: T, y: T) -> T;
 }
 
+/// A function of three elements.
+pub(super) trait Map3<T>: Copy {
+    fn call(self, x: T, y: T, z: T) -> T;
+}
+
 /// A function of two elements whose left one is always the same.
 #[derive(Clone, Copy)]
 pub(super) struct Left<F, T>(pub(super) F, pub(super) T);
@@ -109,6 +114,34 @@ pub(super) fn two<T: Real>(dst: &mut [T], x: &[T], y: &[T], f: impl Map2<T>) {
     }
 }
 
+/// `dst[i] = f(x[i], y[i], z[i])`; all have one length.
+#[inline(always)]
+pub(super) fn three<T: Real>(dst: &mut [T], x: &[T], y: &[T], z: &[T], f: impl Map3<T>) {
+    let n = dst.len().min(x.len()).min(y.len()).min(z.len());
+    let (dst, x, y, z) = (&mut dst[..n], &x[..n], &y[..n], &z[..n]);
+    let mut lines = [[T::ONE; LINE]; 4];
+    for (part, (from, to)) in parts(dst).into_iter().enumerate() {
+        let padded = part != 1 && from < to;
+        let [line, line_x, line_y, line_z] = &mut lines;
+        if padded {
+            line_x[..to - from].copy_from_slice(&x[from..to]);
+            line_y[..to - from].copy_from_slice(&y[from..to]);
+            line_z[..to - from].copy_from_slice(&z[from..to]);
+        }
+        let (d, x, y, z) = if padded {
+            (&mut line[..], &line_x[..], &line_y[..], &line_z[..])
+        } else {
+            (&mut dst[from..to], &x[from..to], &y[from..to], &z[from..to])
+        };
+        for (((d, &x), &y), &z) in d.iter_mut().zip(x).zip(y).zip(z) {
+            *d = f.call(x, y, z);
+        }
+        if padded {
+            dst[from..to].copy_from_slice(&line[..to - from]);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -125,6 +158,12 @@ mod tests {
     impl Map2<f32> for Linear {
         fn call(self, x: f32, y: f32) -> f32 {
             x * 2.0 - y
+        }
+    }
+
+    impl Map3<f32> for Linear {
+        fn call(self, x: f32, y: f32, z: f32) -> f32 {
+            x * 2.0 - y + z
         }
     }
 
@@ -145,6 +184,11 @@ mod tests {
                 for (i, v) in out.iter().enumerate() {
                     let inside = i.checked_sub(start).filter(|&j| j < len);
                     assert_eq!(*v, inside.map_or(-1.0, |j| x[j] * 2.0 - y[j]), "{start} {len} {i}");
+                }
+                three(&mut out[start..start + len], x, y, x, Linear);
+                for (i, v) in out.iter().enumerate() {
+                    let inside = i.checked_sub(start).filter(|&j| j < len);
+                    assert_eq!(*v, inside.map_or(-1.0, |j| x[j] * 2.0 - y[j] + x[j]), "{start} {len} {i}");
                 }
             }
         }

@@ -1,10 +1,12 @@
 //! The tile interpreter: runs a schedule over a range of rows.
 
 use super::columns;
+use super::fuse::Fused;
 use super::gather::{gather, scatter};
 use super::loops::{self, Arg};
 use super::program::{BinaryFn, Instr, Kind, Reg, RowProgram};
-use super::quotient::quotient;
+use super::quotient::{normal, quotient, shifted_exp, PerRow};
+use super::reduce;
 use super::schedule::{Pass, Schedule, NO_SLOT};
 use super::space::Space;
 use crate::fault;
@@ -133,7 +135,7 @@ impl<T: Real> Run<'_, T> {
                     if !fresh {
                         continue;
                     }
-                    scratch.rows[i].fill(loops::reduce_init(f));
+                    scratch.rows[i].fill(reduce::reduce_init(f));
                 }
             }
             let mut col = 0;
@@ -194,10 +196,19 @@ impl<T: Real> Run<'_, T> {
         for &i in &pass.body {
             if self.schedule.kinds[i] == Kind::Row {
                 match self.program.instrs[i] {
+                    Instr::Reduce(..) if pass.fused[i].is_some() => {
+                        if let Some(Fused::Squares { x, shift }) = pass.fused[i] {
+                            let mut acc = std::mem::take(&mut row_values[i]);
+                            let x = self.arg(x, pass, tile, &slots, row_values, offsets);
+                            let shift = shift.map(|s| &row_values[self.root(s)][..tile.rows]);
+                            reduce::squares(x, shift, &mut acc, tile.rows, tile.cols);
+                            row_values[i] = acc;
+                        }
+                    }
                     Instr::Reduce(f, a) => {
                         let mut acc = std::mem::take(&mut row_values[i]);
                         let a = self.arg(a, pass, tile, &slots, row_values, offsets);
-                        let reduce = if self.columns { columns::reduce } else { loops::reduce };
+                        let reduce = if self.columns { columns::reduce } else { reduce::reduce };
                         reduce(f, a, &mut acc, tile.rows, tile.cols, tile.col == 0);
                         row_values[i] = acc;
                     }
@@ -213,6 +224,20 @@ impl<T: Real> Run<'_, T> {
             match self.program.instrs[i] {
                 Instr::Load { input } | Instr::LoadRow { input } => {
                     self.load(usize::from(input), tile, offsets, dst);
+                }
+                _ if pass.fused[i].is_some() => {
+                    let arg = |reg| self.arg(reg, pass, tile, &slots, row_values, offsets);
+                    let number = |reg| &row_values[self.root(reg)][..tile.rows];
+                    match pass.fused[i] {
+                        Some(Fused::ShiftedExp { x, shift }) => {
+                            shifted_exp(arg(x), number(shift), dst, tile.cols);
+                        }
+                        Some(Fused::Normal { x, shift, root, weight, bias }) => {
+                            let row = PerRow { shift: shift.map(number), root: number(root) };
+                            normal(arg(x), row, weight.map(arg), bias.map(arg), dst, tile.cols);
+                        }
+                        Some(Fused::Absorbed | Fused::Squares { .. }) | None => {}
+                    }
                 }
                 Instr::Unary(f, a) => {
                     let a = self.arg(a, pass, tile, &slots, row_values, offsets);

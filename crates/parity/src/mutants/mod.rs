@@ -174,6 +174,7 @@ impl Bench {
 /// # Errors
 /// When a cell fails without any fault, or the table names what does not exist.
 pub fn run(filter: Option<&str>, seed: u64, mut show: impl FnMut(&Verdict)) -> Result<Vec<Verdict>> {
+    fault::spoil_memory();
     let wanted: Vec<Mutant> = mutants().into_iter().filter(|m| filter.is_none_or(|f| m.name.starts_with(f))).collect();
     if wanted.is_empty() {
         return Err(Error::Option(format!("no mutant begins with {}", filter.unwrap_or_default())));

@@ -78,11 +78,7 @@ impl Row {
 
 impl Row {
     /// A row that measures itself.
-    fn own(
-        name: impl Into<String>,
-        floor: Floor,
-        measure: impl Fn(Effort) -> Result<Paired, Error> + 'static,
-    ) -> Self {
+    fn own(name: impl Into<String>, floor: Floor, measure: impl Fn(Effort) -> Result<Paired, Error> + 'static) -> Self {
         Self { name: name.into(), floor: Some(floor), job: Job::Own(Box::new(measure)) }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Grid, Narrow, Rows, LANES};
 use crate::fault;
-use crate::row::loops::fold;
+use crate::row::reduce::fold;
 use crate::simd::{mul_add, versions};
 
 /// Rows of the weight that are summed together once they are in the cache.

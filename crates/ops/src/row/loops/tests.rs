@@ -1,5 +1,7 @@
 //! Every version of a loop against the body that it was compiled from, bit for bit.
 
+use super::super::program::ReduceFn;
+use super::super::reduce::{reduce, reduce_body, reduce_init};
 use super::*;
 use crate::simd::tests::{fused, with_each};
 
