@@ -6,6 +6,7 @@
 
 mod machine;
 mod measure;
+mod peers;
 mod report;
 mod rows;
 
@@ -30,6 +31,9 @@ pub struct BenchArgs {
     /// Writes the rows as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Other frameworks on the same rows, where they are installed (`benches/peers`).
+    #[arg(long)]
+    peers: bool,
     /// Keeps a core busy until it is killed: what `busy/` rows run beside themselves.
     #[arg(long, hide = true)]
     spin: bool,
@@ -112,8 +116,12 @@ fn bench(args: &BenchArgs) -> Result<usize, Error> {
         say!("{line}")?;
         lines.push(line);
     }
+    let peers = if args.peers { Some(peers::run(args.filter.as_deref(), args.quick)?) } else { None };
+    if let Some(peers) = &peers {
+        say!("{}", peers.table(&lines))?;
+    }
     if let Some(path) = &args.json {
-        let text = report::json(&lines);
+        let text = report::json(&lines, peers.as_ref().map(peers::Peers::json));
         std::fs::write(path, text).map_err(|error| Error::File { path: path.clone(), error })?;
     }
     let below = lines.iter().filter(|line| line.is_below()).count();

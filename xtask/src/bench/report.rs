@@ -43,6 +43,16 @@ impl Line {
         self.limit_fraction = limit_fraction;
     }
 
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Eager's and lazy's microseconds.
+    pub(super) fn times(&self) -> (Option<f64>, Option<f64>) {
+        let of = |f: fn(&Paired) -> f64| self.numbers.as_ref().map(f).filter(|x| x.is_finite());
+        (of(|n| n.eager_us), of(|n| n.lazy_us))
+    }
+
     /// Whether the row has no measurement that counts, or one that falls short.
     pub(super) fn is_below(&self) -> bool {
         let Some(numbers) = self.numbers.filter(|_| self.failure.is_none() && !self.void) else { return true };
@@ -108,9 +118,13 @@ impl fmt::Display for Line {
 }
 
 /// All rows as one JSON document.
-pub(super) fn json(lines: &[Line]) -> String {
+pub(super) fn json(lines: &[Line], peers: Option<serde_json::Value>) -> String {
     let rows: Vec<_> = lines.iter().map(Line::json).collect();
-    format!("{:#}\n", serde_json::json!({ "rows": rows }))
+    let mut all = serde_json::json!({ "rows": rows });
+    if let Some(peers) = peers {
+        all["peers"] = peers;
+    }
+    format!("{all:#}\n")
 }
 
 #[cfg(test)]
@@ -143,7 +157,7 @@ mod tests {
 
     #[test]
     fn what_does_not_apply_is_null() {
-        let text = json(&[Line { numbers: None, limit_fraction: None, ..line(None, 1.0, 1.0) }]);
+        let text = json(&[Line { numbers: None, limit_fraction: None, ..line(None, 1.0, 1.0) }], None);
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();
         for field in ["eager_us", "lazy_us", "ratio", "ratio_hi", "floor", "limit_fraction"] {
             assert!(value["rows"][0][field].is_null(), "{text}");
