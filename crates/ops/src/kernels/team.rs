@@ -309,8 +309,8 @@ impl Shared {
             done = number(state);
             // SAFETY: this thread is inside, so nobody writes the job; the state that it saw was stored after the write.
             if let Some(Job { f, tasks }) = unsafe { *self.job.get() } {
-                // SAFETY: the owner keeps the closure alive while somebody is inside.
                 let shares = self.most.load(Ordering::Relaxed) as usize + 1;
+                // SAFETY: the owner keeps the closure alive while somebody is inside.
                 let outcome = catch_unwind(AssertUnwindSafe(|| self.work(own, shares, unsafe { &*f }, tasks)));
                 if let Err(panic) = outcome {
                     let mut first = self.panic.lock();

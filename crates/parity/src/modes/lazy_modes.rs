@@ -125,8 +125,8 @@ pub(super) fn check(subject: &mut Subject, mode: Mode) -> Result<Option<Cell>> {
 /// `eval()` has the bits of a plan.
 fn eval(subject: &mut Subject) -> Result<Option<Cell>> {
     let case = &subject.case;
-    let elementwise = matches!(case.op, Op::Unary(_) | Op::Binary(_) | Op::Affine);
-    if !elementwise || case.infer()?.dtype != DType::F32 {
+    let direct = matches!(case.op, Op::Unary(_) | Op::Binary(_) | Op::Affine | Op::Lora { .. });
+    if !direct || case.infer()?.dtype != DType::F32 {
         return Ok(None);
     }
     let got = record(case, &subject.inputs)?.eval()?;
