@@ -89,10 +89,12 @@ fn spin() -> ! {
         let _ = stdin.read(&mut byte);
         std::process::exit(0);
     });
-    while begun {
+    if !begun {
+        std::process::exit(0);
+    }
+    loop {
         std::hint::spin_loop();
     }
-    std::process::exit(0)
 }
 
 /// The number of rows below their floor.

@@ -96,12 +96,15 @@ fn prefill(models: &Rc<Models>) -> Result<Work, Error> {
     })
 }
 
+/// One decode step of a side.
+type Step = Box<dyn Fn(&DecoderPair, u32) -> candle_lazy_parity::Result<Tensor>>;
+
 fn decode(models: &Rc<Models>, dtype: DType) -> Result<Work, Error> {
     let pair = models.decoder()?;
     let weights = pair.weight_elements();
     // a prefill may have replaced it
     pair.read_prompt(&ids(0, PROMPT))?;
-    let side = |f: Box<dyn Fn(&DecoderPair, u32) -> candle_lazy_parity::Result<Tensor>>| -> Run {
+    let side = |f: Step| -> Run {
         let models = models.clone();
         Box::new(move |i| Ok(f(models.decoder()?, ids(i % RING, 1)[0])?.flatten_all()?))
     };
@@ -156,7 +159,10 @@ impl Drop for Busy {
 fn busy(models: &Rc<Models>, effort: Effort) -> Result<Paired, Error> {
     let pair = models.encoder()?;
     let ring: Vec<_> = (0..RING).map(|i| texts(i, 8, 32)).collect();
-    let lazy = |i: usize| Ok(drop(pair.lazy(&ring[i % RING])?));
+    let lazy = |i: usize| {
+        std::hint::black_box(pair.lazy(&ring[i % RING])?);
+        Ok(())
+    };
     let (mut ratios, mut times) = (Vec::new(), Vec::new());
     for _ in 0..3 {
         let idle = measure::alone(effort, &lazy)?;
