@@ -42,6 +42,18 @@ pub(super) struct Paired {
 }
 
 impl Paired {
+    /// What the samples of both sides, pair by pair, say.
+    fn of(eager: &[f64], lazy: &[f64], idle_us: f64) -> Self {
+        let ratios: Vec<f64> = eager.iter().zip(lazy).map(|(e, l)| e / l).collect();
+        Self {
+            eager_us: median(eager),
+            lazy_us: median(lazy),
+            ratio: median(&ratios),
+            ratio_hi: median_hi(&ratios),
+            idle_us,
+        }
+    }
+
     /// Whether something else ran meanwhile.
     pub(super) fn disturbed(&self) -> bool {
         self.eager_us.is_nan() || self.eager_us > DISTURBED * self.idle_us
@@ -103,11 +115,11 @@ pub(super) fn paired(effort: Effort, eager: Side<'_>, lazy: Side<'_>) -> Result<
         let probe = (0..5).map(|_| sample(eager, eager_calls, &mut next)).collect::<Result<Vec<_>, _>>()?;
         idle_us = idle_us.min(median(&probe));
     }
-    let (mut eager_us, mut lazy_us, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut eager_us, mut lazy_us) = (Vec::new(), Vec::new());
     let start = Instant::now();
-    while ratios.len() < effort.pairs || start.elapsed() < effort.time {
+    while eager_us.len() < effort.pairs || start.elapsed() < effort.time {
         let mut at = next;
-        let (e, l) = if ratios.len() % 2 == 0 {
+        let (e, l) = if eager_us.len() % 2 == 0 {
             let e = sample(eager, eager_calls, &mut next)?;
             (e, sample(lazy, lazy_calls, &mut at)?)
         } else {
@@ -117,15 +129,8 @@ pub(super) fn paired(effort: Effort, eager: Side<'_>, lazy: Side<'_>) -> Result<
         next = next.max(at);
         eager_us.push(e);
         lazy_us.push(l);
-        ratios.push(e / l);
     }
-    Ok(Paired {
-        eager_us: median(&eager_us),
-        lazy_us: median(&lazy_us),
-        ratio: median(&ratios),
-        ratio_hi: median_hi(&ratios),
-        idle_us,
-    })
+    Ok(Paired::of(&eager_us, &lazy_us, idle_us))
 }
 
 /// The median of one side alone, in microseconds.
@@ -154,17 +159,30 @@ mod tests {
     }
 
     #[test]
-    fn a_slower_side_has_a_ratio_below_one() {
-        let spin = |us: u64| {
-            move |_: usize| {
-                let start = Instant::now();
-                while start.elapsed() < Duration::from_micros(us) {}
+    fn the_ratio_is_that_of_the_pairs() {
+        let paired = Paired::of(&[1.0, 2.0, 30.0], &[4.0, 8.0, 60.0], 1.0);
+        assert_eq!((paired.eager_us, paired.lazy_us, paired.ratio), (2.0, 8.0, 0.25));
+        assert_eq!(paired.ratio_hi, 0.5);
+        let even = Paired::of(&[1.0, 3.0], &[1.0, 1.0], 1.0);
+        assert_eq!((even.ratio, even.ratio_hi), (2.0, 3.0));
+    }
+
+    #[test]
+    fn both_sides_go_on_over_the_same_inputs() {
+        let seen = [std::cell::RefCell::new(Vec::new()), std::cell::RefCell::new(Vec::new())];
+        let side = |k: usize| {
+            let seen = &seen[k];
+            move |i: usize| {
+                seen.borrow_mut().push(i);
+                std::thread::sleep(Duration::from_millis(3));
                 Ok(())
             }
         };
-        let effort = Effort { time: Duration::from_millis(30), pairs: 7, tries: 1 };
-        let paired = paired(effort, &spin(100), &spin(400)).unwrap();
-        assert!(paired.ratio < 0.5 && paired.ratio_hi >= paired.ratio, "{paired:?}");
+        let effort = Effort { time: Duration::ZERO, pairs: 4, tries: 1 };
+        paired(effort, &side(0), &side(1)).unwrap();
+        let last = |k: usize| seen[k].borrow().iter().rev().take(4).rev().copied().collect::<Vec<_>>();
+        assert_eq!(last(0), last(1));
+        assert!(last(0).windows(2).all(|w| w[1] == w[0] + 1), "{:?}", last(0));
     }
 
     #[test]
