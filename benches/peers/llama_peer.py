@@ -3,6 +3,7 @@
 Its times are not of the same work as the f32 rows: it reads 4-bit weights.
 """
 
+import json
 import os
 
 import common
@@ -41,7 +42,7 @@ if any(args.filter in name for name in ("smollm2/prefill128", "smollm2/decode"))
     for seed in range(3 if args.quick else 9):
         ids = [2000 + (t + seed * 7919) % 26000 for t in prompt]
         answer = server.handle_completions({"prompt": ids, "n_predict": 33, "cache_prompt": False, "temperature": 0})
-        answer = answer if isinstance(answer, dict) else __import__("json").loads(answer)
+        answer = answer if isinstance(answer, dict) else json.loads(answer)
         times = answer.get("timings") or {}
         timings["smollm2/prefill128"].append(times["prompt_ms"] * 1e3)
         timings["smollm2/decode"].append(times["predicted_per_token_ms"] * 1e3)

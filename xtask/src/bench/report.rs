@@ -49,8 +49,7 @@ impl Line {
 
     /// Eager's and lazy's microseconds.
     pub(super) fn times(&self) -> (Option<f64>, Option<f64>) {
-        let of = |f: fn(&Paired) -> f64| self.numbers.as_ref().map(f).filter(|x| x.is_finite());
-        (of(|n| n.eager_us), of(|n| n.lazy_us))
+        (self.number(|n| n.eager_us), self.number(|n| n.lazy_us))
     }
 
     /// Whether the row has no measurement that counts, or one that falls short.
@@ -71,14 +70,19 @@ impl Line {
         })
     }
 
+    /// What was measured, where it was.
+    fn number(&self, f: fn(&Paired) -> f64) -> Option<f64> {
+        self.numbers.as_ref().map(f).filter(|x| x.is_finite())
+    }
+
     fn json(&self) -> serde_json::Value {
-        let of = |f: fn(&Paired) -> f64| self.numbers.as_ref().map(f).filter(|x| x.is_finite());
+        let (eager_us, lazy_us) = self.times();
         serde_json::json!({
             "name": self.name,
-            "eager_us": of(|n| n.eager_us),
-            "lazy_us": of(|n| n.lazy_us),
-            "ratio": of(|n| n.ratio),
-            "ratio_hi": of(|n| n.ratio_hi),
+            "eager_us": eager_us,
+            "lazy_us": lazy_us,
+            "ratio": self.number(|n| n.ratio),
+            "ratio_hi": self.number(|n| n.ratio_hi),
             "floor": self.floor(),
             "limit_fraction": self.limit_fraction,
         })

@@ -13,7 +13,7 @@ pub use pool::{memory_stats, set_pool_cap, trim, MemoryStats};
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_lazy_graph::EngineValue;
-use candle_lazy_ops::kernels::{fresh, spoil};
+use candle_lazy_ops::kernels::fresh;
 use candle_lazy_ops::view::{Slice, SliceMut, Strided};
 use half::{bf16, f16};
 use std::any::Any;
@@ -112,11 +112,7 @@ impl Buffer {
     pub fn take(dtype: DType, len: usize) -> Result<Self> {
         granted(dtype, len)?;
         match pool::take(dtype, len) {
-            Some(data) => {
-                let mut taken = Self { data: Some(data), len };
-                spoil(&mut taken.slice_mut());
-                Ok(taken)
-            }
+            Some(data) => Ok(Self { data: Some(data), len }),
             None => Err(Error::Internal(format!("no buffers of dtype {}", dtype.as_str()))),
         }
     }

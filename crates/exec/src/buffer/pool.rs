@@ -5,6 +5,7 @@
 
 use super::Data;
 use candle_core::DType;
+use candle_lazy_ops::kernels::spoil;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 
@@ -73,8 +74,9 @@ pub(super) fn take(dtype: DType, len: usize) -> Option<Data> {
         }
         data
     };
-    if cached.is_some() {
-        return cached;
+    if let Some(mut data) = cached {
+        spoil(&mut data.slice_mut(len));
+        return Some(data);
     }
     // outside the lock: the system may take its time
     let data = Data::fresh(dtype, len)?;

@@ -18,34 +18,35 @@ use std::sync::Arc;
 /// From this many elements on a plan costs little beside the arithmetic, and may use more threads.
 const MOST: usize = 4096;
 
-/// What the op does to each element.
+/// What the op does.
 enum Function {
     Unary(UnaryFn),
     Binary(BinaryFn),
     Affine(f32, f32),
+    /// No function of an element, but as short where its rows are few. Holds the scale.
+    Lora(f64),
 }
 
-/// The value of a pending node that is one elementwise op of f32 on ready, dense, untracked tensors of its own shape on the CPU;
-/// `None` if it is anything else.
+/// The value of a pending node that is one elementwise op of f32 on ready, dense, untracked tensors of its own shape on the CPU, or a
+/// LoRA with as few results on ready tensors; `None` if it is anything else.
 pub(crate) fn eval_direct(node: &Arc<Node>) -> Option<Result<Tensor>> {
     let count = node.shape().elem_count();
     if node.dtype() != DType::F32 || node.tracked() || count > MOST || !matches!(node.device(), Device::Cpu) {
         return None;
-    }
-    if let Some(out) = lora(node, count) {
-        return finish(node, out);
     }
     let (function, inputs) = node.with_expr(|expr| {
         let function = match (&expr.op, expr.scalars.as_slice()) {
             (Op::Unary(f), []) => Function::Unary(unary(*f)),
             (Op::Binary(f), []) => Function::Binary(binary(*f)),
             (Op::Affine, [mul, add]) => Function::Affine(*mul as f32, *add as f32),
+            (Op::Lora { .. }, [scale]) => Function::Lora(*scale),
             _ => return None,
         };
-        let mut inputs: SmallVec<[Tensor; 2]> = SmallVec::new();
+        let elementwise = !matches!(function, Function::Lora(_));
+        let mut inputs: SmallVec<[Tensor; 4]> = SmallVec::new();
         for input in &expr.inputs {
             let fits = input.shape() == node.shape() && input.dtype() == DType::F32;
-            inputs.push(input.tensor().filter(|t| fits && t.is_contiguous())?);
+            inputs.push(input.tensor().filter(|t| !elementwise || fits && t.is_contiguous())?);
         }
         Some((function, inputs))
     })??;
@@ -54,38 +55,11 @@ pub(crate) fn eval_direct(node: &Arc<Node>) -> Option<Result<Tensor>> {
         (Function::Unary(f), [x]) => with_one(x, |x| direct::unary(*f, x, &mut out)),
         (Function::Affine(mul, add), [x]) => with_one(x, |x| direct::affine(x, *mul, *add, &mut out)),
         (Function::Binary(f), [x, y]) => with_two(x, y, |x, y| direct::binary(*f, x, y, &mut out)),
+        (Function::Lora(scale), inputs) => lora(*scale, inputs, &mut out).map(Ok),
         _ => None,
     };
     // what fails here fails again with a plan, which knows how to say it
     computed?.ok()?;
-    finish(node, out)
-}
-
-/// A LoRA of few rows on ready tensors: its two products take less time than a plan.
-fn lora(node: &Arc<Node>, count: usize) -> Option<Vec<f32>> {
-    let (scale, slots) = node.with_expr(|expr| {
-        let (Op::Lora { .. }, [scale]) = (&expr.op, expr.scalars.as_slice()) else { return None };
-        let ready = |input: &Arc<Node>| input.tensor().map(SlotValue::foreign);
-        let slots: SmallVec<[SlotValue; 4]> = expr.inputs.iter().map(ready).collect::<Option<_>>()?;
-        Some((*scale, slots))
-    })??;
-    let mut out = fresh::<f32>(count);
-    with_views(&slots, &[0, 1, 2, 3][..slots.len().min(4)], |v| match v {
-        [x, a, b, base @ ..] => {
-            kernels::lora(x, a, b, base.first(), scale, &mut SliceMut::F32(&mut out)).map_err(kernel_error)
-        }
-        _ => Err(Error::Internal("lora lacks an input".into())),
-    })
-    // what fails here fails again with a plan, which knows how to say it
-    .ok()?;
-    if let (true, Some(x)) = (fault::active("direct.lora"), out.last_mut()) {
-        *x += 1.0;
-    }
-    Some(out)
-}
-
-/// Makes the node ready.
-fn finish(node: &Arc<Node>, out: Vec<f32>) -> Option<Result<Tensor>> {
     let tensor = match Tensor::from_vec(out, node.shape(), &Device::Cpu) {
         Ok(tensor) => tensor,
         Err(error) => return Some(Err(error.into())),
@@ -95,6 +69,22 @@ fn finish(node: &Arc<Node>, out: Vec<f32>) -> Option<Result<Tensor>> {
     }
     // somebody else was first: all get the same tensor
     node.tensor().map(Ok)
+}
+
+/// A LoRA of few rows: its two products take less time than a plan.
+fn lora(scale: f64, inputs: &[Tensor], out: &mut [f32]) -> Option<()> {
+    let slots: SmallVec<[SlotValue; 4]> = inputs.iter().cloned().map(SlotValue::foreign).collect();
+    with_views(&slots, &[0, 1, 2, 3][..slots.len().min(4)], |v| match v {
+        [x, a, b, base @ ..] => {
+            kernels::lora(x, a, b, base.first(), scale, &mut SliceMut::F32(&mut *out)).map_err(kernel_error)
+        }
+        _ => Err(Error::Internal("lora lacks an input".into())),
+    })
+    .ok()?;
+    if let (true, Some(x)) = (fault::active("direct.lora"), out.last_mut()) {
+        *x += 1.0;
+    }
+    Some(())
 }
 
 /// The elements of a dense f32 tensor.

@@ -194,17 +194,16 @@ impl<T: Real> Run<'_, T> {
             }
         }
         for &i in &pass.body {
+            if let Some(Fused::Squares { x, shift }) = pass.fused[i] {
+                let mut acc = std::mem::take(&mut row_values[i]);
+                let x = self.arg(x, pass, tile, &slots, row_values, offsets);
+                let shift = shift.map(|s| &row_values[self.root(s)][..tile.rows]);
+                reduce::squares(x, shift, &mut acc, tile.rows, tile.cols);
+                row_values[i] = acc;
+                continue;
+            }
             if self.schedule.kinds[i] == Kind::Row {
                 match self.program.instrs[i] {
-                    Instr::Reduce(..) if pass.fused[i].is_some() => {
-                        if let Some(Fused::Squares { x, shift }) = pass.fused[i] {
-                            let mut acc = std::mem::take(&mut row_values[i]);
-                            let x = self.arg(x, pass, tile, &slots, row_values, offsets);
-                            let shift = shift.map(|s| &row_values[self.root(s)][..tile.rows]);
-                            reduce::squares(x, shift, &mut acc, tile.rows, tile.cols);
-                            row_values[i] = acc;
-                        }
-                    }
                     Instr::Reduce(f, a) => {
                         let mut acc = std::mem::take(&mut row_values[i]);
                         let a = self.arg(a, pass, tile, &slots, row_values, offsets);

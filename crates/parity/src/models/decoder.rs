@@ -64,6 +64,19 @@ impl Decode for Twin {
     }
 }
 
+/// The logits (vocabulary) after new ids, recorded.
+pub(super) fn record(model: &CausalLm, cache: &mut Cache, ids: &[u32]) -> Result<LazyTensor> {
+    let input = LazyTensor::from_slice(ids, (1, ids.len()), &Device::Cpu)?;
+    Ok(model.forward(&input, cache)?.flatten_all()?)
+}
+
+/// Evaluates logits together with the cache that the next step reads.
+pub(super) fn run(cache: &Cache, logits: &LazyTensor) -> Result<EvalReport> {
+    let mut roots = cache.handles();
+    roots.push(logits);
+    Ok(materialize(&roots)?)
+}
+
 struct Lazy<'m> {
     model: &'m CausalLm,
     cache: Option<Cache>,
@@ -80,11 +93,8 @@ impl Decode for Lazy<'_> {
         let Some(cache) = &mut self.cache else {
             return Err(Error::NoTwin("a text that was not begun".into()));
         };
-        let input = LazyTensor::from_slice(ids, (1, ids.len()), &Device::Cpu)?;
-        let logits = self.model.forward(&input, cache)?.flatten_all()?;
-        let mut roots = cache.handles();
-        roots.push(&logits);
-        let report = materialize(&roots)?;
+        let logits = record(self.model, cache, ids)?;
+        let report = run(cache, &logits)?;
         Ok((logits.to_vec1()?, Some(report)))
     }
 

@@ -1,11 +1,12 @@
 //! The published models on both sides, for programs that time them.
 
+use super::decoder;
 use super::encoder::{self, eager_embed, Batch};
 use super::measure::{measure, Side, Way};
 use super::twin::{self, Mark, Twin};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_lazy_exec::{materialize, prepare, EvalOptions, EvalReport, LazyTensor};
+use candle_lazy_exec::{prepare, EvalOptions, EvalReport, LazyTensor};
 use candle_lazy_nn::models::{Cache, CausalLm, SentenceEncoder};
 use candle_lazy_nn::ModelDir;
 use candle_transformers::models::bert::BertModel;
@@ -87,18 +88,14 @@ struct Reader {
 impl Reader {
     /// The logits (vocabulary) after new ids, recorded; the text goes on.
     fn record(&self, ids: &[u32]) -> Result<LazyTensor> {
-        let input = LazyTensor::from_slice(ids, (1, ids.len()), &Device::Cpu)?;
-        Ok(self.model.forward(&input, &mut self.cache.borrow_mut())?.flatten_all()?)
+        decoder::record(&self.model, &mut self.cache.borrow_mut(), ids)
     }
 
     /// The logits after ids at a position of the text, evaluated together with the cache that the next step reads.
     fn logits(&self, position: usize, ids: &[u32]) -> Result<Tensor> {
         self.cache.borrow_mut().truncate(position);
         let logits = self.record(ids)?;
-        let cache = self.cache.borrow();
-        let mut roots = cache.handles();
-        roots.push(&logits);
-        materialize(&roots)?;
+        decoder::run(&self.cache.borrow(), &logits)?;
         Ok(logits.eval()?)
     }
 }
