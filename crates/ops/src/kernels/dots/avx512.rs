@@ -1,5 +1,6 @@
 //! The products by AVX-512: sixteen sums in registers, those of sixteen products folded together.
 
+use super::panel::{Tile, SIDE, SUMS};
 use super::{Grid, Narrow, Rows, LANES};
 use crate::fault;
 use std::arch::x86_64::*;
@@ -93,6 +94,88 @@ fn products<E: Narrow, const M: usize, const R: usize>(x: [&[f32]; M], w: [&[E];
         }
     }
     sums
+}
+
+/// As `panel::pack`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+pub(super) fn pack<E: Narrow>(row: &[E], count: usize, r: usize, to: &mut [f32]) {
+    for (from, step) in row.chunks(LANES).zip(to.chunks_exact_mut(count * LANES)) {
+        let mask = (from.len() < LANES).then(|| (1u16 << from.len()) - 1);
+        // SAFETY: there are sixteen elements or the mask has a bit for each, and what it hides is not read.
+        let numbers = unsafe { E::load(from.as_ptr(), mask) };
+        let to = &mut step[r * LANES..(r + 1) * LANES];
+        // SAFETY: sixteen numbers.
+        unsafe { _mm512_storeu_ps(to.as_mut_ptr(), numbers) };
+    }
+}
+
+/// As `panel::tile`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+pub(super) fn tile<const M: usize>(tile: Tile<'_>) -> [f32; LANES] {
+    let Tile { x, w, last, goes_on, ends, sums: kept } = tile;
+    let mut sums = [[_mm512_setzero_ps(); M]; SIDE];
+    // number r of those of row l of the weight
+    let place = |l: usize, r: usize| (l * SIDE + r) * LANES;
+    if goes_on {
+        for (l, sums) in sums.iter_mut().enumerate() {
+            for (r, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: `place` is at most SUMS - 16.
+                *sum = unsafe { _mm512_loadu_ps(kept.as_ptr().add(place(l, r))) };
+            }
+        }
+    }
+    let (mut xs, mut ws) = (x.chunks_exact(M * LANES), w.chunks_exact(SIDE * LANES));
+    let whole = xs.len().min(ws.len()) - usize::from(last < LANES);
+    for (x, w) in (&mut xs).zip(&mut ws).take(whole) {
+        // SAFETY: the chunks have that many numbers.
+        unsafe { step(x.as_ptr(), w.as_ptr(), &mut sums, None) };
+    }
+    if let (true, false, Some(x), Some(w)) = (last < LANES, fault::active("dot.tail"), xs.next(), ws.next()) {
+        // SAFETY: as above.
+        unsafe { step(x.as_ptr(), w.as_ptr(), &mut sums, Some((1 << last) - 1)) };
+    }
+    let mut folded = [0f32; LANES];
+    if ends {
+        let mut flat = [_mm512_setzero_ps(); LANES];
+        for (flat, sums) in flat.chunks_exact_mut(SIDE).zip(&sums) {
+            flat[..M].copy_from_slice(sums);
+        }
+        // SAFETY: sixteen numbers have room in the array.
+        unsafe { _mm512_storeu_ps(folded.as_mut_ptr(), fold(&flat)) };
+        return folded;
+    }
+    const { assert!(SUMS == SIDE * SIDE * LANES) }
+    for (l, sums) in sums.iter().enumerate() {
+        for (r, sum) in sums.iter().enumerate() {
+            // SAFETY: as where they were loaded.
+            unsafe { _mm512_storeu_ps(kept.as_mut_ptr().add(place(l, r)), *sum) };
+        }
+    }
+    folded
+}
+
+/// Sixteen elements of each row; with a mask the sums of the others stay as they are, as a zero would make a -0 a 0.
+///
+/// # Safety
+/// `x` points to `M` times sixteen numbers, `w` to four times sixteen.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn step<const M: usize>(x: *const f32, w: *const f32, sums: &mut [[__m512; M]; SIDE], mask: Option<u16>) {
+    let mut left = [_mm512_setzero_ps(); M];
+    for (r, left) in left.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *left = unsafe { _mm512_loadu_ps(x.add(r * LANES)) };
+    }
+    for (l, sums) in sums.iter_mut().enumerate() {
+        // SAFETY: as above.
+        let right = unsafe { _mm512_loadu_ps(w.add(l * LANES)) };
+        for (sum, left) in sums.iter_mut().zip(left) {
+            *sum = match mask {
+                None => _mm512_fmadd_ps(left, right, *sum),
+                Some(mask) => _mm512_mask3_fmadd_ps(left, right, *sum, mask),
+            };
+        }
+    }
 }
 
 /// Each of sixteen vectors folded in halves (lane l takes lane l + 8, then l + 4, l + 2, l + 1); the fold of vector 4·l + b stands

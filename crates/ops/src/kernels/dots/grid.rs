@@ -3,7 +3,8 @@
 use crate::error::{Error, Result};
 use std::marker::PhantomData;
 
-/// `rows × cols` numbers, rows `pitch` apart. Two grids made by [`Grid::split_cols`] interleave in memory but share no number.
+/// `rows × cols` numbers, rows `pitch` apart. Two grids made by [`Grid::split_cols`] interleave in memory but share no
+/// number, nor do those of [`Grid::split_rows`].
 #[derive(Debug)]
 pub(crate) struct Grid<'a> {
     data: *mut f32,
@@ -14,7 +15,7 @@ pub(crate) struct Grid<'a> {
 }
 
 // SAFETY: a grid is the only way to its numbers, as a `&mut [f32]` would be: `new` borrows the slice for `'a`, and `split_cols`
-// consumes the grid whose columns it shares out.
+// and `split_rows` consume the grid that they share out.
 unsafe impl Send for Grid<'_> {}
 
 impl<'a> Grid<'a> {
@@ -35,6 +36,11 @@ impl<'a> Grid<'a> {
         self.cols
     }
 
+    /// The same grid while this one waits.
+    pub(crate) fn borrow(&mut self) -> Grid<'_> {
+        Grid { own: PhantomData, ..*self }
+    }
+
     /// The columns before `at`, and the others.
     pub(crate) fn split_cols(self, at: usize) -> (Grid<'a>, Grid<'a>) {
         let at = at.min(self.cols);
@@ -44,6 +50,17 @@ impl<'a> Grid<'a> {
         (
             Grid { cols: at, own: PhantomData, ..self },
             Grid { data: right, cols: self.cols - at, own: PhantomData, ..self },
+        )
+    }
+
+    /// The rows before `at`, and the others.
+    pub(crate) fn split_rows(self, at: usize) -> (Grid<'a>, Grid<'a>) {
+        let at = at.min(self.rows);
+        // SAFETY: row `at` begins within the data, or there is none; then the pointer is never followed.
+        let below = if at == self.rows { self.data } else { unsafe { self.data.add(at * self.pitch) } };
+        (
+            Grid { rows: at, own: PhantomData, ..self },
+            Grid { data: below, rows: self.rows - at, own: PhantomData, ..self },
         )
     }
 
@@ -76,6 +93,21 @@ mod tests {
         right.put(0, 0, &[4.0, 5.0, 9.0]);
         right.put(2, 1, &[6.0]);
         assert_eq!(data, [1.0, 4.0, 5.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0, 0.0, 6.0]);
+    }
+
+    #[test]
+    fn parts_by_rows_write_their_own() {
+        let mut data = [0f32; 11];
+        let (mut above, mut below) = Grid::new(&mut data, 3, 3, 4).unwrap().split_rows(1);
+        assert_eq!((above.rows(), below.rows()), (1, 2));
+        above.put(0, 0, &[1.0]);
+        above.put(1, 0, &[9.0]);
+        below.put(0, 0, &[2.0]);
+        below.put(1, 2, &[3.0, 9.0]);
+        let (all, mut none) = below.split_rows(9);
+        none.put(0, 0, &[9.0]);
+        assert_eq!((all.rows(), none.rows()), (2, 0));
+        assert_eq!(data, [1.0, 0.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0]);
     }
 
     #[test]

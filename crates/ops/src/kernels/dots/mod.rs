@@ -9,6 +9,7 @@
 mod avx512;
 mod grid;
 mod narrow;
+mod panel;
 mod portable;
 
 use super::team;
@@ -30,6 +31,8 @@ const TASK_NS: usize = 10_000;
 const TASK_ROWS: usize = 16;
 /// Bytes of the weight's rows that are kept in the second-level cache while x's rows pass.
 const BLOCK_BYTES: usize = 1 << 18;
+/// So many rows of x are worth packing.
+const PANEL_ROWS: usize = 8;
 /// More elements of x than these are not copied to cache lines: it would take long, and memory.
 const ALIGNED: usize = 1 << 16;
 /// Bytes of a cache line.
@@ -70,6 +73,18 @@ pub(crate) fn dots<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: &mut Grid<'
         let (x, w, out) = ((x.count, x.len), (w.count, w.len), (out.rows(), out.cols()));
         return Err(Error::shape("matmul", format!("{x:?} x {w:?} transposed into {out:?}")));
     }
+    if x.count >= PANEL_ROWS && x.len > 0 {
+        let rows = panel::block_rows(x.len);
+        let mut rest = Some(out.borrow());
+        for from in (0..x.count).step_by(rows) {
+            let Some((mut part, below)) = rest.take().map(|out| out.split_rows(rows)) else {
+                continue;
+            };
+            panel::products(x.part(from, rows.min(x.count - from)), w, &mut part);
+            rest = Some(below);
+        }
+        return Ok(());
+    }
     let block = (BLOCK_BYTES / (w.len.max(1) * size_of::<E>())).max(TASK_ROWS) / TASK_ROWS * TASK_ROWS;
     for from in (0..w.count).step_by(block) {
         let count = block.min(w.count - from);
@@ -93,7 +108,8 @@ pub(crate) fn dots_parallel<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: Gr
     let tasks = if time < 2 * TASK_NS { 1 } else { (team::threads() * 4).min(time / TASK_NS) };
     let tasks = if team::threads() < 2 { 1 } else { tasks };
     let mut store = Vec::new();
-    share(aligned(x, w.count, &mut store), w, out, tasks)
+    let x = if x.count < PANEL_ROWS { aligned(x, w.count, &mut store) } else { x };
+    share(x, w, out, tasks)
 }
 
 /// The rows on boundaries of cache lines, copied there if need be: every row of the weight reads them again, and a load across a
@@ -113,21 +129,29 @@ fn aligned<'a>(x: Rows<'a, f32>, uses: usize, store: &'a mut Vec<f32>) -> Rows<'
     Rows { data, pitch, ..x }
 }
 
-/// The product in about `tasks` parts.
+/// The product in about `tasks` parts: blocks of x's rows, and where those are fewer, parts of the weight's rows.
 fn share<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, mut out: Grid<'_>, tasks: usize) -> Result<()> {
-    if tasks < 2 || out.cols() != w.count {
+    if tasks < 2 || out.rows() != x.count || out.cols() != w.count {
         return dots(x, w, &mut out);
     }
-    let rows = w.count.div_ceil(tasks).next_multiple_of(TASK_ROWS).max(TASK_ROWS);
+    let blocks = if x.count < PANEL_ROWS { 1 } else { x.count.div_ceil(panel::block_rows(x.len)) };
+    // of about equal size
+    let block = x.count.div_ceil(blocks.max(1)).next_multiple_of(panel::SIDE);
+    let cols = w.count.div_ceil(tasks.div_ceil(blocks.max(1))).next_multiple_of(TASK_ROWS).max(TASK_ROWS);
     let mut parts = Vec::with_capacity(tasks);
-    for from in (0..w.count).step_by(rows) {
-        let count = rows.min(w.count - from);
-        let (part, rest) = out.split_cols(count);
-        parts.push((w.part(from, count), part));
-        out = rest;
+    for i in (0..x.count).step_by(block) {
+        let rows = block.min(x.count - i);
+        let (mut above, below) = out.split_rows(rows);
+        out = below;
+        for from in (0..w.count).step_by(cols) {
+            let count = cols.min(w.count - from);
+            let (part, rest) = above.split_cols(count);
+            parts.push((x.part(i, rows), w.part(from, count), part));
+            above = rest;
+        }
     }
     let outcome = Mutex::new(Ok(()));
-    team::each(parts, |(w, mut out)| {
+    team::each(parts, |(x, w, mut out)| {
         if let Err(error) = dots(x, w, &mut out) {
             *outcome.lock() = Err(error);
         }

@@ -1,5 +1,6 @@
 //! The products for every machine.
 
+use super::panel::{Tile, SIDE};
 use super::{Grid, Narrow, Rows, LANES};
 use crate::fault;
 use crate::row::reduce::fold;
@@ -36,13 +37,13 @@ fn row<E: Narrow, const FMA: bool, const R: usize>(
         let count = R.min(w.count - j);
         // rows that are not there repeat the last one
         let rows: [&[E]; R] = std::array::from_fn(|t| w.row(j + t.min(count - 1)));
-        out.put(i, at + j, &tile::<E, FMA, R>(x.row(i), rows)[..count]);
+        out.put(i, at + j, &products::<E, FMA, R>(x.row(i), rows)[..count]);
     }
 }
 
 /// The products of a row with `R` others.
 #[inline(always)]
-fn tile<E: Narrow, const FMA: bool, const R: usize>(x: &[f32], w: [&[E]; R]) -> [f32; R] {
+fn products<E: Narrow, const FMA: bool, const R: usize>(x: &[f32], w: [&[E]; R]) -> [f32; R] {
     let mut sums = [[0f32; LANES]; R];
     let whole = x.len() / LANES * LANES;
     for l in (0..whole).step_by(LANES) {
@@ -65,4 +66,70 @@ fn tile<E: Narrow, const FMA: bool, const R: usize>(x: &[f32], w: [&[E]; R]) -> 
         }
     }
     sums.map(|mut sums| fold(&mut sums, |a, b| a + b))
+}
+
+/// As `panel::pack`.
+pub(super) fn pack<E: Narrow>(row: &[E], count: usize, r: usize, to: &mut [f32]) {
+    for (from, step) in row.chunks(LANES).zip(to.chunks_exact_mut(count * LANES)) {
+        let (filled, rest) = step[r * LANES..(r + 1) * LANES].split_at_mut(from.len());
+        E::widen(from, filled);
+        rest.fill(0.0);
+    }
+}
+
+/// As `panel::tile`.
+pub(super) fn tile<const M: usize>(tile: Tile<'_>) -> [f32; LANES] {
+    let Tile { x, w, last, goes_on, ends, sums: kept } = tile;
+    if !goes_on {
+        kept.fill(0.0);
+    }
+    let last = if fault::active("dot.tail") && last < LANES { 0 } else { last };
+    for r in 0..M {
+        steps(x.get(r * LANES..).unwrap_or_default(), M * LANES, w, last, r, &mut kept[..]);
+    }
+    let mut folded = [0f32; LANES];
+    if ends {
+        for (i, sums) in kept.chunks_exact_mut(LANES).enumerate() {
+            let (l, r) = (i / SIDE, i % SIDE);
+            folded[r * SIDE + l] = fold(sums, |a, b| a + b);
+        }
+    }
+    folded
+}
+
+versions! {
+/// Adds the products of row `r` of x, sixteen of whose numbers stand at every `pitch`, with four rows of the weight.
+fn steps<>(x: &[f32], pitch: usize, w: &[f32], last: usize, r: usize, kept: &mut [f32]) = steps_body;
+}
+
+#[inline(always)]
+fn steps_body<const FMA: bool>(x: &[f32], pitch: usize, w: &[f32], last: usize, r: usize, kept: &mut [f32]) {
+    let mut sums = [[0f32; LANES]; SIDE];
+    for (l, sums) in sums.iter_mut().enumerate() {
+        let at = (l * SIDE + r) * LANES;
+        sums.copy_from_slice(&kept[at..at + LANES]);
+    }
+    let count = w.len() / (SIDE * LANES);
+    for (i, (x, w)) in x.chunks(pitch).zip(w.chunks_exact(SIDE * LANES)).enumerate() {
+        // a length that the compiler knows
+        let Some(Ok(x)) = x.get(..LANES).map(<&[f32; LANES]>::try_from) else {
+            continue;
+        };
+        let many = if i + 1 < count { LANES } else { last };
+        for (sums, w) in sums.iter_mut().zip(w.chunks_exact(LANES)) {
+            if many == LANES {
+                for ((sum, &x), &w) in sums.iter_mut().zip(x).zip(w) {
+                    *sum = mul_add::<FMA>(x, w, *sum);
+                }
+            } else {
+                for ((sum, &x), &w) in sums.iter_mut().zip(x).zip(w).take(many) {
+                    *sum = mul_add::<FMA>(x, w, *sum);
+                }
+            }
+        }
+    }
+    for (l, sums) in sums.iter().enumerate() {
+        let at = (l * SIDE + r) * LANES;
+        kept[at..at + LANES].copy_from_slice(sums);
+    }
 }

@@ -1,0 +1,129 @@
+//! The products of many rows of x: both sides packed into panels, sixteen products at a time.
+//!
+//! Tensors begin anywhere, so nearly every load of a whole vector from them touches two cache lines; and each vector is loaded once
+//! for every four products. Packed, four rows stand beside one another sixteen numbers at a time, on cache lines, widened, and with
+//! zeros behind their end. A block of x's rows stays in the second-level cache while the weight passes; four rows of the weight
+//! stay in the first-level cache while the block's rows pass.
+
+use super::{Grid, Narrow, Rows, LANES};
+use crate::kernels::scratch;
+#[cfg(target_arch = "x86_64")]
+use crate::simd::{isa, Isa};
+use std::ops::Range;
+
+/// Rows of each side that stand beside one another.
+pub(super) const SIDE: usize = 4;
+/// Products of a tile.
+const TILE: usize = SIDE * SIDE;
+/// The most elements of a row that pass at once: four rows of the weight then take a third of a first-level cache of 48 KiB.
+const PIECE: usize = 1024;
+/// Elements of a block of x's rows: half a MiB.
+const BLOCK: usize = 1 << 17;
+
+/// The sums of a tile between two pieces of its rows: of row `r` of x and `l` of the weight at `(l · 4 + r) · 16`.
+pub(super) const SUMS: usize = TILE * LANES;
+
+/// A tile's part of both panels, and how to go through it.
+pub(super) struct Tile<'a> {
+    /// `(steps, M, 16)`
+    pub(super) x: &'a [f32],
+    /// `(steps, 4, 16)`
+    pub(super) w: &'a [f32],
+    /// Elements of the last step; the others have sixteen.
+    pub(super) last: usize,
+    /// Whether `sums` hold those of the elements before.
+    pub(super) goes_on: bool,
+    /// Whether the products end here: those of row `r` of x go to `products[4r..]`; else the sums go to `sums`.
+    pub(super) ends: bool,
+    pub(super) sums: &'a mut [f32; SUMS],
+}
+
+/// How many rows of x share a block.
+pub(super) fn block_rows(len: usize) -> usize {
+    (BLOCK / len.max(1) / SIDE * SIDE).max(SIDE)
+}
+
+/// out\[i\]\[j\] = x\[i\] · w\[j\] for one block of rows; both sides have rows of one length.
+pub(super) fn products<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: &mut Grid<'_>) {
+    let padded = x.len.next_multiple_of(LANES);
+    let pieces = pieces(padded);
+    let groups = x.count.div_ceil(SIDE);
+    // sums are kept between the pieces of a row only
+    let kept = if pieces.len() > 1 { groups } else { 1 };
+    let sizes = [x.count * padded, SIDE * pieces.first().map_or(0, |p| p.len()), kept * SUMS];
+    scratch::with(sizes.iter().sum(), |store| {
+        let (packed, rest) = store.split_at_mut(sizes[0]);
+        let (panel, sums) = rest.split_at_mut(sizes[1]);
+        for (g, group) in packed.chunks_mut(SIDE * padded).enumerate() {
+            let count = group.len() / padded.max(1);
+            for r in 0..count {
+                pack(x.row(g * SIDE + r), count, r, group);
+            }
+        }
+        for j in (0..w.count).step_by(SIDE) {
+            let count = SIDE.min(w.count - j);
+            for (p, piece) in pieces.iter().enumerate() {
+                let within = piece.start..piece.end.min(x.len);
+                let panel = &mut panel[..SIDE * piece.len()];
+                for r in 0..SIDE {
+                    // rows that are not there repeat the last one
+                    pack(&w.row(j + r.min(count - 1))[within.clone()], SIDE, r, panel);
+                }
+                for (g, group) in packed.chunks(SIDE * padded).enumerate() {
+                    let m = group.len() / padded.max(1);
+                    let at = if kept > 1 { g * SUMS } else { 0 };
+                    let Ok(sums) = <&mut [f32; SUMS]>::try_from(&mut sums[at..at + SUMS]) else {
+                        continue;
+                    };
+                    let part = Tile {
+                        x: &group[m * piece.start..m * piece.end],
+                        w: panel,
+                        last: within.len() - (piece.len() - LANES),
+                        goes_on: p > 0,
+                        ends: p + 1 == pieces.len(),
+                        sums,
+                    };
+                    let ends = part.ends;
+                    let numbers = match m {
+                        1 => tile::<1>(part),
+                        2 => tile::<2>(part),
+                        3 => tile::<3>(part),
+                        _ => tile::<SIDE>(part),
+                    };
+                    if ends {
+                        for (r, numbers) in numbers.chunks_exact(SIDE).enumerate().take(m) {
+                            out.put(g * SIDE + r, j, &numbers[..count]);
+                        }
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Whole steps of a row in pieces of at most [`PIECE`] and about equal size; at least one, which may be empty.
+fn pieces(padded: usize) -> Vec<Range<usize>> {
+    let count = padded.div_ceil(PIECE).max(1);
+    let size = padded.div_ceil(count).next_multiple_of(LANES).max(LANES);
+    (0..count).map(|p| (p * size).min(padded)..((p + 1) * size).min(padded)).collect()
+}
+
+/// A row as number `r` of `count` beside one another, zeros behind its end.
+fn pack<E: Narrow>(row: &[E], count: usize, r: usize, to: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if isa() == Isa::Avx512 {
+        // SAFETY: `isa` names a set only where the machine has all of its features.
+        return unsafe { super::avx512::pack(row, count, r, to) };
+    }
+    super::portable::pack(row, count, r, to);
+}
+
+/// The tile's products, if it ends.
+fn tile<const M: usize>(tile: Tile<'_>) -> [f32; TILE] {
+    #[cfg(target_arch = "x86_64")]
+    if isa() == Isa::Avx512 {
+        // SAFETY: `isa` names a set only where the machine has all of its features.
+        return unsafe { super::avx512::tile::<M>(tile) };
+    }
+    super::portable::tile::<M>(tile)
+}
