@@ -5,6 +5,9 @@ use super::{Grid, Narrow, Rows, LANES};
 use crate::fault;
 use std::arch::x86_64::*;
 
+/// How far ahead a row that comes from memory is asked for, in bytes. The machine's own guess ends with the page.
+const AHEAD: usize = 4096;
+
 /// As `super::dots`, columns from `at` on.
 pub(super) fn dots<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: &mut Grid<'_>, at: usize) {
     let mut i = 0;
@@ -73,6 +76,10 @@ fn products<E: Narrow, const M: usize, const R: usize>(x: [&[f32]; M], w: [&[E];
             *left = unsafe { _mm512_loadu_ps(x.as_ptr().add(l)) };
         }
         for (sums, w) in sums.iter_mut().zip(w) {
+            if R == 1 {
+                // the row comes from memory, and so will those behind it
+                _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(l).wrapping_byte_add(AHEAD).cast());
+            }
             // SAFETY: as above.
             let right = unsafe { E::load(w.as_ptr().add(l), None) };
             for (sum, left) in sums.iter_mut().zip(left) {
