@@ -194,6 +194,27 @@ fn bits_do_not_depend_on_threads_or_layout() {
 }
 
 #[test]
+fn segments_on_their_own_give_the_same_bits() {
+    let mut rng = Rng(74);
+    for dtype in [DType::F32, DType::BF16, DType::F64] {
+        for (window, queries) in [(None, 3), (Some(1500), 3), (None, 40)] {
+            let n = 2500;
+            let c = case(&mut rng, dtype, "contiguous", (1, 2, 1, queries, n, 40, 24), None);
+            let p = AttentionParams { scale: 0.15, causal: true, softcap: None, window };
+            let one = on_threads(1, || run(&c, &p).unwrap().bits());
+            let many = on_threads(8, || run(&c, &p).unwrap().bits());
+            assert!(one == many, "{dtype:?} {window:?} {queries}");
+            // the last query alone
+            let alone = run(&part(&c, queries - 1, queries, n), &p).unwrap().bits();
+            for h in 0..2 {
+                let at = (h * queries + queries - 1) * 24;
+                assert!(alone[h * 24..(h + 1) * 24] == one[at..at + 24], "{dtype:?} {window:?} alone");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_query_that_sees_no_key_gives_nan() {
     let mut rng = Rng(73);
     // Three queries, one key: under the causal rule only the last one sees it.

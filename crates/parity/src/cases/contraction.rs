@@ -54,6 +54,10 @@ pub(super) fn add(t: &mut Table) {
             inputs.push((&bias, dtype, Domain::Any));
             t.laid_out(&Op::Linear { bias: true }, &[], &inputs);
         }
+        // rows longer than a piece of them
+        let long = [([9, 1100], Domain::Any), ([6, 1100], Domain::Small)]
+            .map(|(dims, domain)| InputSpec::new(&dims, dtype, Layout::Contiguous, domain));
+        t.push(Case::new(Op::Linear { bias: false }, &[], long.to_vec()));
         for (x, rank, out) in t.some(&loras, 2, 6) {
             let (a, b) = ([x.last().copied().unwrap_or(1), *rank], [*rank, *out]);
             let mut base = x.to_vec();
@@ -104,6 +108,13 @@ fn attentions(t: &mut Table) {
             let inputs = [0, 1, 2].map(|at| (&dims[..], dtype, domain(at)));
             let op = Op::Attention { mask: false, causal: false, softcap: false, window: None };
             t.laid_out(&op, &[0.375], &inputs);
+        }
+        // more keys than a segment has
+        let long = [[1, 4, 3, 8], [1, 2, 1100, 8], [1, 2, 1100, 6]]
+            .map(|dims| InputSpec::new(&dims, dtype, Layout::Contiguous, Domain::Any));
+        for causal in [false, true] {
+            let op = Op::Attention { mask: false, causal, softcap: false, window: None };
+            t.push(Case::new(op, &[0.375], long.to_vec()));
         }
         for &(b, h, hk, s, keys, d, dv) in t.some(&sizes, 2, 6) {
             let (q, k, v) = ([b, h, s, d], [b, hk, keys, d], [b, hk, keys, dv]);

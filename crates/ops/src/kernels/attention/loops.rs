@@ -1,82 +1,102 @@
 //! The loops of attention over one block of keys.
 
-use super::{Query, BLOCK, GROUP};
+use super::{BLOCK, GROUP};
 use crate::fault;
 use crate::kernels::dot::dot;
-use crate::kernels::dots::{dots, Grid, Rows};
 use crate::math::Real;
 use crate::simd::versions;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{isa, Isa};
 
-/// Columns of the values that stay in registers while a block's keys pass.
-const COLUMNS: usize = 16;
+/// Interleaved sums and maxima of a block's numbers.
+const LANES: usize = 16;
+
+/// A block's scores, and then its weights, of a group of queries.
+pub(super) type Block<T> = [[T; BLOCK]; GROUP];
 
 /// Types that scores are computed in.
 pub(super) trait Scores: Real {
-    /// The products of up to [`GROUP`] queries (rows of `d`, one after the other) with `count` keys that stand `pitch` apart; those of a
-    /// query stand [`BLOCK`] behind those of the one before. Each is [`dot`] of its two rows.
-    fn scores(queries: (&[Self], usize, usize), keys: (&[Self], usize, usize), out: &mut [Self]);
-
-    /// As [`accumulate_group`].
-    fn accumulate_group(
-        weights: &[[Self; BLOCK]; GROUP],
-        rows: usize,
-        values: &[Self],
-        pitch: usize,
-        accs: &mut [Self],
-    ) {
-        accumulate_group(weights, rows, values, pitch, 0, accs);
+    /// Turns `rows` keys that stand `pitch` apart: number c of key j goes to `at[c · BLOCK + j]`. Those of the keys that are not
+    /// there are left as they are.
+    fn turn(keys: &[Self], pitch: usize, rows: usize, at: &mut [Self]) {
+        turn(keys, pitch, rows, at);
     }
-}
 
-impl Scores for f32 {
-    fn scores(
-        (queries, rows, d): (&[f32], usize, usize),
-        (keys, count, pitch): (&[f32], usize, usize),
-        out: &mut [f32],
-    ) {
-        let sides = Rows::new(queries, rows, d, d).and_then(|q| Ok((q, Rows::new(keys, count, pitch, d)?)));
-        let done = sides.and_then(|(q, k)| dots(q, k, &mut Grid::new(out, rows, count, BLOCK)?));
-        // the caller has checked the shapes; a NaN is seen where a zero would not be
-        if done.is_err() {
-            out.fill(f32::NAN);
+    /// The products of up to [`GROUP`] queries (rows of `d`, one after the other) with a block of turned keys: each a sum along d, in order.
+    fn scores(queries: &[Self], d: usize, keys: &[Self], out: &mut Block<Self>) {
+        for (query, scores) in queries.chunks_exact(d.max(1)).zip(out) {
+            products(query, keys, scores);
         }
     }
 
-    fn accumulate_group(weights: &[[f32; BLOCK]; GROUP], rows: usize, values: &[f32], pitch: usize, accs: &mut [f32]) {
+    /// Adds the weighted values (rows `pitch` apart) to the sums of up to [`GROUP`] queries, which follow one another, key by key in
+    /// order, as many keys as there are weights of each.
+    fn values(weights: &[&[Self]], values: &[Self], pitch: usize, sums: &mut [Self]) {
+        let dv = sums.len() / weights.len().max(1);
+        for (weights, sums) in weights.iter().zip(sums.chunks_exact_mut(dv.max(1))) {
+            accumulate(weights, values, pitch, sums);
+        }
+    }
+}
+
+impl Scores for f64 {}
+
+impl Scores for f32 {
+    fn turn(keys: &[f32], pitch: usize, rows: usize, at: &mut [f32]) {
+        #[cfg(target_arch = "x86_64")]
+        if isa() == Isa::Avx512 {
+            // SAFETY: `isa` names a set only where the machine has all of its features.
+            return unsafe { super::avx512::turn(keys, pitch, rows, at) };
+        }
+        turn(keys, pitch, rows, at);
+    }
+
+    fn scores(queries: &[f32], d: usize, keys: &[f32], out: &mut Block<f32>) {
+        #[cfg(target_arch = "x86_64")]
+        if isa() == Isa::Avx512 {
+            // SAFETY: `isa` names a set only where the machine has all of its features.
+            return unsafe { super::avx512::scores(queries, d, keys, out) };
+        }
+        for (query, scores) in queries.chunks_exact(d.max(1)).zip(out) {
+            products(query, keys, scores);
+        }
+    }
+
+    fn values(weights: &[&[f32]], values: &[f32], pitch: usize, sums: &mut [f32]) {
         #[cfg(target_arch = "x86_64")]
         if isa() == Isa::Avx512 && !fault::active("attention.fourth_value") {
             // SAFETY: `isa` names a set only where the machine has all of its features.
-            let done = unsafe { super::avx512::accumulate_group(weights, rows, values, pitch, accs) };
-            return accumulate_group(weights, rows, values, pitch, done, accs);
+            return unsafe { super::avx512::values(weights, values, pitch, sums) };
         }
-        accumulate_group(weights, rows, values, pitch, 0, accs);
+        let dv = sums.len() / weights.len().max(1);
+        for (weights, sums) in weights.iter().zip(sums.chunks_exact_mut(dv.max(1))) {
+            accumulate(weights, values, pitch, sums);
+        }
     }
 }
 
-impl Scores for f64 {
-    fn scores(
-        (queries, rows, d): (&[f64], usize, usize),
-        (keys, count, pitch): (&[f64], usize, usize),
-        out: &mut [f64],
-    ) {
-        for (i, scores) in out.chunks_exact_mut(BLOCK).enumerate().take(rows) {
-            products(&queries[i * d..(i + 1) * d], keys, pitch, &mut scores[..count]);
+fn turn<T: Copy>(keys: &[T], pitch: usize, rows: usize, at: &mut [T]) {
+    for j in 0..rows {
+        for (column, &x) in at.chunks_exact_mut(BLOCK).zip(&keys[j * pitch..]) {
+            column[j] = x;
         }
     }
 }
 
 versions! {
-/// The products of a query with keys that stand `pitch` apart, one for each score.
-fn products<T: Real>(query: &[T], keys: &[T], pitch: usize, scores: &mut [T]) = products_body;
+/// The products of a query with a block of turned keys.
+fn products<T: Real>(query: &[T], keys: &[T], scores: &mut [T; BLOCK]) = products_body;
 }
 
 #[inline(always)]
-fn products_body<T: Real, const FMA: bool>(query: &[T], keys: &[T], pitch: usize, scores: &mut [T]) {
-    for (j, score) in scores.iter_mut().enumerate() {
-        *score = dot::<T, FMA>(query, &keys[j * pitch..j * pitch + query.len()]);
+fn products_body<T: Real, const FMA: bool>(query: &[T], keys: &[T], scores: &mut [T; BLOCK]) {
+    let mut sums = [T::ZERO; BLOCK];
+    for (&q, keys) in query.iter().zip(keys.chunks_exact(BLOCK)) {
+        for (sum, &k) in sums.iter_mut().zip(keys) {
+            *sum = q.mul_add::<FMA>(k, *sum);
+        }
     }
+    *scores = sums;
 }
 
 versions! {
@@ -91,115 +111,119 @@ fn scaled_body<T: Real, const FMA: bool>(scores: &mut [T], scale: T) {
     }
 }
 
+/// Running maximum and sum of one query.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct State<T> {
+    pub(super) max: T,
+    pub(super) sum: T,
+}
+
+impl<T: Real> State<T> {
+    pub(super) const EMPTY: Self = Self { max: T::NEG_INF, sum: T::ZERO };
+}
+
+/// What is subtracted from scores. Nothing finite so far: any number gives weights of 0 (or NaN for NaN scores), -∞ - -∞ would not.
+fn shift<T: Real>(max: T) -> T {
+    if max == T::NEG_INF {
+        T::ZERO
+    } else {
+        max
+    }
+}
+
 versions! {
-/// Turns a block's scores into weights, updates the running maximum and sum, and rescales what was accumulated.
-pub(super) fn weigh<T: Real>(state: &mut Query<T>, scores: &mut [T; BLOCK], acc: &mut [T]) = weigh_body;
+/// Turns a block's scores into weights, and updates the running maximum and sum. The result is the factor that what was
+/// accumulated before is rescaled by: 1 where the maximum stays.
+pub(super) fn weigh<T: Real>(state: &mut State<T>, scores: &mut [T; BLOCK]) -> T = weigh_body;
 }
 
 #[inline(always)]
-fn weigh_body<T: Real, const FMA: bool>(state: &mut Query<T>, scores: &mut [T; BLOCK], acc: &mut [T]) {
-    let mut max = state.max;
-    for &s in scores.iter() {
-        max = if s > max { s } else { max };
-    }
-    // Nothing finite so far: any shift gives weights of 0 (or NaN for NaN scores), -∞ - -∞ would not.
-    let shift = if max == T::NEG_INF { T::ZERO } else { max };
-    let keep = if fault::active("attention.rescale") { T::ONE } else { (state.max - shift).exp::<FMA>() };
-    for s in scores.iter_mut() {
-        *s = (*s - shift).exp::<FMA>();
-    }
-    let ones = [T::ONE; BLOCK];
-    if max != state.max {
-        for a in acc.iter_mut() {
-            *a = *a * keep;
+fn weigh_body<T: Real, const FMA: bool>(state: &mut State<T>, scores: &mut [T; BLOCK]) -> T {
+    let mut most = [state.max; LANES];
+    for scores in scores.chunks_exact(LANES) {
+        for (max, &s) in most.iter_mut().zip(scores) {
+            *max = if s > *max { s } else { *max };
         }
-        state.sum = state.sum * keep;
-        state.max = max;
     }
-    if fault::active("attention.sum_f16") {
-        let sum = scores.iter().fold(half::f16::ZERO, |s, x| s + x.put::<half::f16>());
-        state.sum = state.sum + T::get(sum);
-        return;
+    // a NaN score is no maximum, so the order of the comparisons changes nothing
+    let mut half = LANES / 2;
+    while half > 0 {
+        for l in 0..half {
+            most[l] = if most[l + half] > most[l] { most[l + half] } else { most[l] };
+        }
+        half /= 2;
     }
-    state.sum = state.sum + dot::<T, FMA>(&scores[..], &ones);
+    let max = most[0];
+    let by = shift(max);
+    for s in scores.iter_mut() {
+        *s = (*s - by).exp::<FMA>();
+    }
+    let keep =
+        if max == state.max || fault::active("attention.rescale") { T::ONE } else { (state.max - by).exp::<FMA>() };
+    let sum = if fault::active("attention.sum_f16") {
+        T::get(scores.iter().fold(half::f16::ZERO, |s, x| s + x.put::<half::f16>()))
+    } else {
+        dot::<T, FMA>(&scores[..], &[T::ONE; BLOCK])
+    };
+    *state = State { max, sum: state.sum.mul_add::<FMA>(keep, sum) };
+    keep
 }
 
 versions! {
-/// Adds the weighted values to `acc`, key by key in order; four keys share one pass over `acc`, which changes no bit.
-pub(super) fn accumulate<T: Real>(weights: &[T], values: &[T], pitch: usize, acc: &mut [T]) = accumulate_body;
+/// Adds the weighted values to `sums`, key by key in order; four keys share one pass over `sums`, which changes no bit.
+fn accumulate<T: Real>(weights: &[T], values: &[T], pitch: usize, sums: &mut [T]) = accumulate_body;
 }
 
 #[inline(always)]
-fn accumulate_body<T: Real, const FMA: bool>(weights: &[T], values: &[T], pitch: usize, acc: &mut [T]) {
-    let n = acc.len();
+fn accumulate_body<T: Real, const FMA: bool>(weights: &[T], values: &[T], pitch: usize, sums: &mut [T]) {
+    let n = sums.len();
     let row = |j: usize| &values[j * pitch..j * pitch + n];
     let mut j = 0;
     let lossy = fault::active("attention.fourth_value");
     while let Some(&[a, b, c, d]) = weights.get(j..j + 4) {
         let d = if lossy { T::ZERO } else { d };
         let (x, y, z, w) = (row(j), row(j + 1), row(j + 2), row(j + 3));
-        for ((((o, &x), &y), &z), &w) in acc.iter_mut().zip(x).zip(y).zip(z).zip(w) {
+        for ((((o, &x), &y), &z), &w) in sums.iter_mut().zip(x).zip(y).zip(z).zip(w) {
             let sum = b.mul_add::<FMA>(y, a.mul_add::<FMA>(x, *o));
             *o = d.mul_add::<FMA>(w, c.mul_add::<FMA>(z, sum));
         }
         j += 4;
     }
-    let skip = if fault::active("attention.value_tail") { weights.len() } else { j };
-    for (j, &p) in weights.iter().enumerate().skip(skip) {
-        for (o, &x) in acc.iter_mut().zip(row(j)) {
+    for (j, &p) in weights.iter().enumerate().skip(j) {
+        for (o, &x) in sums.iter_mut().zip(row(j)) {
             *o = p.mul_add::<FMA>(x, *o);
         }
     }
 }
 
 versions! {
-/// Adds the weighted values of `rows` keys to the accumulators of [`GROUP`] queries, which follow one another, key by key in order: as
-/// [`accumulate`] does for each, bit for bit, but with one pass over the values. Columns before `done` are left as they are.
-fn accumulate_group<T: Real>(weights: &[[T; BLOCK]; GROUP], rows: usize, values: &[T], pitch: usize, done: usize, accs: &mut [T]) = accumulate_group_body;
+/// acc·keep + sums, into `acc`.
+pub(super) fn merge<T: Real>(acc: &mut [T], keep: T, sums: &[T]) = merge_body;
 }
 
 #[inline(always)]
-fn accumulate_group_body<T: Real, const FMA: bool>(
-    weights: &[[T; BLOCK]; GROUP],
-    rows: usize,
-    values: &[T],
-    pitch: usize,
-    done: usize,
-    accs: &mut [T],
-) {
-    let n = accs.len() / GROUP;
-    let whole = (n - done) / COLUMNS * COLUMNS + done;
-    let lossy = fault::active("attention.fourth_value");
-    for c in (done..whole).step_by(COLUMNS) {
-        let mut held = [[T::ZERO; COLUMNS]; GROUP];
-        for (held, acc) in held.iter_mut().zip(accs.chunks_exact(n)) {
-            held.copy_from_slice(&acc[c..c + COLUMNS]);
-        }
-        for j in 0..rows {
-            // a length that the compiler knows
-            let Some(Ok(row)) = values.get(j * pitch + c..j * pitch + c + COLUMNS).map(<&[T; COLUMNS]>::try_from)
-            else {
-                continue;
-            };
-            if lossy && j % 4 == 3 {
-                continue;
-            }
-            for (held, weights) in held.iter_mut().zip(weights) {
-                let p = weights[j];
-                for (h, &x) in held.iter_mut().zip(row) {
-                    *h = p.mul_add::<FMA>(x, *h);
-                }
-            }
-        }
-        for (held, acc) in held.iter().zip(accs.chunks_exact_mut(n)) {
-            acc[c..c + COLUMNS].copy_from_slice(held);
-        }
+fn merge_body<T: Real, const FMA: bool>(acc: &mut [T], keep: T, sums: &[T]) {
+    for (acc, &sum) in acc.iter_mut().zip(sums) {
+        *acc = acc.mul_add::<FMA>(keep, sum);
     }
-    if whole < n {
-        for (acc, weights) in accs.chunks_exact_mut(n).zip(weights) {
-            accumulate_body::<T, FMA>(&weights[..rows], &values[whole..], pitch, &mut acc[whole..]);
-        }
+}
+
+versions! {
+/// Adds a later segment's state and sums to those of the segments before.
+pub(super) fn join<T: Real>(state: &mut State<T>, acc: &mut [T], later: State<T>, sums: &mut [T]) = join_body;
+}
+
+#[inline(always)]
+fn join_body<T: Real, const FMA: bool>(state: &mut State<T>, acc: &mut [T], later: State<T>, sums: &mut [T]) {
+    let max = if later.max > state.max { later.max } else { state.max };
+    let by = shift(max);
+    let factor = |m: T| if m == max { T::ONE } else { (m - by).exp::<FMA>() };
+    let (before, behind) = (factor(state.max), factor(later.max));
+    let before = if fault::active("attention.join") { T::ONE } else { before };
+    for (acc, &mut sum) in acc.iter_mut().zip(sums) {
+        *acc = acc.mul_add::<FMA>(before, sum * behind);
     }
+    *state = State { max, sum: state.sum.mul_add::<FMA>(before, later.sum * behind) };
 }
 
 #[cfg(test)]
@@ -211,56 +235,88 @@ mod tests {
         (0..n).map(|i| ((i * 37 + seed * 101) % 127) as f32 / 31.0 - 2.0).collect()
     }
 
+    fn body<const FMA: bool>(d: usize, query: &[f32], turned: &[f32], values: &[f32], weights: &[f32]) -> Vec<f32> {
+        let (mut state, mut scores, mut sums) = (State { max: 0.5f32, sum: 1.25 }, [0f32; BLOCK], numbers(d, 3));
+        products_body::<f32, FMA>(query, turned, &mut scores);
+        let mut all = scores.to_vec();
+        all.push(weigh_body::<f32, FMA>(&mut state, &mut scores));
+        all.extend(scores);
+        accumulate_body::<f32, FMA>(weights, values, d, &mut sums);
+        merge_body::<f32, FMA>(&mut sums, 0.7, &numbers(d, 7));
+        join_body::<f32, FMA>(&mut state, &mut sums, State { max: 2.0, sum: 3.0 }, &mut numbers(d, 8));
+        all.extend(sums);
+        all.extend([state.max, state.sum]);
+        all
+    }
+
     /// Every version against the body that it was compiled from, bit for bit.
     #[test]
     fn versions_give_the_bits_of_their_bodies() {
         for d in [1usize, 7, 16, 33, 64, 80] {
-            let (query, keys) = (numbers(d, 1), numbers(BLOCK * d, 2));
-            with_each(|isa| {
-                let fma = fused(isa);
-                let (mut got, mut want) = ([0f32; BLOCK], [0f32; BLOCK]);
-                products(&query, &keys, d, &mut got);
-                if fma {
-                    products_body::<f32, true>(&query, &keys, d, &mut want);
-                } else {
-                    products_body::<f32, false>(&query, &keys, d, &mut want);
-                }
-                assert_eq!(got, want, "products {isa:?} {d}");
-                let state = || Query { max: 0.5f32, sum: 1.25, start: 0, end: BLOCK };
-                let (mut a, mut b) = ((state(), numbers(d, 3)), (state(), numbers(d, 3)));
-                weigh(&mut a.0, &mut got, &mut a.1);
-                accumulate(&got[1..], &keys, d, &mut a.1);
-                if fma {
-                    weigh_body::<f32, true>(&mut b.0, &mut want, &mut b.1);
-                    accumulate_body::<f32, true>(&want[1..], &keys, d, &mut b.1);
-                } else {
-                    weigh_body::<f32, false>(&mut b.0, &mut want, &mut b.1);
-                    accumulate_body::<f32, false>(&want[1..], &keys, d, &mut b.1);
-                }
-                assert_eq!(got, want, "weigh {isa:?} {d}");
-                assert_eq!((a.0.max, a.0.sum, a.1), (b.0.max, b.0.sum, b.1), "accumulate {isa:?} {d}");
-                let weights: [[f32; BLOCK]; GROUP] = std::array::from_fn(|i| {
-                    let numbers = numbers(BLOCK, 4 + i);
-                    std::array::from_fn(|j| numbers[j])
-                });
-                for rows in [1, 7, BLOCK] {
-                    let mut accs = numbers(GROUP * d, 9);
-                    let mut one_by_one = accs.clone();
-                    f32::accumulate_group(&weights, rows, &keys, d, &mut accs);
-                    for (weights, acc) in weights.iter().zip(one_by_one.chunks_mut(d)) {
-                        accumulate(&weights[..rows], &keys, d, acc);
+            let (query, keys) = (numbers(GROUP * d, 1), numbers(BLOCK * d, 2));
+            let (values, weights) = (numbers(BLOCK * d, 4), numbers(GROUP * BLOCK, 5));
+            let weights: Vec<&[f32]> = weights.chunks(BLOCK).collect();
+            let mut turned = vec![f32::NAN; d * BLOCK];
+            super::turn(&keys, d, BLOCK, &mut turned);
+            for (rows, m) in [(1, 1), (7, 2), (17, 3), (BLOCK, GROUP)] {
+                with_each(|isa| {
+                    let mut got = vec![f32::NAN; d * BLOCK];
+                    f32::turn(&keys, d, rows, &mut got);
+                    for (i, got) in got.iter().enumerate() {
+                        let want = if i % BLOCK < rows { turned[i] } else { f32::NAN };
+                        assert_eq!(got.to_bits(), want.to_bits(), "turn {isa:?} {d} {rows} at {i}");
                     }
-                    assert_eq!(accs, one_by_one, "accumulate_group {isa:?} {d} {rows}");
-                }
-                let queries = numbers(GROUP * d, 5);
-                let mut scores = [0f32; GROUP * BLOCK];
-                f32::scores((&queries, 3, d), (&keys, 50, d), &mut scores);
-                for (i, query) in queries.chunks(d).take(3).enumerate() {
-                    let mut want = [0f32; 50];
-                    products(query, &keys, d, &mut want);
-                    assert_eq!(scores[i * BLOCK..i * BLOCK + 50], want, "scores {isa:?} {d}");
-                }
-            });
+                    let mut scores = [[0f32; BLOCK]; GROUP];
+                    f32::scores(&query[..m * d], d, &turned, &mut scores);
+                    let first: Vec<&[f32]> = weights[..m].iter().map(|w| &w[..rows]).collect();
+                    let mut sums = numbers(d, 3).repeat(m);
+                    f32::values(&first, &values, d, &mut sums);
+                    for i in 0..m {
+                        let query = &query[i * d..(i + 1) * d];
+                        let want = if fused(isa) {
+                            body::<true>(d, query, &turned, &values, first[i])
+                        } else {
+                            body::<false>(d, query, &turned, &values, first[i])
+                        };
+                        let mut state = State { max: 0.5, sum: 1.25 };
+                        let mut got = scores[i].to_vec();
+                        got.push(weigh(&mut state, &mut scores[i]));
+                        got.extend(scores[i]);
+                        let sums = &mut sums[i * d..(i + 1) * d];
+                        merge(sums, 0.7, &numbers(d, 7));
+                        join(&mut state, sums, State { max: 2.0, sum: 3.0 }, &mut numbers(d, 8));
+                        got.extend_from_slice(sums);
+                        got.extend([state.max, state.sum]);
+                        assert_eq!(got, want, "{isa:?} {d} {rows} {m} query {i}");
+                    }
+                });
+            }
         }
+    }
+
+    #[test]
+    fn what_is_not_finite_has_no_weight_or_is_nan() {
+        let mut scores = [f32::NEG_INFINITY; BLOCK];
+        let mut state = State::EMPTY;
+        assert_eq!((weigh(&mut state, &mut scores), state), (1.0, State::EMPTY));
+        assert_eq!(scores, [0.0; BLOCK]);
+        let mut scores = [f32::NEG_INFINITY; BLOCK];
+        scores[40] = 3.0;
+        assert_eq!((weigh(&mut state, &mut scores), state), (0.0, State { max: 3.0, sum: 1.0 }));
+        let mut scores = [0.0; BLOCK];
+        scores[63] = f32::NAN;
+        weigh(&mut state, &mut scores);
+        assert!(state.sum.is_nan() && state.max == 3.0);
+        let mut scores = [f32::INFINITY; BLOCK];
+        let mut state = State::EMPTY;
+        weigh(&mut state, &mut scores);
+        assert!(state.sum.is_nan());
+        // a segment without a finite score changes nothing
+        let (mut state, mut acc) = (State { max: 3.0, sum: 2.0 }, [5.0]);
+        join(&mut state, &mut acc, State::EMPTY, &mut [0.0]);
+        assert_eq!((state, acc), (State { max: 3.0, sum: 2.0 }, [5.0]));
+        let (mut state, mut acc) = (State::EMPTY, [0.0]);
+        join(&mut state, &mut acc, State { max: 3.0, sum: 2.0 }, &mut [5.0]);
+        assert_eq!((state, acc), (State { max: 3.0, sum: 2.0 }, [5.0]));
     }
 }

@@ -1,26 +1,31 @@
 //! Attention with an online softmax over fixed blocks of keys.
 //!
-//! A query's bits depend on its own row, its keys and its mask only: not on how many queries run together,
-//! not on threads. Keys are taken in blocks of 64 at fixed absolute positions, so that prefill, chunked prefill and decode
-//! agree bit for bit. No matrix of scores is ever stored.
+//! A query's bits depend on its own row, its keys and its mask only: not on how many queries run together, not on threads. Keys are
+//! taken in blocks of 64 and in segments of 1024 at fixed absolute positions, so that prefill, chunked prefill and decode agree bit for
+//! bit. A block's values are summed on their own before they join what came before, as are a segment's: of long
+//! texts that loses less. No matrix of scores is ever stored, and the heads that share keys go through them together.
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod loops;
+mod tile;
 
-use super::{check_float, check_out, team};
+use super::{check_float, check_out};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::math::Real;
-use crate::view::{each_dtype, Slice, SliceMut, Strided, View};
-use loops::{accumulate, scaled, weigh, Scores};
+use crate::view::{Slice, SliceMut, Strided, View};
 
 const OP: &str = "attention";
 /// Keys per block. Part of the numbers that attention gives.
 const BLOCK: usize = 64;
-/// Queries that share a converted block of keys.
-const QUERIES: usize = 32;
+/// Keys per segment, a whole number of blocks. Part of the numbers too.
+const SEGMENT: usize = 1024;
+/// The most queries that share a turned block of keys.
+const QUERIES: usize = 64;
+/// The least that are worth turning one, where there are more.
+const FEWEST: usize = 16;
 /// Queries that share a pass over a block's keys and values.
 const GROUP: usize = 4;
 
@@ -184,166 +189,6 @@ fn read_row<T: Real, E: Element>(src: &[E], base: usize, stride: usize, row: &mu
     } else {
         for (j, d) in row.iter_mut().enumerate() {
             *d = T::get(src[base + j * stride]);
-        }
-    }
-}
-
-/// Running state of one query.
-struct Query<T> {
-    max: T,
-    sum: T,
-    start: usize,
-    end: usize,
-}
-
-/// One thread's scratch.
-#[derive(Default)]
-struct Scratch<T> {
-    q: Vec<T>,
-    acc: Vec<T>,
-    keys: Vec<T>,
-    values: Vec<T>,
-    mask: Vec<T>,
-    state: Vec<Query<T>>,
-}
-
-impl Job<'_> {
-    fn run<T: Scores, E: Element>(&self, q: &[E], k: &[E], v: &[E], out: &mut [E])
-    where
-        for<'s> Slice<'s>: From<&'s [E]>,
-    {
-        let s = &self.shape;
-        let head = s.sq * s.dv;
-        let work = [s.skv, s.d + s.dv, out.len() / head.max(1)].into_iter().fold(s.sq, usize::saturating_mul);
-        let threads = if work < 1 << 18 { 1 } else { team::threads() };
-        let mut tiles = Vec::new();
-        for (bh, head) in out.chunks_mut(head).enumerate() {
-            tiles.extend(head.chunks_mut(QUERIES * s.dv).enumerate().map(|(t, tile)| (bh, t * QUERIES, tile)));
-        }
-        team::each_group(tiles, threads, |group| {
-            let mut sc = Scratch::<T>::default();
-            for (bh, first, tile) in group {
-                self.tile(q, k, v, bh, first, tile, &mut sc);
-            }
-        });
-    }
-
-    /// Queries `first..` of batch and head `bh`, as many as `out` has rows for.
-    #[allow(clippy::too_many_arguments)] // operands, position, destination, scratch: nothing to bundle that is used twice
-    fn tile<T: Scores, E: Element>(
-        &self,
-        q: &[E],
-        k: &[E],
-        v: &[E],
-        bh: usize,
-        first: usize,
-        out: &mut [E],
-        sc: &mut Scratch<T>,
-    ) where
-        for<'s> Slice<'s>: From<&'s [E]>,
-    {
-        let s = &self.shape;
-        let (b, h) = (bh / s.h, bh % s.h);
-        let hk = if fault::active("attention.group") { h % (s.h / s.group.max(1)) } else { h / s.group.max(1) };
-        let n = out.len() / s.dv;
-        let start_of = |l: &Strided, head: usize| l.offset + b * l.strides[0] + head * l.strides[1];
-        let (q0, k0, v0) = (start_of(self.q, h), start_of(self.k, hk), start_of(self.v, hk));
-        sc.q.resize(n * s.d, T::ZERO);
-        sc.acc.clear();
-        sc.acc.resize(n * s.dv, T::ZERO);
-        sc.state.clear();
-        for i in 0..n {
-            let row = &mut sc.q[i * s.d..(i + 1) * s.d];
-            read_row(q, q0 + (first + i) * self.q.strides[2], self.q.strides[3], row);
-            let (start, end) = visible(self.params, first + i, s.sq, s.skv);
-            let end = end - fault::one_if("attention.last_key").min(end - start);
-            sc.state.push(Query { max: T::NEG_INF, sum: T::ZERO, start, end });
-        }
-        let from = sc.state.iter().map(|s| s.start).min().unwrap_or(0) / BLOCK * BLOCK;
-        let to = sc.state.iter().map(|s| s.end).max().unwrap_or(0);
-        for key in (from..to).step_by(BLOCK) {
-            let rows = BLOCK.min(to - key);
-            let (ks, vs) = (self.k.strides[2], self.v.strides[2]);
-            let place = if fault::active("attention.block") { key % BLOCK } else { key };
-            let (keys, kp) = block(k, self.k, k0 + key * ks, rows, &mut sc.keys, &k.into());
-            let (values, vp) = block(v, self.v, v0 + place * vs, rows, &mut sc.values, &v.into());
-            for (group, states) in sc.state.chunks_mut(GROUP).enumerate() {
-                let queries = &sc.q[group * GROUP * s.d..][..states.len() * s.d];
-                let first = first + group * GROUP;
-                let seen = |s: &Query<T>| (s.start.max(key) - key, (s.end.min(key + BLOCK)).saturating_sub(key));
-                if states.iter().map(seen).all(|(lo, hi)| lo >= hi) {
-                    continue;
-                }
-                let mut weights = [[T::ZERO; BLOCK]; GROUP];
-                T::scores((queries, states.len(), s.d), (keys, rows, kp), weights.as_flattened_mut());
-                let accs = &mut sc.acc[group * GROUP * s.dv..];
-                let mut whole = states.len() == GROUP;
-                for (i, (state, scores)) in states.iter_mut().zip(&mut weights).enumerate() {
-                    let (lo, hi) = seen(state);
-                    if lo >= hi {
-                        whole = false;
-                        continue;
-                    }
-                    whole &= lo == 0 && hi == rows;
-                    // Keys outside a query's range are at -∞, weight 0, so that the order of the sum is the block's own.
-                    scores[..lo].fill(T::NEG_INF);
-                    scores[hi..].fill(T::NEG_INF);
-                    self.adjust(b, h, first + i, key, (lo, hi), scores, &mut sc.mask);
-                    weigh(state, scores, &mut accs[i * s.dv..(i + 1) * s.dv]);
-                }
-                if whole {
-                    T::accumulate_group(&weights, rows, values, vp, &mut accs[..GROUP * s.dv]);
-                    continue;
-                }
-                for ((state, weights), acc) in states.iter().zip(&weights).zip(accs.chunks_mut(s.dv)) {
-                    let (lo, hi) = seen(state);
-                    if lo < hi {
-                        accumulate(&weights[lo..hi], &values[lo * vp..], vp, acc);
-                    }
-                }
-            }
-        }
-        for ((row, acc), state) in out.chunks_exact_mut(s.dv).zip(sc.acc.chunks_exact_mut(s.dv)).zip(&sc.state) {
-            for a in acc.iter_mut() {
-                *a = *a / state.sum;
-            }
-            T::write(acc, row);
-        }
-        if let (true, Some(last)) = (fault::active("attention.tail"), out.last_mut()) {
-            let mut one = [T::get(*last)];
-            one[0] = fault::nudged(one[0]);
-            T::write(&one, std::slice::from_mut(last));
-        }
-    }
-
-    /// Scale, softcap and mask on the visible scores of one block.
-    #[allow(clippy::too_many_arguments)] // a position has four coordinates here
-    fn adjust<T: Real>(
-        &self,
-        b: usize,
-        h: usize,
-        i: usize,
-        key: usize,
-        (lo, hi): (usize, usize),
-        scores: &mut [T; BLOCK],
-        mask: &mut Vec<T>,
-    ) {
-        let scale = if fault::active("attention.scale") { 1.0 } else { self.params.scale };
-        let scores = &mut scores[lo..hi];
-        match self.params.softcap.filter(|_| !fault::active("attention.softcap")) {
-            Some(cap) => scores.iter_mut().for_each(|x| *x = x.softcap(scale / cap, cap)),
-            None => scaled(scores, T::from_f64(scale)),
-        }
-        if let Some((data, l)) = &self.mask {
-            let st = &l.strides;
-            let h = if fault::active("attention.mask_head") { 0 } else { h };
-            let i = if fault::active("attention.mask_row") { 0 } else { i };
-            let base = l.offset + b * st[0] + h * st[1] + i * st[2] + (key + lo) * st[3];
-            mask.resize(scores.len(), T::ZERO);
-            each_dtype!(Slice, data, m => read_row(m, base, st[3], mask));
-            for (x, &m) in scores.iter_mut().zip(mask.iter()) {
-                *x = *x + m;
-            }
         }
     }
 }

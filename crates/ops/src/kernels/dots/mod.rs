@@ -226,6 +226,22 @@ mod tests {
         }
         // more columns than stay in the cache at once
         check::<f32>(3, 700, 200, 1);
+        // blocks of rows, and parts of the weight
+        check::<f32>(700, 50, 400, 3);
+    }
+
+    #[test]
+    fn panels_of_every_size() {
+        for m in [8, 10, 11] {
+            for n in [1, 6] {
+                for k in [1, 16, 1024, 1030, 2100] {
+                    check::<f32>(m, n, k, 1);
+                    check::<bf16>(m, n, k, 1);
+                }
+            }
+        }
+        // more rows than a block has
+        check::<f16>(70, 5, 2050, 1);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! stay in the first-level cache while the block's rows pass.
 
 use super::{Grid, Narrow, Rows, LANES};
+use crate::fault;
 use crate::kernels::scratch;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{isa, Isa};
@@ -79,7 +80,7 @@ pub(super) fn products<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: &mut Gr
                         x: &group[m * piece.start..m * piece.end],
                         w: panel,
                         last: within.len() - (piece.len() - LANES),
-                        goes_on: p > 0,
+                        goes_on: p > 0 && !fault::active("dots.piece"),
                         ends: p + 1 == pieces.len(),
                         sums,
                     };
