@@ -106,6 +106,57 @@ macro_rules! versions {
 }
 pub(crate) use versions;
 
+/// Multiplies and adds numbers that stay in registers, `rounds` times, as fast as the machine can; says how many operations that were, 0
+/// where nobody has written it for the instruction set. For measuring what part of the machine's arithmetic a kernel uses.
+#[cfg(feature = "testing")]
+#[doc(hidden)]
+pub fn arithmetic(rounds: usize) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::*;
+        use std::hint::black_box;
+        /// Enough that no sum waits for the one before.
+        const SUMS: usize = 12;
+        #[target_feature(enable = "avx512f")]
+        fn avx512(rounds: usize) {
+            let mut sums = [_mm512_setzero_ps(); SUMS];
+            let x = _mm512_set1_ps(black_box(0.999));
+            for _ in 0..rounds {
+                for sum in &mut sums {
+                    *sum = _mm512_fmadd_ps(*sum, x, x);
+                }
+            }
+            black_box(sums);
+        }
+        #[target_feature(enable = "avx2,fma")]
+        fn avx2(rounds: usize) {
+            let mut sums = [_mm256_setzero_ps(); SUMS];
+            let x = _mm256_set1_ps(black_box(0.999));
+            for _ in 0..rounds {
+                for sum in &mut sums {
+                    *sum = _mm256_fmadd_ps(*sum, x, x);
+                }
+            }
+            black_box(sums);
+        }
+        match isa() {
+            Isa::Avx512 => {
+                // SAFETY: `isa` names a set only where the machine has all of its features.
+                unsafe { avx512(rounds) };
+                return 2 * 16 * SUMS * rounds;
+            }
+            Isa::Avx2 => {
+                // SAFETY: as above.
+                unsafe { avx2(rounds) };
+                return 2 * 8 * SUMS * rounds;
+            }
+            Isa::Portable => {}
+        }
+    }
+    let _ = rounds;
+    0
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;

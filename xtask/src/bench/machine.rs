@@ -2,9 +2,10 @@
 
 use super::measure::median;
 use candle_core::{DType, Device, Tensor};
+use candle_lazy_ops::simd::arithmetic;
 use std::collections::BTreeMap;
 use std::hint::black_box;
-use std::sync::Mutex;
+use std::sync::{Barrier, Mutex};
 use std::thread;
 use std::time::Instant;
 
@@ -15,7 +16,7 @@ const PARALLEL: usize = 1 << 20;
 #[derive(Debug)]
 pub(super) struct Machine {
     threads: usize,
-    /// Operations per second of a matrix product in f32, all threads.
+    /// Operations per second in f32, all threads.
     pub(super) flops: f64,
     bandwidth: Mutex<BTreeMap<usize, f64>>,
 }
@@ -23,7 +24,7 @@ pub(super) struct Machine {
 impl Machine {
     pub(super) fn measure() -> candle_core::Result<Self> {
         let threads = thread::available_parallelism().map_or(1, usize::from);
-        Ok(Self { threads, flops: matrix_peak()?, bandwidth: Mutex::new(BTreeMap::new()) })
+        Ok(Self { threads, flops: arithmetic_peak(threads).max(matrix_peak()?), bandwidth: Mutex::new(BTreeMap::new()) })
     }
 
     pub(super) fn threads(&self) -> usize {
@@ -94,7 +95,27 @@ fn moved(bytes: usize, threads: usize, work: fn(&mut [u64]) -> usize) -> f64 {
     })
 }
 
-/// Operations per second of Candle's product of two 1024² matrices, the best of several.
+/// Operations per second of all threads at once on numbers in registers, the best of several: cores that share their units count once.
+fn arithmetic_peak(threads: usize) -> f64 {
+    const ROUNDS: usize = 1 << 18;
+    let start = Barrier::new(threads);
+    let one = || {
+        (0..12).map(|_| {
+            start.wait();
+            let begin = Instant::now();
+            let done = arithmetic(ROUNDS);
+            done as f64 / begin.elapsed().as_secs_f64()
+        })
+    };
+    let rates: Vec<Vec<f64>> = thread::scope(|scope| {
+        let all: Vec<_> = (0..threads).map(|_| scope.spawn(|| one().collect())).collect();
+        all.into_iter().filter_map(|thread| thread.join().ok()).collect()
+    });
+    (0..12).map(|i| rates.iter().filter_map(|rates| rates.get(i)).sum()).fold(0.0, f64::max)
+}
+
+/// Operations per second of Candle's product of two 1024² matrices, the best of several: for machines whose registers nobody has
+/// written a loop for.
 fn matrix_peak() -> candle_core::Result<f64> {
     let n = 1024;
     let a = Tensor::ones((n, n), DType::F32, &Device::Cpu)?;

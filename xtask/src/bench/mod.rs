@@ -103,7 +103,7 @@ fn bench(args: &BenchArgs) -> Result<usize, Error> {
     let effort = if args.quick { Effort::QUICK } else { Effort::FULL };
     let machine = Machine::measure()?;
     say!(
-        "{} threads, {:.0} GFLOP/s in matrix products; system allocator, default settings; medians",
+        "{} threads, {:.0} GFLOP/s of arithmetic; system allocator, default settings; medians",
         machine.threads(),
         machine.flops / 1e9
     )?;
