@@ -53,39 +53,30 @@ const ROUNDER: f32 = 12_582_912.0;
 const LN2_HI: f32 = 0.693_359_4;
 const LN2_LO: f32 = -2.121_944_4e-4;
 
-/// eˣ, within 1 ulp of the true value; gradual underflow to 0, overflow to +∞, NaN stays NaN.
+/// 1.5·2²³ + 2·127: what it rounds stands above twice the exponent's bias.
+const BIASED: f32 = ROUNDER + 254.0;
+
+/// eˣ, within 1.1 ulp of the true value; gradual underflow to 0, overflow to +∞, NaN stays NaN.
 ///
-/// x = n·ln 2 + r with |r| ≤ ln 2 / 2, and 2ⁿ is multiplied in as two halves so that both ends of the
-/// range come out right.
+/// x = n·ln 2 + r with |r| ≤ ln 2 / 2; eʳ = 1 + (r + r²·P(r)), P a minimax polynomial; 2ⁿ is multiplied in as two halves so that both
+/// ends of the range come out right.
 #[inline(always)]
 pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
     // Outside this range the result is 0 or ∞ anyway; the comparisons let a NaN through.
     let x = if x < -104.0 { -104.0 } else { x };
     let x = if x > 89.0 { 89.0 } else { x };
-    let t = mul_add::<FMA>(x, std::f32::consts::LOG2_E, ROUNDER);
-    let n = t - ROUNDER;
-    // r and what its rounding lost: without the second part the result would be off by up to a whole ulp.
-    let (high, low) = (mul_add::<FMA>(-n, LN2_HI, x), n * LN2_LO);
-    let r = high - low;
-    let lost = (high - r) - low;
+    let t = mul_add::<FMA>(x, std::f32::consts::LOG2_E, BIASED);
+    let n = t - BIASED;
+    let r = mul_add::<FMA>(-n, LN2_LO, mul_add::<FMA>(-n, LN2_HI, x));
     let mut p = 0.001_395_170_3f32;
     p = mul_add::<FMA>(p, r, 0.008_369_598);
     p = mul_add::<FMA>(p, r, 0.041_666_187);
     p = mul_add::<FMA>(p, r, 0.166_665_12);
     p = mul_add::<FMA>(p, r, 0.5);
-    // 1 + r is kept with its rounding error too, so that only the last addition rounds noticeably.
-    let one = 1.0 + r;
-    let p = one + ((r - (one - 1.0)) + mul_add::<FMA>(r * r, p, lost));
-    let n = (t.to_bits() as i32).wrapping_sub(ROUNDER.to_bits() as i32);
-    let half = n >> 1;
-    let rest = n.wrapping_sub(half);
-    p * pow2(half) * pow2(rest)
-}
-
-/// 2ⁿ for n in the normal range.
-#[inline(always)]
-fn pow2(n: i32) -> f32 {
-    f32::from_bits((n.wrapping_add(127) as u32) << 23)
+    let p = 1.0 + mul_add::<FMA>(r * r, p, r);
+    // the last bits of t are n + 254: half of them and the rest are two exponents with their bias, and the shift drops all else
+    let (bits, half) = (t.to_bits(), t.to_bits() >> 1);
+    p * f32::from_bits(half << 23) * f32::from_bits(bits.wrapping_sub(half) << 23)
 }
 
 /// Natural logarithm, within 2 ulp; ±0 gives -∞, negative numbers and NaN give NaN, +∞ gives +∞.
