@@ -24,7 +24,11 @@ pub(super) struct Machine {
 impl Machine {
     pub(super) fn measure() -> candle_core::Result<Self> {
         let threads = thread::available_parallelism().map_or(1, usize::from);
-        Ok(Self { threads, flops: arithmetic_peak(threads).max(matrix_peak()?), bandwidth: Mutex::new(BTreeMap::new()) })
+        Ok(Self {
+            threads,
+            flops: arithmetic_peak(threads).max(matrix_peak()?),
+            bandwidth: Mutex::new(BTreeMap::new()),
+        })
     }
 
     pub(super) fn threads(&self) -> usize {

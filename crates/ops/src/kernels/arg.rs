@@ -66,7 +66,7 @@ fn scan<E: Element>(data: &[E], space: &Space, (size, step): (usize, usize), sma
         }
     };
     if out.len().saturating_mul(size) >= PARALLEL && space.rows > 1 {
-        team::each_chunk(out, space.cols, run);
+        team::each_chunk(team::moving(out).saturating_mul(size), out, space.cols, run);
     } else {
         run(0, out);
     }

@@ -117,7 +117,7 @@ fn cast_typed<S: Element, D: Element>(src: &[S], layout: &Strided, dst: &mut [D]
         let from = if fault::active("cast.offset") { 0 } else { layout.offset };
         let src = &src[from..from + dst.len()];
         if dst.len() >= PARALLEL {
-            team::each_chunk(dst, 1, |first, d| cast_run(&src[first..first + d.len()], d));
+            team::each_chunk(team::moving(dst), dst, 1, |first, d| cast_run(&src[first..first + d.len()], d));
         } else {
             cast_run(src, dst);
         }

@@ -137,7 +137,7 @@ fn select<E: Element>(
         });
     };
     if dst.len() >= PARALLEL {
-        team::each_chunk(dst, right, |first, out| {
+        team::each_chunk(team::moving(dst), dst, right, |first, out| {
             for (i, out) in out.chunks_mut(right).enumerate() {
                 one(first + i, out);
             }

@@ -143,6 +143,8 @@ struct Shared<'a> {
 
 /// Below so many multiplications a product stays on the caller's thread.
 const PARALLEL: usize = 1 << 18;
+/// Those that a thread makes in a nanosecond, roughly.
+const WORK_PER_NS: usize = 20;
 
 impl Job<'_> {
     fn is_skinny(&self) -> bool {
@@ -172,10 +174,11 @@ impl Job<'_> {
         let (padded, scale) = (skinny::padded(r), self.scale as f32);
         let of = skinny::Skinny { x, pitch, k, a, padded, b, r, n, scale, has_base };
         let rows = out.len() / n.max(1);
-        if rows.saturating_mul(k + n).saturating_mul(r) < PARALLEL {
+        let work = rows.saturating_mul(k + n).saturating_mul(r);
+        if work < PARALLEL {
             return skinny::rows(of, 0, out);
         }
-        team::each_chunk(out, n, |first, out| skinny::rows(of, first, out));
+        team::each_chunk(work / WORK_PER_NS, out, n, |first, out| skinny::rows(of, first, out));
     }
 
     /// f32 of a small rank: each row's two products in turn.

@@ -50,6 +50,9 @@ pub fn random(key: u64, dist: Distribution, a: f64, b: f64, out: &mut SliceMut<'
 /// Elements that share a counter.
 const BLOCK: usize = 4;
 
+/// About how many nanoseconds a number takes.
+const NS: usize = 3;
+
 fn fill<E: Element>(key: u64, dist: Distribution, a: f64, b: f64, dst: &mut [E]) {
     let run = |first: usize, dst: &mut [E]| {
         for (i, out) in dst.chunks_mut(BLOCK).enumerate() {
@@ -64,7 +67,7 @@ fn fill<E: Element>(key: u64, dist: Distribution, a: f64, b: f64, dst: &mut [E])
         }
     };
     if dst.len() >= PARALLEL {
-        team::each_chunk(dst, BLOCK, run);
+        team::each_chunk(NS.saturating_mul(dst.len()), dst, BLOCK, run);
     } else {
         run(0, dst);
     }

@@ -143,7 +143,7 @@ impl Job<'_> {
             }
         };
         if dst.len() >= PARALLEL {
-            team::each_chunk(dst, d, |first, out| {
+            team::each_chunk(team::moving(dst), dst, d, |first, out| {
                 for (i, out) in out.chunks_mut(d).enumerate() {
                     one(first + i, out);
                 }

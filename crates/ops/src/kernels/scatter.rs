@@ -78,7 +78,7 @@ fn gather_typed<E: Element>(src: &Slice<'_>, space: &Space, ids: &[Option<usize>
         }
     };
     if dst.len() >= PARALLEL {
-        team::each_chunk(dst, cols, run);
+        team::each_chunk(team::moving(dst), dst, cols, run);
     } else {
         run(0, dst);
     }

@@ -1,7 +1,10 @@
 //! The threads that share a kernel's work.
 //!
-//! One team for the process. The caller works too; the others wait hot for up to 50 µs after a job and sleep then. A kernel of twenty
-//! microseconds is over before a sleeping thread wakes, but where kernels follow one another, as in a plan, the team is awake.
+//! One team for the process. The caller works too; the others wait hot for up to 50 µs after a job and sleep then. Waking one costs the
+//! caller several microseconds, and it comes tens of microseconds later, takes a task whose data another core has, and the caller
+//! waits for it: a kernel of sixty microseconds is done sooner alone. So sleepers are woken at once for long work only, else when
+//! the caller has been busy for some time, with this kernel or with those just before it. Where kernels follow one another, as
+//! in a plan, the team is awake.
 //! A caller who finds the team at work for someone else, and a task that calls a kernel itself, does all of its work alone. A process
 //! that was forked from one whose team has worked must not use it: its helpers do not exist there.
 
@@ -15,6 +18,10 @@ use std::time::{Duration, Instant};
 
 /// How long a thread without work waits before it sleeps.
 const HOT: Duration = Duration::from_micros(50);
+/// Work that takes one thread this long, in nanoseconds, is worth waking the others.
+const LONG_NS: usize = 150_000;
+/// A caller who has been busy for so long wakes the others for what is left.
+const BUSY: Duration = Duration::from_micros(100);
 /// The most threads of a team.
 const MOST: usize = 256;
 
@@ -53,15 +60,16 @@ fn all() -> usize {
     *ALL.get_or_init(|| candle_core::utils::get_num_threads().clamp(1, MOST))
 }
 
-/// Calls `f` with each of `items`, on this thread and on those of the team that are free.
+/// Calls `f` with each of `items`, on this thread and on those of the team that are free. `ns` is about how many nanoseconds one
+/// thread would take for all of them.
 ///
 /// A panic of `f` reaches the caller after all tasks have ended.
-pub(crate) fn each<T: Send>(items: Vec<T>, f: impl Fn(T) + Sync) {
+pub(crate) fn each<T: Send>(ns: usize, items: Vec<T>, f: impl Fn(T) + Sync) {
     if items.len() < 2 || threads() < 2 {
         return items.into_iter().for_each(f);
     }
     let items: Vec<Mutex<Option<T>>> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
-    run(items.len(), &|i| {
+    run(ns, items.len(), &|i| {
         let item = items.get(i).and_then(|item| item.lock().take());
         if let Some(item) = item {
             f(item);
@@ -69,19 +77,24 @@ pub(crate) fn each<T: Send>(items: Vec<T>, f: impl Fn(T) + Sync) {
     });
 }
 
+/// About how many nanoseconds one thread takes to read and write so much data.
+pub(crate) fn moving<T>(data: &[T]) -> usize {
+    std::mem::size_of_val(data) / 8
+}
+
 /// Pieces of work for each thread: several, so that they even out.
 const PIECES: usize = 4;
 
 /// Calls `f` with pieces of `data`, each a whole number of `unit`s of elements (the last may be cut short), and the number of its
-/// first unit.
-pub(crate) fn each_chunk<T: Send>(data: &mut [T], unit: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+/// first unit; `ns` as for [`each`].
+pub(crate) fn each_chunk<T: Send>(ns: usize, data: &mut [T], unit: usize, f: impl Fn(usize, &mut [T]) + Sync) {
     let unit = unit.max(1);
     let units = data.len().div_ceil(unit).div_ceil(threads() * PIECES).max(1);
-    each(data.chunks_mut(units * unit).enumerate().collect(), |(i, piece)| f(i * units, piece));
+    each(ns, data.chunks_mut(units * unit).enumerate().collect(), |(i, piece)| f(i * units, piece));
 }
 
 /// Calls `f` with groups of neighbouring items, cut for `threads`.
-pub(crate) fn each_group<T: Send>(mut items: Vec<T>, threads: usize, f: impl Fn(Vec<T>) + Sync) {
+pub(crate) fn each_group<T: Send>(ns: usize, mut items: Vec<T>, threads: usize, f: impl Fn(Vec<T>) + Sync) {
     if threads < 2 {
         return f(items);
     }
@@ -92,13 +105,13 @@ pub(crate) fn each_group<T: Send>(mut items: Vec<T>, threads: usize, f: impl Fn(
         groups.push(std::mem::replace(&mut items, rest));
     }
     groups.push(items);
-    each(groups, f);
+    each(ns, groups, f);
 }
 
 /// Calls `f` with `0..tasks`.
-fn run(tasks: usize, f: &(dyn Fn(usize) + Sync)) {
+fn run(ns: usize, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
     static TEAM: OnceLock<Team> = OnceLock::new();
-    TEAM.get_or_init(|| Team::new(all() - 1)).run(tasks, threads(), f);
+    TEAM.get_or_init(|| Team::new(all() - 1)).run(ns, tasks, threads(), f);
 }
 
 /// A job that is being worked on: how to call it, and how many tasks it has.
@@ -177,6 +190,10 @@ struct Team {
     shared: Arc<Shared>,
     /// Whether somebody's job is being run.
     owned: AtomicBool,
+    /// When the owners' present stretch of work began, and when the last job ended, in nanoseconds since `birth`.
+    busy_since: AtomicU64,
+    last_end: AtomicU64,
+    birth: Instant,
     helpers: Vec<std::thread::JoinHandle<()>>,
 }
 
@@ -199,10 +216,21 @@ impl Team {
             std::thread::Builder::new().name(format!("candle-lazy-{i}")).spawn(move || shared.help(i)).ok()
         };
         let helpers = (1..=helpers).filter_map(helper).collect();
-        Self { shared, owned: AtomicBool::new(false), helpers }
+        let (busy_since, last_end) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { shared, owned: AtomicBool::new(false), busy_since, last_end, birth: Instant::now(), helpers }
     }
 
-    fn run(&self, tasks: usize, threads: usize, f: &(dyn Fn(usize) + Sync)) {
+    /// Nanoseconds since `birth`.
+    fn now(&self) -> u64 {
+        u64::try_from(self.birth.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// Whether the caller has been busy, at `now`, for long enough to wake the others.
+    fn is_busy(&self, now: u64) -> bool {
+        u128::from(now.saturating_sub(self.busy_since.load(Ordering::Relaxed))) > BUSY.as_nanos()
+    }
+
+    fn run(&self, ns: usize, tasks: usize, threads: usize, f: &(dyn Fn(usize) + Sync)) {
         let alone = tasks < 2 || threads < 2 || self.helpers.is_empty();
         if alone || self.owned.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
             return inside(|| (0..tasks).for_each(f));
@@ -221,14 +249,28 @@ impl Team {
         shared.most.store(most as u64, Ordering::Relaxed);
         let fresh = (number(shared.state.load(Ordering::Relaxed)) + 1) << 17 | OPEN;
         shared.state.store(fresh, Ordering::SeqCst);
-        if shared.sleeping.load(Ordering::SeqCst) > 0 {
-            let _guard = shared.sleep.lock();
-            for _ in 0..most {
-                shared.wake.notify_one();
+        // whether all that are asleep have been woken, or none were
+        let called = Cell::new(shared.sleeping.load(Ordering::SeqCst) == 0);
+        if !called.get() {
+            let now = self.now();
+            if u128::from(now.saturating_sub(self.last_end.load(Ordering::Relaxed))) > HOT.as_nanos() {
+                self.busy_since.store(now, Ordering::Relaxed);
+            }
+            if ns >= LONG_NS || self.is_busy(now) {
+                called.set(true);
+                shared.call(most);
             }
         }
+        let mine = |f: &(dyn Fn(usize) + Sync), i: usize| {
+            f(i);
+            if !called.get() && shared.left(most + 1, tasks) && self.is_busy(self.now()) {
+                called.set(true);
+                shared.call(most);
+            }
+        };
         // SAFETY: the closure is alive until this function ends.
-        let own = catch_unwind(AssertUnwindSafe(|| inside(|| shared.work(0, most + 1, unsafe { &*f }, tasks))));
+        let own =
+            catch_unwind(AssertUnwindSafe(|| inside(|| shared.work(0, most + 1, |i| mine(unsafe { &*f }, i), tasks))));
         shared.state.fetch_and(!OPEN, Ordering::AcqRel);
         let mut spins = 0u64;
         while shared.state.load(Ordering::Acquire) & INSIDERS != 0 {
@@ -239,6 +281,7 @@ impl Team {
                 look_again(spins);
             }
         }
+        self.last_end.store(self.now(), Ordering::Relaxed);
         let theirs = shared.panic.lock().take();
         self.owned.store(false, Ordering::Release);
         if let Err(panic) = own {
@@ -280,7 +323,7 @@ fn inside(f: impl FnOnce()) {
 
 impl Shared {
     /// Takes tasks until none is left: those of share `own` of `shares` first, then the others'.
-    fn work(&self, own: usize, shares: usize, f: &(dyn Fn(usize) + Sync), tasks: usize) {
+    fn work(&self, own: usize, shares: usize, f: impl Fn(usize), tasks: usize) {
         for k in 0..shares {
             let s = (own + k) % shares;
             let end = share(s, shares, tasks).end;
@@ -293,6 +336,20 @@ impl Shared {
                     f(i);
                 }
             }
+        }
+    }
+
+    /// Whether a task is left that nobody has taken.
+    fn left(&self, shares: usize, tasks: usize) -> bool {
+        let open = |(s, next): (usize, &Share)| next.0.load(Ordering::Relaxed) < share(s, shares, tasks).end;
+        self.shares.iter().take(shares).enumerate().any(open)
+    }
+
+    /// Wakes `most` of those that sleep.
+    fn call(&self, most: usize) {
+        let _guard = self.sleep.lock();
+        for _ in 0..most {
+            self.wake.notify_one();
         }
     }
 
@@ -375,7 +432,7 @@ mod tests {
                     for round in 0..rounds {
                         let tasks = (round * 7 + caller) % 23;
                         let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-                        team.run(tasks, 4, &|i| {
+                        team.run(0, tasks, 4, &|i| {
                             counts[i].fetch_add(1, Ordering::Relaxed);
                         });
                         assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1), "{caller} {round}");
@@ -395,14 +452,14 @@ mod tests {
         for round in 0..20 {
             let ran = AtomicUsize::new(0);
             let outcome = catch_unwind(AssertUnwindSafe(|| {
-                team.run(8, 3, &|i| {
+                team.run(LONG_NS, 8, 3, &|i| {
                     ran.fetch_add(1, Ordering::Relaxed);
                     assert!(i != round % 8, "task {i}");
                 });
             }));
             assert!(outcome.is_err());
             let counts = AtomicUsize::new(0);
-            team.run(8, 3, &|_| {
+            team.run(LONG_NS, 8, 3, &|_| {
                 counts.fetch_add(1, Ordering::Relaxed);
             });
             assert_eq!(counts.load(Ordering::Relaxed), 8);
@@ -416,7 +473,7 @@ mod tests {
         // both wait for the other: one thread alone would never end
         let met = std::sync::Barrier::new(2);
         let helped = AtomicBool::new(false);
-        team.run(2, 2, &|_| {
+        team.run(LONG_NS, 2, 2, &|_| {
             met.wait();
             if std::thread::current().id() != caller {
                 helped.store(true, Ordering::Relaxed);
@@ -426,11 +483,36 @@ mod tests {
     }
 
     #[test]
+    fn sleepers_are_woken_for_long_work_and_by_a_busy_caller_only() {
+        let team = Team::new(1);
+        let caller = std::thread::current().id();
+        let helped = |ns: usize, tasks: usize, each: Duration| {
+            while team.shared.sleeping.load(Ordering::SeqCst) == 0 {
+                std::thread::sleep(HOT);
+            }
+            std::thread::sleep(2 * HOT);
+            let helped = AtomicBool::new(false);
+            team.run(ns, tasks, 2, &|_| {
+                std::thread::sleep(each);
+                if std::thread::current().id() != caller {
+                    helped.store(true, Ordering::Relaxed);
+                }
+            });
+            helped.load(Ordering::Relaxed)
+        };
+        assert!(!helped(0, 2, Duration::ZERO), "a short job");
+        assert!(helped(LONG_NS, 8, Duration::from_millis(20)), "a long job");
+        assert!(helped(0, 8, Duration::from_millis(20)), "a job that turned out to be long");
+        // two tasks: the first is over when the caller sees that it is busy, and nothing is left after the second
+        assert!(!helped(0, 1, Duration::from_millis(1)), "nothing to help with");
+    }
+
+    #[test]
     fn no_more_threads_take_part_than_are_allowed() {
         let team = Team::new(3);
         let (inside, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
         for _ in 0..20 {
-            team.run(12, 2, &|_| {
+            team.run(0, 12, 2, &|_| {
                 most.fetch_max(inside.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
                 std::thread::sleep(Duration::from_micros(50));
                 inside.fetch_sub(1, Ordering::SeqCst);
@@ -445,22 +527,22 @@ mod tests {
         assert_eq!(with_threads(0, threads), 1);
         assert_eq!(with_threads(3, || with_threads(2, threads)), 2);
         assert_eq!(threads(), all());
-        with_threads(4, || each(vec![0, 1, 2], |_| assert_eq!(threads(), 1)));
+        with_threads(4, || each(0, vec![0, 1, 2], |_| assert_eq!(threads(), 1)));
         with_threads(4, || {
             let sum = AtomicUsize::new(0);
-            each((0..100).collect(), |i: usize| {
+            each(0, (0..100).collect(), |i: usize| {
                 sum.fetch_add(i, Ordering::Relaxed);
             });
             assert_eq!(sum.load(Ordering::Relaxed), 4950);
             let mut data = [0usize; 100];
-            each_chunk(&mut data, 3, |first, piece| {
+            each_chunk(0, &mut data, 3, |first, piece| {
                 for (i, v) in piece.iter_mut().enumerate() {
                     *v += first * 3 + i;
                 }
             });
             assert!(data.iter().enumerate().all(|(i, v)| i == *v));
             let sum = AtomicUsize::new(0);
-            each_group((0..100).collect(), 4, |group: Vec<usize>| {
+            each_group(0, (0..100).collect(), 4, |group: Vec<usize>| {
                 assert!(group.windows(2).all(|w| w[1] == w[0] + 1));
                 sum.fetch_add(group.iter().sum(), Ordering::Relaxed);
             });

@@ -22,6 +22,8 @@ const RESIDENT: usize = 8192;
 const STRIDED_ROWS: usize = 16;
 /// Below this much work (elements times [`RowProgram::cost`], some ten microseconds) a run stays on the caller's thread.
 const PARALLEL: usize = 1 << 18;
+/// So much of it a thread does in a nanosecond.
+const WORK_PER_NS: usize = 26;
 
 /// Shape of the tiles of a run.
 #[derive(Clone, Copy, Debug)]
@@ -428,7 +430,8 @@ impl<T: Real> Job<'_, T> {
         if lost {
             tasks.pop();
         }
-        team::each(tasks, |(first, rows, mut outs)| run.rows(first, rows, &mut outs));
+        let work = space.rows.saturating_mul(space.cols).saturating_mul(self.program.cost());
+        team::each(work / WORK_PER_NS, tasks, |(first, rows, mut outs)| run.rows(first, rows, &mut outs));
     }
 }
 

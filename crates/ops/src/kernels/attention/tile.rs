@@ -11,6 +11,8 @@ use std::ops::Range;
 
 /// Work below this many products is not shared.
 const ALONE: usize = 1 << 18;
+/// Products that a thread makes in a nanosecond, roughly, the exponentials between them included.
+const WORK_PER_NS: usize = 20;
 
 /// Queries that share keys: rows `first..` of those of the heads of one key head, which are `group` times `sq`.
 #[derive(Clone, Copy)]
@@ -95,9 +97,9 @@ impl Job<'_> {
             }
         }
         if threads > 1 && tiles.len() < 2 * threads && s.skv > SEGMENT {
-            return self.by_segments::<T, E>(q, k, v, tiles, threads);
+            return self.by_segments::<T, E>(q, k, v, tiles, threads, work / WORK_PER_NS);
         }
-        team::each_group(tiles, threads, |group| {
+        team::each_group(work / WORK_PER_NS, tiles, threads, |group| {
             let mut sc = Scratch::<T>::default();
             for (tile, out) in group {
                 let queries = self.queries(tile);
@@ -129,6 +131,7 @@ impl Job<'_> {
         v: &[E],
         tiles: Vec<(Tile, &mut [E])>,
         threads: usize,
+        ns: usize,
     ) where
         for<'s> Slice<'s>: From<&'s [E]>,
     {
@@ -139,7 +142,7 @@ impl Job<'_> {
         for (t, ((tile, _), queries)) in tiles.iter().zip(&known).enumerate() {
             parts.extend(segments(queries).map(|segment| (t, segment, Found::<T>::nothing(tile.count, dv))));
         }
-        team::each_group(parts.iter_mut().collect(), threads, |group| {
+        team::each_group(ns, parts.iter_mut().collect(), threads, |group| {
             let mut sc = Scratch::default();
             for (t, segment, found) in group {
                 if let (Some((tile, _)), Some(queries), Some(rows)) = (tiles.get(*t), known.get(*t), rows.get(*t)) {

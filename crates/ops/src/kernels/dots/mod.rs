@@ -109,7 +109,7 @@ pub(crate) fn dots_parallel<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: Gr
     let tasks = if team::threads() < 2 { 1 } else { tasks };
     let mut store = Vec::new();
     let x = if x.count < PANEL_ROWS { aligned(x, w.count, &mut store) } else { x };
-    share(x, w, out, tasks)
+    share(x, w, out, tasks, time)
 }
 
 /// The rows on boundaries of cache lines, copied there if need be: every row of the weight reads them again, and a load across a
@@ -130,7 +130,7 @@ fn aligned<'a>(x: Rows<'a, f32>, uses: usize, store: &'a mut Vec<f32>) -> Rows<'
 }
 
 /// The product in about `tasks` parts: blocks of x's rows, and where those are fewer, parts of the weight's rows.
-fn share<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, mut out: Grid<'_>, tasks: usize) -> Result<()> {
+fn share<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, mut out: Grid<'_>, tasks: usize, ns: usize) -> Result<()> {
     if tasks < 2 || out.rows() != x.count || out.cols() != w.count {
         return dots(x, w, &mut out);
     }
@@ -151,7 +151,7 @@ fn share<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, mut out: Grid<'_>, tasks: 
         }
     }
     let outcome = Mutex::new(Ok(()));
-    team::each(parts, |(x, w, mut out)| {
+    team::each(ns, parts, |(x, w, mut out)| {
         if let Err(error) = dots(x, w, &mut out) {
             *outcome.lock() = Err(error);
         }
@@ -187,7 +187,7 @@ mod tests {
         let mut got = vec![7.0; m * op];
         let xs = Rows::new(&x, m, xp, k).unwrap();
         let ws = Rows::new(&w, n, wp, k).unwrap();
-        share(xs, ws, Grid::new(&mut got, m, n, op).unwrap(), tasks).unwrap();
+        share(xs, ws, Grid::new(&mut got, m, n, op).unwrap(), tasks, 0).unwrap();
         let mut parallel = vec![7.0; m * op];
         let run = || dots_parallel(xs, ws, Grid::new(&mut parallel, m, n, op).unwrap());
         team::with_threads(tasks, run).unwrap();
