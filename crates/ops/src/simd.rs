@@ -166,11 +166,11 @@ pub(crate) mod tests {
         pub(super) static FORCED: Cell<Option<Isa>> = const { Cell::new(None) };
     }
 
-    /// Runs `f` with each instruction set that the machine has.
+    /// Runs `f` with each instruction set that the machine has, on this thread alone: another knows of no forced one.
     pub(crate) fn with_each(mut f: impl FnMut(Isa)) {
         for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512].into_iter().filter(|isa| *isa <= widest()) {
             FORCED.set(Some(isa));
-            f(isa);
+            crate::kernels::team::with_threads(1, || f(isa));
             FORCED.set(None);
         }
     }

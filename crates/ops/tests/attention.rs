@@ -194,6 +194,15 @@ fn bits_do_not_depend_on_threads_or_layout() {
 }
 
 #[test]
+fn a_scale_that_is_zero_in_f32_weighs_all_visible_keys_alike() {
+    let mut rng = Rng(75);
+    let c = case(&mut rng, DType::F32, "contiguous", (1, 1, 1, 3, 3, 4, 2), None);
+    let p = |scale| AttentionParams { scale, causal: true, softcap: None, window: None };
+    assert_eq!(run(&c, &p(1e-60)).unwrap().bits(), run(&c, &p(0.0)).unwrap().bits());
+    assert!(run(&c, &p(1e-60)).unwrap().to_f64().iter().all(|x| x.is_finite()));
+}
+
+#[test]
 fn segments_on_their_own_give_the_same_bits() {
     let mut rng = Rng(74);
     for dtype in [DType::F32, DType::BF16, DType::F64] {

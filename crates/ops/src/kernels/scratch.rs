@@ -4,28 +4,40 @@ use std::cell::Cell;
 
 /// Numbers in a cache line.
 const LINE: usize = 16;
+/// No more numbers than these are kept: two MiB, enough for the panels of all but very long rows.
+const MOST: usize = 1 << 19;
 
 thread_local! {
     static KEPT: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
-/// Calls `f` with `len` numbers that start on a cache line; they hold what the last kernel left there. The thread keeps the memory:
-/// new pages for each call cost more than many a product.
+/// Calls `f` with `len` numbers that start on a cache line; they hold what the last kernel left there. The thread keeps the memory up
+/// to two MiB: new pages for each call cost more than many a product.
 pub(crate) fn with<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
-    // a kernel within a kernel finds none and takes its own, which then replaces the outer one or is replaced by it
+    // a kernel within a kernel finds none and takes its own, which the outer one's replaces in the end
     let mut store = KEPT.take();
     if store.len() < len + LINE {
-        store.resize(len + LINE, 0.0);
+        store = vec![0.0; len + LINE];
     }
     let skip = store.as_ptr().align_offset(size_of::<f32>() * LINE).min(LINE);
     let result = f(&mut store[skip..skip + len]);
-    KEPT.set(store);
+    if store.len() <= MOST {
+        KEPT.set(store);
+    }
     result
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_more_than_two_mib_are_kept() {
+        with(2 * MOST, |all| assert_eq!(all.len(), 2 * MOST));
+        with(10, |_| ());
+        let kept = KEPT.take().len();
+        assert!((10..=MOST).contains(&kept), "{kept}");
+    }
 
     #[test]
     fn starts_on_a_line_and_nests() {

@@ -50,7 +50,7 @@ unsafe fn square(from: *const f32, pitch: usize, rows: usize, columns: usize, to
         let mut square = [_mm512_setzero_ps(); LANES];
         for (r, row) in square.iter_mut().enumerate().take(rows) {
             // the next block's
-            _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add((r + BLOCK) * pitch).cast());
+            _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add((r + BLOCK).wrapping_mul(pitch)).cast());
             *row = _mm512_maskz_loadu_ps(mask(0, columns), from.add(r * pitch));
         }
         for (r, column) in transposed(square).iter().enumerate().take(columns) {
@@ -190,7 +190,9 @@ unsafe fn columns<const M: usize, const V: usize>(
         let mut row = [_mm512_setzero_ps(); V];
         for (v, row) in row.iter_mut().enumerate() {
             // the next block's
-            _mm_prefetch::<_MM_HINT_T1>(values.wrapping_add((j + BLOCK) * pitch + v * LANES).cast());
+            _mm_prefetch::<_MM_HINT_T1>(
+                values.wrapping_add((j + BLOCK).wrapping_mul(pitch).wrapping_add(v * LANES)).cast(),
+            );
             // SAFETY: as above.
             *row = unsafe { _mm512_maskz_loadu_ps(masks[v], values.wrapping_add(j * pitch + v * LANES)) };
         }

@@ -77,7 +77,8 @@ impl Scores for f32 {
 
 fn turn<T: Copy>(keys: &[T], pitch: usize, rows: usize, at: &mut [T]) {
     for j in 0..rows {
-        for (column, &x) in at.chunks_exact_mut(BLOCK).zip(&keys[j * pitch..]) {
+        let row = keys.get(j.saturating_mul(pitch)..).unwrap_or_default();
+        for (column, &x) in at.chunks_exact_mut(BLOCK).zip(row) {
             column[j] = x;
         }
     }

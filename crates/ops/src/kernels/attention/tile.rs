@@ -208,6 +208,9 @@ impl Job<'_> {
         sc.turned.resize(s.d * BLOCK, T::ZERO);
         sc.sums.resize(GROUP * s.dv, T::ZERO);
         for key in stretch.step_by(BLOCK) {
+            if !queries.iter().any(|q| q.keys.start < key + BLOCK && key < q.keys.end) {
+                continue;
+            }
             let to = queries.iter().map(|q| q.keys.end).max().unwrap_or(0);
             let count = BLOCK.min(to.saturating_sub(key));
             let place = if fault::active("attention.block") { key % BLOCK } else { key };
@@ -282,7 +285,7 @@ impl Job<'_> {
         }
     }
 
-    /// Scale, softcap and mask on the visible scores of one block.
+    /// Scale, softcap and mask on the visible scores of one block; the others stay at -∞.
     fn adjust<T: Real>(
         &self,
         b: usize,
@@ -293,10 +296,12 @@ impl Job<'_> {
         mask: &mut Vec<T>,
     ) {
         let scale = if fault::active("attention.scale") { 1.0 } else { self.params.scale };
+        let by = T::from_f64(scale);
         match self.params.softcap.filter(|_| !fault::active("attention.softcap")) {
             Some(cap) => scores[seen.clone()].iter_mut().for_each(|x| *x = x.softcap(scale / cap, cap)),
-            None if scale > 0.0 => scaled(&mut scores[..], T::from_f64(scale)),
-            None => scaled(&mut scores[seen.clone()], T::from_f64(scale)),
+            // -∞ stays what it is, and a length that the compiler knows is quicker
+            None if by > T::ZERO => scaled(&mut scores[..], by),
+            None => scaled(&mut scores[seen.clone()], by),
         }
         if let Some((data, l)) = &self.mask {
             let st = &l.strides;
@@ -312,7 +317,7 @@ impl Job<'_> {
     }
 }
 
-/// The stretches of keys between multiples of [`SEGMENT`] in which a query sees one; each begins on a block.
+/// The stretches of keys between multiples of [`SEGMENT`] from the first that a query sees to the last; each begins on a block.
 fn segments(queries: &[Query]) -> impl Iterator<Item = Range<usize>> {
     let seen = || queries.iter().map(|q| &q.keys).filter(|keys| !keys.is_empty());
     let from = seen().map(|keys| keys.start).min().unwrap_or(0) / BLOCK * BLOCK;

@@ -136,7 +136,7 @@ fn share<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, mut out: Grid<'_>, tasks: 
     }
     let blocks = if x.count < PANEL_ROWS { 1 } else { x.count.div_ceil(panel::block_rows(x.len)) };
     // of about equal size
-    let block = x.count.div_ceil(blocks.max(1)).next_multiple_of(panel::SIDE);
+    let block = x.count.div_ceil(blocks.max(1)).next_multiple_of(panel::SIDE).max(panel::SIDE);
     let cols = w.count.div_ceil(tasks.div_ceil(blocks.max(1))).next_multiple_of(TASK_ROWS).max(TASK_ROWS);
     let mut parts = Vec::with_capacity(tasks);
     for i in (0..x.count).step_by(block) {
@@ -228,6 +228,7 @@ mod tests {
         check::<f32>(3, 700, 200, 1);
         // blocks of rows, and parts of the weight
         check::<f32>(700, 50, 400, 3);
+        check::<f32>(0, 100, 33, 3);
     }
 
     #[test]

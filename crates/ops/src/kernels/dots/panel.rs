@@ -39,9 +39,12 @@ pub(super) struct Tile<'a> {
     pub(super) sums: &'a mut [f32; SUMS],
 }
 
+/// The fewest rows of a block: for each block the whole weight is packed again.
+const FEWEST: usize = 4 * SIDE;
+
 /// How many rows of x share a block.
 pub(super) fn block_rows(len: usize) -> usize {
-    (BLOCK / len.max(1) / SIDE * SIDE).max(SIDE)
+    (BLOCK / len.next_multiple_of(LANES).max(LANES) / SIDE * SIDE).max(FEWEST)
 }
 
 /// out\[i\]\[j\] = x\[i\] · w\[j\] for one block of rows; both sides have rows of one length.
