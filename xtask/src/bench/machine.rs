@@ -2,7 +2,7 @@
 
 use super::measure::median;
 use candle_core::{DType, Device, Tensor};
-use candle_lazy_ops::simd::arithmetic;
+use candle_lazy_parity::arithmetic;
 use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::sync::{Barrier, Mutex};
