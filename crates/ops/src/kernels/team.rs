@@ -225,9 +225,14 @@ impl Team {
         u64::try_from(self.birth.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
+    /// How long ago, at `now`, a moment was.
+    fn since(now: u64, moment: &AtomicU64) -> Duration {
+        Duration::from_nanos(now.saturating_sub(moment.load(Ordering::Relaxed)))
+    }
+
     /// Whether the caller has been busy, at `now`, for long enough to wake the others.
     fn is_busy(&self, now: u64) -> bool {
-        u128::from(now.saturating_sub(self.busy_since.load(Ordering::Relaxed))) > BUSY.as_nanos()
+        Self::since(now, &self.busy_since) > BUSY
     }
 
     fn run(&self, ns: usize, tasks: usize, threads: usize, f: &(dyn Fn(usize) + Sync)) {
@@ -251,20 +256,22 @@ impl Team {
         shared.state.store(fresh, Ordering::SeqCst);
         // a stretch of shared work is over when the pause behind a job is longer than helpers wait
         let now = self.now();
-        if u128::from(now.saturating_sub(self.last_end.load(Ordering::Relaxed))) > HOT.as_nanos() {
+        if Self::since(now, &self.last_end) > HOT {
             self.busy_since.store(now, Ordering::Relaxed);
         }
         // whether sleepers have been woken, or nobody slept
         let called = Cell::new(shared.sleeping.load(Ordering::SeqCst) == 0);
-        if !called.get() && (ns >= LONG_NS || self.is_busy(now)) {
+        let call = || {
             called.set(true);
             shared.call(most);
+        };
+        if !called.get() && (ns >= LONG_NS || self.is_busy(now)) {
+            call();
         }
         let mine = |f: &(dyn Fn(usize) + Sync), i: usize| {
             f(i);
             if !called.get() && shared.left(most + 1, tasks) && self.is_busy(self.now()) {
-                called.set(true);
-                shared.call(most);
+                call();
             }
         };
         // SAFETY: the closure is alive until this function ends.

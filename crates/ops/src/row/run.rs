@@ -246,13 +246,18 @@ impl RowProgram {
 
     /// How many threads a run over so many elements may use.
     fn threads(&self, elements: usize) -> usize {
-        if elements.saturating_mul(self.cost()) < PARALLEL {
+        if self.work(elements) < PARALLEL {
             return 1;
         }
         team::threads()
     }
 
-    /// What an element costs, roughly, in additions.
+    /// What so many elements cost, roughly, in additions.
+    fn work(&self, elements: usize) -> usize {
+        elements.saturating_mul(self.cost())
+    }
+
+    /// What an element costs.
     fn cost(&self) -> usize {
         use super::program::{BinaryFn as B, UnaryFn as U};
         let of = |instr: &Instr| match instr {
@@ -400,7 +405,8 @@ impl<T: Real> Job<'_, T> {
             columns,
         };
         let blocks = space.rows / block.max(1);
-        let threads = self.program.threads(space.rows.saturating_mul(space.cols));
+        let elements = space.rows.saturating_mul(space.cols);
+        let threads = self.program.threads(elements);
         if threads <= 1 || blocks < 2 {
             let mut outs = outs;
             run.rows(0, space.rows - fault::one_if("row.last_row").min(space.rows), &mut outs);
@@ -430,8 +436,9 @@ impl<T: Real> Job<'_, T> {
         if lost {
             tasks.pop();
         }
-        let work = space.rows.saturating_mul(space.cols).saturating_mul(self.program.cost());
-        team::each(work / WORK_PER_NS, tasks, |(first, rows, mut outs)| run.rows(first, rows, &mut outs));
+        team::each(self.program.work(elements) / WORK_PER_NS, tasks, |(first, rows, mut outs)| {
+            run.rows(first, rows, &mut outs)
+        });
     }
 }
 

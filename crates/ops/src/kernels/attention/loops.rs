@@ -24,18 +24,13 @@ pub(super) trait Scores: Real {
 
     /// The products of up to [`GROUP`] queries (rows of `d`, one after the other) with a block of turned keys: each a sum along d, in order.
     fn scores(queries: &[Self], d: usize, keys: &[Self], out: &mut Block<Self>) {
-        for (query, scores) in queries.chunks_exact(d.max(1)).zip(out) {
-            products(query, keys, scores);
-        }
+        each_query(queries, d, keys, out);
     }
 
     /// Adds the weighted values (rows `pitch` apart) to the sums of up to [`GROUP`] queries, which follow one another, key by key in
     /// order, as many keys as there are weights of each.
     fn values(weights: &[&[Self]], values: &[Self], pitch: usize, sums: &mut [Self]) {
-        let dv = sums.len() / weights.len().max(1);
-        for (weights, sums) in weights.iter().zip(sums.chunks_exact_mut(dv.max(1))) {
-            accumulate(weights, values, pitch, sums);
-        }
+        each_sum(weights, values, pitch, sums);
     }
 }
 
@@ -57,9 +52,7 @@ impl Scores for f32 {
             // SAFETY: `isa` names a set only where the machine has all of its features.
             return unsafe { super::avx512::scores(queries, d, keys, out) };
         }
-        for (query, scores) in queries.chunks_exact(d.max(1)).zip(out) {
-            products(query, keys, scores);
-        }
+        each_query(queries, d, keys, out);
     }
 
     fn values(weights: &[&[f32]], values: &[f32], pitch: usize, sums: &mut [f32]) {
@@ -68,10 +61,22 @@ impl Scores for f32 {
             // SAFETY: `isa` names a set only where the machine has all of its features.
             return unsafe { super::avx512::values(weights, values, pitch, sums) };
         }
-        let dv = sums.len() / weights.len().max(1);
-        for (weights, sums) in weights.iter().zip(sums.chunks_exact_mut(dv.max(1))) {
-            accumulate(weights, values, pitch, sums);
-        }
+        each_sum(weights, values, pitch, sums);
+    }
+}
+
+/// The scores of one query after the other.
+fn each_query<T: Real>(queries: &[T], d: usize, keys: &[T], out: &mut Block<T>) {
+    for (query, scores) in queries.chunks_exact(d.max(1)).zip(out) {
+        products(query, keys, scores);
+    }
+}
+
+/// The weighted values of one query after the other.
+fn each_sum<T: Real>(weights: &[&[T]], values: &[T], pitch: usize, sums: &mut [T]) {
+    let dv = sums.len() / weights.len().max(1);
+    for (weights, sums) in weights.iter().zip(sums.chunks_exact_mut(dv.max(1))) {
+        accumulate(weights, values, pitch, sums);
     }
 }
 
@@ -211,17 +216,17 @@ fn merge_body<T: Real, const FMA: bool>(acc: &mut [T], keep: T, sums: &[T]) {
 
 versions! {
 /// Adds a later segment's state and sums to those of the segments before.
-pub(super) fn join<T: Real>(state: &mut State<T>, acc: &mut [T], later: State<T>, sums: &mut [T]) = join_body;
+pub(super) fn join<T: Real>(state: &mut State<T>, acc: &mut [T], later: State<T>, sums: &[T]) = join_body;
 }
 
 #[inline(always)]
-fn join_body<T: Real, const FMA: bool>(state: &mut State<T>, acc: &mut [T], later: State<T>, sums: &mut [T]) {
+fn join_body<T: Real, const FMA: bool>(state: &mut State<T>, acc: &mut [T], later: State<T>, sums: &[T]) {
     let max = if later.max > state.max { later.max } else { state.max };
     let by = shift(max);
     let factor = |m: T| if m == max { T::ONE } else { (m - by).exp::<FMA>() };
     let (before, behind) = (factor(state.max), factor(later.max));
     let before = if fault::active("attention.join") { T::ONE } else { before };
-    for (acc, &mut sum) in acc.iter_mut().zip(sums) {
+    for (acc, &sum) in acc.iter_mut().zip(sums) {
         *acc = acc.mul_add::<FMA>(before, sum * behind);
     }
     *state = State { max, sum: state.sum.mul_add::<FMA>(before, later.sum * behind) };
@@ -244,7 +249,7 @@ mod tests {
         all.extend(scores);
         accumulate_body::<f32, FMA>(weights, values, d, &mut sums);
         merge_body::<f32, FMA>(&mut sums, 0.7, &numbers(d, 7));
-        join_body::<f32, FMA>(&mut state, &mut sums, State { max: 2.0, sum: 3.0 }, &mut numbers(d, 8));
+        join_body::<f32, FMA>(&mut state, &mut sums, State { max: 2.0, sum: 3.0 }, &numbers(d, 8));
         all.extend(sums);
         all.extend([state.max, state.sum]);
         all
@@ -285,7 +290,7 @@ mod tests {
                         got.extend(scores[i]);
                         let sums = &mut sums[i * d..(i + 1) * d];
                         merge(sums, 0.7, &numbers(d, 7));
-                        join(&mut state, sums, State { max: 2.0, sum: 3.0 }, &mut numbers(d, 8));
+                        join(&mut state, sums, State { max: 2.0, sum: 3.0 }, &numbers(d, 8));
                         got.extend_from_slice(sums);
                         got.extend([state.max, state.sum]);
                         assert_eq!(got, want, "{isa:?} {d} {rows} {m} query {i}");
@@ -314,10 +319,10 @@ mod tests {
         assert!(state.sum.is_nan());
         // a segment without a finite score changes nothing
         let (mut state, mut acc) = (State { max: 3.0, sum: 2.0 }, [5.0]);
-        join(&mut state, &mut acc, State::EMPTY, &mut [0.0]);
+        join(&mut state, &mut acc, State::EMPTY, &[0.0]);
         assert_eq!((state, acc), (State { max: 3.0, sum: 2.0 }, [5.0]));
         let (mut state, mut acc) = (State::EMPTY, [0.0]);
-        join(&mut state, &mut acc, State { max: 3.0, sum: 2.0 }, &mut [5.0]);
+        join(&mut state, &mut acc, State { max: 3.0, sum: 2.0 }, &[5.0]);
         assert_eq!((state, acc), (State { max: 3.0, sum: 2.0 }, [5.0]));
     }
 }

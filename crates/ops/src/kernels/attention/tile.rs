@@ -43,16 +43,14 @@ impl<T: Real> Found<T> {
         Self { states: vec![State::EMPTY; count], acc: vec![T::ZERO; count * dv] }
     }
 
-    fn clear(&mut self) {
-        self.states.fill(State::EMPTY);
-        self.acc.fill(T::ZERO);
-    }
-
-    /// Joins a later stretch to those before; `queries` say who saw a key where.
-    fn join(&mut self, later: &mut Self, queries: &[Query], stretch: &Range<usize>) {
-        let dv = self.acc.len() / self.states.len().max(1);
-        let accs = self.acc.chunks_exact_mut(dv.max(1)).zip(later.acc.chunks_exact_mut(dv.max(1)));
-        for (((state, later), (acc, sums)), query) in self.states.iter_mut().zip(&later.states).zip(accs).zip(queries) {
+    /// What was found before, if anything, and in a later stretch; `queries` say who saw a key where.
+    fn joined(before: Option<Self>, later: Self, queries: &[Query], stretch: &Range<usize>) -> Self {
+        let Some(mut all) = before else {
+            return later;
+        };
+        let dv = all.acc.len() / all.states.len().max(1);
+        let accs = all.acc.chunks_exact_mut(dv.max(1)).zip(later.acc.chunks_exact(dv.max(1)));
+        for (((state, later), (acc, sums)), query) in all.states.iter_mut().zip(&later.states).zip(accs).zip(queries) {
             if query.keys.start >= stretch.start && !query.keys.is_empty() {
                 // nothing came before
                 *state = *later;
@@ -61,6 +59,7 @@ impl<T: Real> Found<T> {
                 join(state, acc, *later, sums);
             }
         }
+        all
     }
 }
 
@@ -83,7 +82,8 @@ impl Job<'_> {
         let rows = s.group * s.sq;
         let heads = out.len() / (rows * s.dv).max(1);
         let work = [s.skv, s.d + s.dv, heads].into_iter().fold(rows, usize::saturating_mul);
-        let threads = if work < ALONE { 1 } else { team::threads() };
+        let (threads, ns) = (if work < ALONE { 1 } else { team::threads() }, work / WORK_PER_NS);
+        let key_heads = s.h / s.group.max(1);
         // smaller tiles where there would be too few to share, segments on their own where there are too few queries
         let mut size = QUERIES;
         while size > FEWEST && threads > 1 && heads * rows.div_ceil(size) < 2 * threads {
@@ -92,33 +92,25 @@ impl Job<'_> {
         let mut tiles = Vec::new();
         for (head, out) in out.chunks_mut((rows * s.dv).max(1)).enumerate() {
             for (t, out) in out.chunks_mut(size * s.dv).enumerate() {
-                let (b, hk) = (head / (s.h / s.group.max(1)), head % (s.h / s.group.max(1)));
+                let (b, hk) = (head / key_heads, head % key_heads);
                 tiles.push((Tile { b, hk, first: t * size, count: out.len() / s.dv }, out));
             }
         }
         if threads > 1 && tiles.len() < 2 * threads && s.skv > SEGMENT {
-            return self.by_segments::<T, E>(q, k, v, tiles, threads, work / WORK_PER_NS);
+            return self.by_segments::<T, E>(q, k, v, tiles, threads, ns);
         }
-        team::each_group(work / WORK_PER_NS, tiles, threads, |group| {
+        team::each_group(ns, tiles, threads, |group| {
             let mut sc = Scratch::<T>::default();
             for (tile, out) in group {
                 let queries = self.queries(tile);
                 let rows = self.rows(tile, &queries, q);
-                let mut found = Found::nothing(tile.count, s.dv);
-                let mut later = Found::nothing(0, 0);
-                for (n, segment) in segments(&queries).enumerate() {
-                    if n == 0 {
-                        self.stretch(tile, &queries, &rows, k, v, segment, &mut found, &mut sc);
-                        continue;
-                    }
-                    if n == 1 {
-                        later = Found::nothing(tile.count, s.dv);
-                    }
-                    later.clear();
+                let mut found = None;
+                for segment in segments(&queries) {
+                    let mut later = Found::nothing(tile.count, s.dv);
                     self.stretch(tile, &queries, &rows, k, v, segment.clone(), &mut later, &mut sc);
-                    found.join(&mut later, &queries, &segment);
+                    found = Some(Found::joined(found, later, &queries, &segment));
                 }
-                self.write(&mut found, out);
+                self.write(tile, found, out);
             }
         });
     }
@@ -153,13 +145,10 @@ impl Job<'_> {
         let mut parts = parts.into_iter().peekable();
         for (t, ((tile, out), queries)) in tiles.into_iter().zip(&known).enumerate() {
             let mut found = None;
-            while let Some((_, segment, mut later)) = parts.next_if(|part| part.0 == t) {
-                match &mut found {
-                    None => found = Some(later),
-                    Some(found) => found.join(&mut later, queries, &segment),
-                }
+            while let Some((_, segment, later)) = parts.next_if(|part| part.0 == t) {
+                found = Some(Found::joined(found, later, queries, &segment));
             }
-            self.write(&mut found.unwrap_or_else(|| Found::nothing(tile.count, dv)), out);
+            self.write(tile, found, out);
         }
     }
 
@@ -269,9 +258,10 @@ impl Job<'_> {
         }
     }
 
-    /// The quotients of weighted sums and sums of weights.
-    fn write<T: Real, E: Element>(&self, found: &mut Found<T>, out: &mut [E]) {
+    /// The quotients of weighted sums and sums of weights: 0/0 where nothing was found.
+    fn write<T: Real, E: Element>(&self, tile: Tile, found: Option<Found<T>>, out: &mut [E]) {
         let dv = self.shape.dv;
+        let mut found = found.unwrap_or_else(|| Found::nothing(tile.count, dv));
         for ((row, acc), state) in out.chunks_exact_mut(dv).zip(found.acc.chunks_exact_mut(dv)).zip(&found.states) {
             for a in acc.iter_mut() {
                 *a = *a / state.sum;

@@ -3,7 +3,8 @@
 //! Each product is [`super::dot::dot`] of its two rows, bit for bit: 16 interleaved sums folded in halves. So it depends on its own
 //! two rows only, not on how many rows run together nor on threads. A weight's row is read once for up to four rows of x, and from
 //! memory one row after the other: several at once are several short streams, which come at half the speed of one long one. The
-//! rows of x that follow find a block of the weight in the cache, and take four of its rows at a time.
+//! rows of x that follow find a block of the weight in the cache, and take four of its rows at a time. Eight rows of x and more go through
+//! packed panels instead.
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -12,7 +13,7 @@ mod narrow;
 mod panel;
 mod portable;
 
-use super::team;
+use super::{scratch, team};
 use crate::error::{Error, Result};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{isa, Isa};
@@ -75,13 +76,11 @@ pub(crate) fn dots<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: &mut Grid<'
     }
     if x.count >= PANEL_ROWS && x.len > 0 {
         let rows = panel::block_rows(x.len);
-        let mut rest = Some(out.borrow());
+        let mut rest = out.borrow();
         for from in (0..x.count).step_by(rows) {
-            let Some((mut part, below)) = rest.take().map(|out| out.split_rows(rows)) else {
-                continue;
-            };
+            let (mut part, below) = rest.split_rows(rows);
             panel::products(x.part(from, rows.min(x.count - from)), w, &mut part);
-            rest = Some(below);
+            rest = below;
         }
         return Ok(());
     }
@@ -107,26 +106,23 @@ pub(crate) fn dots_parallel<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: Gr
     // several parts for each thread: one that wakes late finds less to do
     let tasks = if time < 2 * TASK_NS { 1 } else { (team::threads() * 4).min(time / TASK_NS) };
     let tasks = if team::threads() < 2 { 1 } else { tasks };
-    let mut store = Vec::new();
-    let x = if x.count < PANEL_ROWS { aligned(x, w.count, &mut store) } else { x };
-    share(x, w, out, tasks, time)
-}
-
-/// The rows on boundaries of cache lines, copied there if need be: every row of the weight reads them again, and a load across a
-/// boundary costs two.
-fn aligned<'a>(x: Rows<'a, f32>, uses: usize, store: &'a mut Vec<f32>) -> Rows<'a, f32> {
-    let rests = x.data.as_ptr().align_offset(LINE_BYTES) == 0 && (x.pitch.is_multiple_of(LANES) || x.count == 1);
-    if rests || uses < TASK_ROWS || x.count.saturating_mul(x.len) > ALIGNED {
-        return x;
+    if x.count >= PANEL_ROWS || !gains_from_lines(x, w.count) {
+        return share(x, w, out, tasks, time);
     }
     let pitch = x.len.next_multiple_of(LANES);
-    store.resize(x.count * pitch + LANES, 0.0);
-    let skip = store.as_ptr().align_offset(LINE_BYTES).min(LANES);
-    let data = &mut store[skip..];
-    for i in 0..x.count {
-        data[i * pitch..i * pitch + x.len].copy_from_slice(x.row(i));
-    }
-    Rows { data, pitch, ..x }
+    scratch::with(x.count * pitch, |data| {
+        for i in 0..x.count {
+            data[i * pitch..i * pitch + x.len].copy_from_slice(x.row(i));
+        }
+        share(Rows { data, pitch, ..x }, w, out, tasks, time)
+    })
+}
+
+/// Whether rows are worth copying to boundaries of cache lines: every row of the weight reads them again, and a load across a boundary
+/// costs two.
+fn gains_from_lines(x: Rows<'_, f32>, uses: usize) -> bool {
+    let rests = x.data.as_ptr().align_offset(LINE_BYTES) == 0 && (x.pitch.is_multiple_of(LANES) || x.count == 1);
+    !rests && uses >= TASK_ROWS && x.count.saturating_mul(x.len) <= ALIGNED
 }
 
 /// The product in about `tasks` parts: blocks of x's rows, and where those are fewer, parts of the weight's rows.
