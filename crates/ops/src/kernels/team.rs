@@ -1,8 +1,8 @@
 //! The threads that share a kernel's work.
 //!
 //! One team for the process. The caller works too; the others wait hot for up to 50 µs after a job and sleep then. Waking one costs the
-//! caller several microseconds, and it comes tens of microseconds later, takes a task whose data another core has, and the caller
-//! waits for it: a kernel of sixty microseconds is done sooner alone. So sleepers are woken at once for long work only, else when
+//! caller time, and it comes late, takes a task whose data another core has, and the caller waits for it: a short kernel is done
+//! sooner alone. So sleepers are woken at once for long work only, else when
 //! the caller has been busy for some time, with this kernel or with those just before it. Where kernels follow one another, as
 //! in a plan, the team is awake.
 //! A caller who finds the team at work for someone else, and a task that calls a kernel itself, does all of its work alone. A process
