@@ -22,6 +22,12 @@ pub(crate) trait Element: Copy + Default + Send + Sync + PartialOrd + std::fmt::
     fn of<'a>(s: &Slice<'a>) -> Option<&'a [Self]>;
     fn of_mut<'a, 'b>(s: &'b mut SliceMut<'a>) -> Option<&'b mut [Self]>;
 
+    /// The run itself where its elements are f32.
+    #[inline(always)]
+    fn f32s(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
+
     /// Widens a run of elements to f32.
     #[inline]
     fn widen(src: &[Self], dst: &mut [f32]) {
@@ -88,7 +94,21 @@ macro_rules! element {
 element!(u8, U8, true, |v| v as f32, |v| v as f64, |v| v as i64, |v| v as u8, |v| v as u8, |v| v as u8);
 element!(u32, U32, true, |v| v as f32, |v| v as f64, |v| v as i64, |v| v as u32, |v| v as u32, |v| v as u32);
 element!(i64, I64, true, |v| v as f32, |v| v as f64, |v| v, |v| v as i64, |v| v as i64, |v| v);
-element!(f32, F32, false, |v| v, |v| v as f64, |v| v as i64, |v| v, |v| v as f32, |v| v as f32);
+element!(
+    f32,
+    F32,
+    false,
+    |v| v,
+    |v| v as f64,
+    |v| v as i64,
+    |v| v,
+    |v| v as f32,
+    |v| v as f32,
+    #[inline(always)]
+    fn f32s(run: &[Self]) -> Option<&[f32]> {
+        Some(run)
+    }
+);
 element!(f64, F64, false, |v| v as f32, |v| v, |v| v as i64, |v| v as f64, |v| v, |v| v as f64);
 element!(
     f16,

@@ -34,11 +34,11 @@ fn bits_do_not_depend_on_layout() {
         for dims in [vec![5usize, 33], vec![3, 1025], vec![40, 3, 17], vec![2, 9000]] {
             let axis = dims.len() - 1;
             for (name, p, n) in sample_programs(dtype) {
-                let axes = if p.instrs.iter().any(|i| matches!(i, Instr::Reduce(..))) { 1 << axis } else { 0 };
+                let axes = if p.instrs().iter().any(|i| matches!(i, Instr::Reduce(..))) { 1 << axis } else { 0 };
                 for layout in LAYOUTS {
                     let ops: Vec<Operand> = (0..n).map(|_| operand(&mut rng, layout, dtype, &dims, 3.0)).collect();
                     let dense: Vec<Operand> = ops.iter().map(|o| o.dense()).collect();
-                    let params = vec![1e-5; p.params as usize];
+                    let params = vec![1e-5; p.params() as usize];
                     let a = run(&p, &dims, axes, &ops, &params);
                     let b = run(&p, &dims, axes, &dense, &params);
                     assert!(bits(&a) == bits(&b), "{name} {layout} {dims:?} {}", dtype.as_str());
@@ -79,7 +79,7 @@ fn rows_over_a_middle_dim_have_the_bits_of_rows_over_the_last() {
     };
     for dtype in [DType::F32, DType::BF16, DType::F64] {
         let mut all = sample_programs(dtype);
-        all.retain(|(_, p, _)| p.instrs.iter().any(|i| matches!(i, Instr::Reduce(..))));
+        all.retain(|(_, p, _)| p.instrs().iter().any(|i| matches!(i, Instr::Reduce(..))));
         all.push(("sum", reduce(ReduceFn::Sum, dtype), 1));
         all.push(("max", reduce(ReduceFn::Max, dtype), 1));
         all.push(("min", reduce(ReduceFn::Min, dtype), 1));
@@ -102,7 +102,7 @@ fn rows_over_a_middle_dim_have_the_bits_of_rows_over_the_last() {
                             x
                         })
                         .collect();
-                    let params = vec![1e-5; p.params as usize];
+                    let params = vec![1e-5; p.params() as usize];
                     let middle = &run(p, &dims, 0b010, &ops, &params)[0];
                     let turned: Vec<Operand> = ops
                         .iter()
@@ -134,9 +134,9 @@ fn bits_do_not_depend_on_threads() {
     for dims in [vec![96usize, 1000], vec![4, 20_000], vec![300_000]] {
         for (name, p, n) in sample_programs(DType::F32) {
             let axes = 1 << (dims.len() - 1);
-            let axes = if p.instrs.iter().any(|i| matches!(i, Instr::Reduce(..))) { axes } else { 0 };
+            let axes = if p.instrs().iter().any(|i| matches!(i, Instr::Reduce(..))) { axes } else { 0 };
             let ops: Vec<Operand> = (0..n).map(|_| operand(&mut rng, "contiguous", DType::F32, &dims, 3.0)).collect();
-            let params = vec![1e-5; p.params as usize];
+            let params = vec![1e-5; p.params() as usize];
             let one = on_threads(1, || bits(&run(&p, &dims, axes, &ops, &params)));
             let four = on_threads(4, || bits(&run(&p, &dims, axes, &ops, &params)));
             assert!(one == four, "{name} {dims:?}");

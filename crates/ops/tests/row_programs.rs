@@ -101,7 +101,7 @@ fn naive(p: &RowProgram, dims: &[usize], axes: u32, inputs: &[Operand], params: 
     let row: Vec<usize> = all.iter().map(|i| offset(&strides, &key(i))).collect();
     let n: f64 = (0..dims.len()).filter(|a| axes >> a & 1 == 1).map(|a| dims[a]).product::<usize>() as f64;
     let mut regs: Vec<Vec<f64>> = Vec::new();
-    for instr in &p.instrs {
+    for instr in p.instrs() {
         let get = |r: Reg| &regs[r.0 as usize];
         let v: Vec<f64> = match *instr {
             Instr::Load { input } | Instr::LoadRow { input } => inputs[input as usize].values(),
@@ -141,7 +141,7 @@ fn naive(p: &RowProgram, dims: &[usize], axes: u32, inputs: &[Operand], params: 
         };
         regs.push(v);
     }
-    p.outputs
+    p.outputs()
         .iter()
         .map(|&(r, _)| {
             let v = &regs[r.0 as usize];

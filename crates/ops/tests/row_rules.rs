@@ -70,7 +70,7 @@ fn the_builder_merges_identical_instructions() {
     assert_eq!(e1, b.unary(UnaryFn::Exp, y));
     assert_ne!(e1, b.unary(UnaryFn::Log, y));
     b.output(e1, DType::F32);
-    assert_eq!(b.finish().unwrap().instrs.len(), 3);
+    assert_eq!(b.finish().unwrap().instrs().len(), 3);
 }
 
 #[test]

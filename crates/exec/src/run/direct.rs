@@ -1,21 +1,23 @@
-//! One op on small tensors: no capture, no plan, the kernel's loop at once.
+//! One op on tensors: no capture, no plan, the kernel at once.
 //!
-//! A graph of one op costs what eager costs only where nothing is built for it. The loops are those of row programs, so the result
-//! has the bits that a plan gives it.
+//! A graph of one op costs what eager costs only where nothing is built for it. The kernels are those that a plan of the op would run,
+//! so the result has the bits that a plan gives it.
 
 use super::slots::{kernel_error, with_views, SlotValue};
+use crate::buffer::Buffer;
 use crate::error::{Error, Result};
 use crate::lower::{binary, unary};
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use candle_lazy_graph::{Node, Op, Value};
 use candle_lazy_ops::fault;
 use candle_lazy_ops::kernels::{self, fresh};
+use candle_lazy_ops::row::programs::Ready;
 use candle_lazy_ops::row::{direct, BinaryFn, UnaryFn};
-use candle_lazy_ops::view::SliceMut;
+use candle_lazy_ops::view::{SliceMut, View};
 use smallvec::SmallVec;
 use std::sync::Arc;
 
-/// From this many elements on a plan costs little beside the arithmetic, and may use more threads.
+/// With more elements an elementwise op is a row program, which may use more threads.
 const MOST: usize = 4096;
 
 /// What the op does.
@@ -23,35 +25,93 @@ enum Function {
     Unary(UnaryFn),
     Binary(BinaryFn),
     Affine(f32, f32),
-    /// No function of an element, but as short where its rows are few. Holds the scale.
+    /// Holds the scale. Only with few results: else a plan costs little beside it.
     Lora(f64),
+    /// A row program over these axes.
+    Row(Ready, u32),
 }
 
-/// The value of a pending node that is one elementwise op of f32 on ready, dense, untracked tensors of its own shape on the CPU, or a
-/// LoRA with as few results on ready tensors; `None` if it is anything else.
+impl Function {
+    fn of(node: &Node, op: &Op, scalars: &[f64]) -> Option<Self> {
+        let few = node.shape().elem_count() <= MOST;
+        let axis = |dim: usize| 1u32.checked_shl(u32::try_from(dim).ok()?);
+        let last = || axis(node.shape().rank().checked_sub(1)?);
+        Some(match (op, scalars) {
+            (Op::Unary(f), []) if few => Function::Unary(unary(*f)),
+            (Op::Unary(f), []) => Function::Row(Ready::Unary(unary(*f)), 0),
+            (Op::Binary(f), []) if few => Function::Binary(binary(*f)),
+            (Op::Binary(f), []) => Function::Row(Ready::Binary(binary(*f)), 0),
+            (Op::Affine, [mul, add]) if few => Function::Affine(*mul as f32, *add as f32),
+            (Op::Lora { .. }, [scale]) if few => Function::Lora(*scale),
+            (Op::Softmax { dim }, []) => Function::Row(Ready::Softmax, axis(usize::from(*dim))?),
+            (Op::LogSoftmax { dim }, []) => Function::Row(Ready::LogSoftmax, axis(usize::from(*dim))?),
+            (Op::RmsNorm { weight }, [_]) => Function::Row(Ready::RmsNorm { weight: *weight }, last()?),
+            (Op::LayerNorm { weight, bias }, [_]) => {
+                Function::Row(Ready::LayerNorm { weight: *weight, bias: *bias }, last()?)
+            }
+            (Op::Glu { act }, []) => Function::Row(Ready::Glu(unary(*act)), 0),
+            _ => return None,
+        })
+    }
+}
+
+/// The value of a pending node that is one op of f32 on ready, untracked tensors on the CPU: an elementwise one (of tensors of its own
+/// shape; where they are small, dense ones), a softmax, a norm or a gated unit, or a small LoRA. `None` if it is anything else.
 pub(crate) fn eval_direct(node: &Arc<Node>) -> Option<Result<Tensor>> {
-    let count = node.shape().elem_count();
-    if node.dtype() != DType::F32 || node.tracked() || count > MOST || !matches!(node.device(), Device::Cpu) {
+    if node.dtype() != DType::F32 || node.tracked() || !matches!(node.device(), Device::Cpu) {
         return None;
     }
-    let (function, inputs) = node.with_expr(|expr| {
-        let function = match (&expr.op, expr.scalars.as_slice()) {
-            (Op::Unary(f), []) => Function::Unary(unary(*f)),
-            (Op::Binary(f), []) => Function::Binary(binary(*f)),
-            (Op::Affine, [mul, add]) => Function::Affine(*mul as f32, *add as f32),
-            (Op::Lora { .. }, [scale]) => Function::Lora(*scale),
-            _ => return None,
-        };
-        let elementwise = !matches!(function, Function::Lora(_));
+    let (function, params, inputs) = node.with_expr(|expr| {
+        let function = Function::of(node, &expr.op, &expr.scalars)?;
+        let elementwise = matches!(function, Function::Unary(_) | Function::Binary(_) | Function::Affine(..));
+        let alike = elementwise || matches!(function, Function::Row(_, 0));
         let mut inputs: SmallVec<[Tensor; 4]> = SmallVec::new();
         for input in &expr.inputs {
-            let fits = input.shape() == node.shape() && input.dtype() == DType::F32;
-            inputs.push(input.tensor().filter(|t| !elementwise || fits && t.is_contiguous())?);
+            let fits = !alike || input.shape() == node.shape() && input.dtype() == DType::F32;
+            inputs.push(input.tensor().filter(|t| fits && (!elementwise || t.is_contiguous()))?);
         }
-        Some((function, inputs))
+        Some((function, expr.scalars.clone(), inputs))
     })??;
-    let mut out = fresh::<f32>(count);
-    let computed = match (&function, inputs.as_slice()) {
+    let computed = match &function {
+        Function::Row(ready, axes) => rows(node, *ready, *axes, &params, &inputs),
+        _ => small(node, &function, &inputs),
+    };
+    let tensor = match computed? {
+        Ok(tensor) => tensor,
+        Err(error) => return Some(Err(error)),
+    };
+    if node.publish(Value::Tensor(tensor.clone())) {
+        return Some(Ok(tensor));
+    }
+    // somebody else was first: all get the same tensor
+    node.tensor().map(Ok)
+}
+
+/// A row program on inputs that broadcast to the node's shape.
+fn rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Tensor]) -> Option<Result<Tensor>> {
+    let program = ready.program(DType::F32).ok()?;
+    let dims = node.shape().dims();
+    let mut out = Buffer::take(DType::F32, node.shape().elem_count()).ok()?;
+    let slots: SmallVec<[SlotValue; 4]> = inputs.iter().cloned().map(SlotValue::foreign).collect();
+    with_views(&slots, [0, 1, 2, 3].get(..slots.len())?, |views| {
+        let mut wide: SmallVec<[View<'_>; 4]> = SmallVec::new();
+        for view in views {
+            wide.push(View { data: view.data, layout: view.layout.broadcast_to(dims).map_err(kernel_error)? });
+        }
+        program.run(dims, axes, &wide, params, &mut [out.slice_mut()]).map_err(kernel_error)
+    })
+    // what fails here fails again with a plan, which knows how to say it
+    .ok()?;
+    if let (true, SliceMut::F32([.., last])) = (fault::active("direct.row"), out.slice_mut()) {
+        *last += 1.0;
+    }
+    Some(out.into_tensor(dims))
+}
+
+/// A function of few elements.
+fn small(node: &Node, function: &Function, inputs: &[Tensor]) -> Option<Result<Tensor>> {
+    let mut out = fresh::<f32>(node.shape().elem_count());
+    let computed = match (function, inputs) {
         (Function::Unary(f), [x]) => with_one(x, |x| direct::unary(*f, x, &mut out)),
         (Function::Affine(mul, add), [x]) => with_one(x, |x| direct::affine(x, *mul, *add, &mut out)),
         (Function::Binary(f), [x, y]) => with_two(x, y, |x, y| direct::binary(*f, x, y, &mut out)),
@@ -60,15 +120,7 @@ pub(crate) fn eval_direct(node: &Arc<Node>) -> Option<Result<Tensor>> {
     };
     // what fails here fails again with a plan, which knows how to say it
     computed?.ok()?;
-    let tensor = match Tensor::from_vec(out, node.shape(), &Device::Cpu) {
-        Ok(tensor) => tensor,
-        Err(error) => return Some(Err(error.into())),
-    };
-    if node.publish(Value::Tensor(tensor.clone())) {
-        return Some(Ok(tensor));
-    }
-    // somebody else was first: all get the same tensor
-    node.tensor().map(Ok)
+    Some(Tensor::from_vec(out, node.shape(), &Device::Cpu).map_err(Into::into))
 }
 
 /// A LoRA of few rows: its two products take less time than a plan.

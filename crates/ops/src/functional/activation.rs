@@ -4,7 +4,8 @@ use super::apply::{RowCall, Tracked1, Tracked2};
 use super::{alike, float, wide};
 use crate::error::Error;
 use crate::fault;
-use crate::row::{emit, programs, BinaryFn as B, Builder, Class, Reg, RowProgram, UnaryFn as U};
+use crate::row::programs::Ready;
+use crate::row::{emit, BinaryFn as B, Builder, Class, Reg, RowProgram, UnaryFn as U};
 use candle_core::{DType, Result, Tensor};
 
 /// Emits f'(x).
@@ -100,7 +101,7 @@ fn unary(op: &'static str, x: &Tensor, f: U, slope: Slope, composed: fn(&Tensor)
         return composed(&x.to_dtype(wide(dtype))?)?.to_dtype(dtype);
     }
     let class = class(op, dtype)?;
-    let call = RowCall::new(op, programs::unary(f, dtype)?, 0);
+    let call = RowCall::new(op, Ready::Unary(f).program(dtype)?, 0);
     x.apply_op1(Tracked1(call, move |x: &Tensor, _: &Tensor, g: &Tensor| {
         let mut b = RowProgram::builder(class);
         let (x_, g_) = (b.load(0), b.load(1));
@@ -181,7 +182,7 @@ fn glu(
         return composed(&g)?.mul(&u)?.to_dtype(dtype);
     }
     let class = class(op, dtype)?;
-    let call = RowCall::new(op, programs::glu(act, dtype)?, 0);
+    let call = RowCall::new(op, Ready::Glu(act).program(dtype)?, 0);
     let bwd = move |gate: &Tensor, up: &Tensor, g: &Tensor| {
         let (tg, tu) = (gate.track_op(), up.track_op());
         let (gate, up) = (gate.detach(), up.detach());

@@ -6,23 +6,24 @@ use crate::storage::{cpu_view, filled};
 use crate::view::{Dims, View};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 use smallvec::SmallVec;
+use std::sync::Arc;
 
 /// A program with one output, its row axes and its scalars.
 #[derive(Clone, Debug)]
 pub(crate) struct RowCall {
     pub(crate) name: &'static str,
-    pub(crate) program: RowProgram,
+    pub(crate) program: Arc<RowProgram>,
     pub(crate) row_axes: u32,
-    pub(crate) params: Vec<f64>,
+    pub(crate) params: SmallVec<[f64; 2]>,
 }
 
 impl RowCall {
-    pub(crate) fn new(name: &'static str, program: RowProgram, row_axes: u32) -> Self {
-        Self { name, program, row_axes, params: Vec::new() }
+    pub(crate) fn new(name: &'static str, program: impl Into<Arc<RowProgram>>, row_axes: u32) -> Self {
+        Self { name, program: program.into(), row_axes, params: SmallVec::new() }
     }
 
     pub(crate) fn with_params(self, params: &[f64]) -> Self {
-        Self { params: params.to_vec(), ..self }
+        Self { params: params.into(), ..self }
     }
 
     /// Runs on storages; the space has the dims of the first, to which the others broadcast.

@@ -4,7 +4,8 @@ use super::apply::{axis, leading_axes, sum_axes, RowCall, Tracked1, Tracked2, Tr
 use super::{alike, float, wide};
 use crate::error::Error;
 use crate::fault;
-use crate::row::{programs, BinaryFn as B, Builder, Class, ReduceFn, Reg, RowProgram, UnaryFn as U};
+use crate::row::programs::Ready;
+use crate::row::{BinaryFn as B, Builder, Class, ReduceFn, Reg, RowProgram, UnaryFn as U};
 use candle_core::{DType, Result, Tensor, D};
 
 /// The last dim of x, and the checks that every norm makes.
@@ -186,7 +187,7 @@ pub fn rms_norm(x: &Tensor, weight: Option<&Tensor>, eps: f64) -> Result<Tensor>
     let axes = axis(OP, x.rank() - 1, x.rank())?;
     let shared = leading_axes(x.rank());
     let norm = Norm { op: OP, centre: false, eps, axes, shared, class: class(OP, dtype)?, dtype };
-    let program = programs::rms_norm(weight.is_some(), dtype)?;
+    let program = Ready::RmsNorm { weight: weight.is_some() }.program(dtype)?;
     let call = RowCall::new(OP, program, norm.axes).with_params(&[eps]);
     match weight {
         None => x.apply_op1(Tracked1(call, move |x: &Tensor, _: &Tensor, g: &Tensor| norm.d_x(x, None, g))),
@@ -219,7 +220,7 @@ pub fn layer_norm(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, ep
     let axes = axis(OP, x.rank() - 1, x.rank())?;
     let shared = leading_axes(x.rank());
     let norm = Norm { op: OP, centre: true, eps, axes, shared, class: class(OP, dtype)?, dtype };
-    let program = programs::layer_norm(weight.is_some(), bias.is_some(), dtype)?;
+    let program = Ready::LayerNorm { weight: weight.is_some(), bias: bias.is_some() }.program(dtype)?;
     let call = RowCall::new(OP, program, norm.axes).with_params(&[eps]);
     norm.apply(x, weight, bias, call)
 }

@@ -4,7 +4,8 @@ use super::apply::{axis, RowCall, Tracked1};
 use super::float;
 use crate::error::Error;
 use crate::fault;
-use crate::row::{programs, BinaryFn as B, Class, ReduceFn, RowProgram, UnaryFn as U};
+use crate::row::programs::Ready;
+use crate::row::{BinaryFn as B, Class, ReduceFn, RowProgram, UnaryFn as U};
 use candle_core::shape::Dim;
 use candle_core::{DType, Result, Tensor};
 
@@ -25,7 +26,7 @@ pub fn softmax<D: Dim>(x: &Tensor, dim: D) -> Result<Tensor> {
         return y.to_dtype(x.dtype());
     }
     let dtype = x.dtype();
-    let program = programs::softmax(class(OP, dtype)?, dtype)?;
+    let program = Ready::Softmax.program(dtype)?;
     let axes = axis(OP, dim, x.rank())?;
     let call = RowCall::new(OP, program, axes);
     x.apply_op1(Tracked1(call, move |_: &Tensor, y: &Tensor, g: &Tensor| softmax_grad(y, g, axes)))
@@ -58,7 +59,7 @@ pub fn log_softmax<D: Dim>(x: &Tensor, dim: D) -> Result<Tensor> {
     let dtype = x.dtype();
     let class = class(OP, dtype)?;
     let axes = axis(OP, dim, x.rank())?;
-    let call = RowCall::new(OP, programs::log_softmax(class, dtype)?, axes);
+    let call = RowCall::new(OP, Ready::LogSoftmax.program(dtype)?, axes);
     // g - softmax(x)·Σg, from x and not from the rounded result.
     x.apply_op1(Tracked1(call, move |x: &Tensor, _: &Tensor, g: &Tensor| {
         let mut b = RowProgram::builder(class);

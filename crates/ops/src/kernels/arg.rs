@@ -4,7 +4,7 @@ use super::{check_out, team, PARALLEL};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::fault;
-use crate::row::space::Space;
+use crate::row::space::{Offsets, Space};
 use crate::view::{each_dtype, Dims, SliceMut, Strided, View};
 use candle_core::DType;
 
@@ -57,7 +57,7 @@ fn scan<E: Element>(data: &[E], space: &Space, (size, step): (usize, usize), sma
         at as u32
     };
     let run = |first: usize, out: &mut [u32]| {
-        let mut offsets = Vec::new();
+        let mut offsets = Offsets::new();
         space.offsets(from, first, out.len() / space.cols, &mut offsets);
         for (&base, out) in offsets.iter().zip(out.chunks_exact_mut(space.cols)) {
             for (j, o) in out.iter_mut().enumerate() {

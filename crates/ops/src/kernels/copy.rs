@@ -4,7 +4,7 @@ use super::{check_out, team, PARALLEL};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::fault;
-use crate::row::space::Space;
+use crate::row::space::{Offsets, Space};
 use crate::view::{each_dtype, SliceMut, Strided, View};
 
 /// Rows that are copied together, block of columns by block, when strides are in the way.
@@ -42,7 +42,7 @@ fn copy_space<E: Element>(src: &crate::view::Slice<'_>, dst: &mut [E], space: &S
     let cols = space.cols;
     let (ss, ds) = (from.row.single().unwrap_or(1), to.row.single().unwrap_or(1));
     let ss = if fault::active("copy.stride") { 1 } else { ss };
-    let (mut offsets, mut targets) = (Vec::new(), Vec::new());
+    let (mut offsets, mut targets) = (Offsets::new(), Offsets::new());
     let mut row = 0;
     while row < space.rows {
         let rows = ROWS.min(space.rows - row);
@@ -130,7 +130,7 @@ fn cast_typed<S: Element, D: Element>(src: &[S], layout: &Strided, dst: &mut [D]
     let cols = space.cols.max(1);
     let stride = from.row.single().unwrap_or(1);
     let stride = if fault::active("cast.stride") { 1 } else { stride };
-    let mut offsets = Vec::new();
+    let mut offsets = Offsets::new();
     for (r, chunk) in dst.chunks_mut(cols * ROWS).enumerate() {
         space.offsets(from, r * ROWS, chunk.len() / cols, &mut offsets);
         for block in (0..cols).step_by(COLS) {

@@ -5,7 +5,7 @@ use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::row::gather::RowShape;
-use crate::row::space::{merge, Space};
+use crate::row::space::{merge, Offsets, Space};
 use crate::view::{count, each_dtype, Slice, SliceMut, Strided, View};
 use smallvec::SmallVec;
 
@@ -56,7 +56,7 @@ pub(crate) fn index_select_as(
     let space = Space::new(&lefts.dims, 0, std::slice::from_ref(&lefts));
     let mut bases = Vec::with_capacity(left);
     if let Some(operand) = space.operands.first() {
-        let mut rows = Vec::new();
+        let mut rows = Offsets::new();
         space.offsets(operand, 0, space.rows, &mut rows);
         let stride = operand.row.single().unwrap_or(0);
         for base in rows {

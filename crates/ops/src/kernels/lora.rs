@@ -9,7 +9,7 @@ use super::{check_float, check_out, team};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::fault;
-use crate::row::space::Space;
+use crate::row::space::{Offsets, Space};
 use crate::view::{count, Slice, SliceMut, Strided, View};
 use half::{bf16, f16};
 
@@ -100,7 +100,7 @@ fn row_blocks(x: &Strided, rows: usize, k: usize) -> Vec<Matrix> {
     let Some(operand) = space.operands.first() else {
         return Vec::new();
     };
-    let mut offsets = Vec::new();
+    let mut offsets = Offsets::new();
     space.offsets(operand, 0, space.rows, &mut offsets);
     if fault::active("lora.block_offset") {
         offsets.fill(operand.offset);

@@ -5,7 +5,7 @@ use super::{check_float, check_out, team};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::fault;
-use crate::row::space::Space;
+use crate::row::space::{Offsets, Space};
 use crate::view::{count, Dims, Slice, SliceMut, Strided, View};
 use gemm::Parallelism;
 use half::bf16;
@@ -224,7 +224,7 @@ fn each_product(s: &Batched, mut f: impl FnMut(Matrix, Matrix, std::ops::Range<u
     let (sa, sb) = (oa.row.single().unwrap_or(0), ob.row.single().unwrap_or(0));
     let sa = if fault::active("matmul.batch_stride_a") { 0 } else { sa };
     let sb = if fault::active("matmul.batch_stride_b") { 0 } else { sb };
-    let (mut fa, mut fb) = (Vec::new(), Vec::new());
+    let (mut fa, mut fb) = (Offsets::new(), Offsets::new());
     let mut at = 0;
     for row in 0..space.rows {
         space.offsets(oa, row, 1, &mut fa);

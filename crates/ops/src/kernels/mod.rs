@@ -14,7 +14,7 @@ mod matmul;
 mod random;
 mod rope;
 mod scatter;
-mod scratch;
+pub(crate) mod scratch;
 pub(crate) mod team;
 
 pub use arg::arg_reduce;

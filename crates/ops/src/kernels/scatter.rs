@@ -7,7 +7,7 @@ use super::{cast, check_out, copy_into, team, PARALLEL};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::fault;
-use crate::row::space::Space;
+use crate::row::space::{Offsets, Space};
 use crate::view::{each_dtype, row_major, Dims, Slice, SliceMut, Strided, View};
 use candle_core::DType;
 
@@ -68,7 +68,7 @@ fn gather_typed<E: Element>(src: &Slice<'_>, space: &Space, ids: &[Option<usize>
     let stride = from.row.single().unwrap_or(0);
     let less = fault::one_if("gather.index");
     let run = |first: usize, dst: &mut [E]| {
-        let mut offsets = Vec::new();
+        let mut offsets = Offsets::new();
         space.offsets(from, first, dst.len() / cols, &mut offsets);
         for ((&base, out), ids) in offsets.iter().zip(dst.chunks_exact_mut(cols)).zip(ids[first * cols..].chunks(cols))
         {
@@ -127,7 +127,7 @@ fn scatter_typed<E: Element>(
     };
     let (ss, ds) = (from.row.single().unwrap_or(0), to.row.single().unwrap_or(0));
     let how = if fault::active("scatter.add_is_set") { Scatter::Set } else { how };
-    let (mut offsets, mut targets) = (Vec::new(), Vec::new());
+    let (mut offsets, mut targets) = (Offsets::new(), Offsets::new());
     let ids = &ids[..ids.len() - fault::one_if("scatter.last_source")];
     for first in (0..space.rows).step_by(ROWS) {
         let rows = ROWS.min(space.rows - first);
@@ -175,7 +175,7 @@ fn add_slices<E: Element>(src: &Slice<'_>, space: &Space, ids: &[Option<usize>],
         return;
     };
     let (ss, ds) = (from.row.single().unwrap_or(0), to.row.single().unwrap_or(0));
-    let (mut offsets, mut targets) = (Vec::new(), Vec::new());
+    let (mut offsets, mut targets) = (Offsets::new(), Offsets::new());
     space.offsets(from, 0, space.rows, &mut offsets);
     space.offsets(to, 0, space.rows, &mut targets);
     let ids = &ids[..ids.len() - fault::one_if("index_add.last_slice").min(ids.len())];

@@ -29,6 +29,9 @@ impl Real for f32 {
         (cap * wide_tanh(f64::from(self) * slope)) as f32
     }
 
+    fn scratch<R>(len: usize, f: impl FnOnce(&mut [Self]) -> R) -> R {
+        crate::kernels::scratch::with(len, f)
+    }
     #[inline(always)]
     fn read<E: Element>(src: &[E], dst: &mut [Self]) {
         E::widen(src, dst);

@@ -28,6 +28,12 @@ impl Real for f64 {
         cap * (self * slope).tanh()
     }
 
+    fn scratch<R>(len: usize, f: impl FnOnce(&mut [Self]) -> R) -> R {
+        const LINE: usize = 8;
+        let mut memory = crate::kernels::fresh::<Self>(len + LINE);
+        let skip = memory.as_ptr().align_offset(size_of::<Self>() * LINE).min(LINE);
+        f(&mut memory[skip..skip + len])
+    }
     #[inline(always)]
     fn read<E: Element>(src: &[E], dst: &mut [Self]) {
         for (d, s) in dst.iter_mut().zip(src) {

@@ -48,6 +48,9 @@ pub(crate) trait Real:
     /// self·b + c, rounded once where `FMA`, else twice.
     fn mul_add<const FMA: bool>(self, b: Self, c: Self) -> Self;
 
+    /// Calls `f` with `len` numbers of any value for it to write, which begin on a cache line.
+    fn scratch<R>(len: usize, f: impl FnOnce(&mut [Self]) -> R) -> R;
+
     /// Reads a run of any element type as this type.
     fn read<E: crate::element::Element>(src: &[E], dst: &mut [Self]);
     /// Rounds a run of this type to any element type.

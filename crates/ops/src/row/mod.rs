@@ -14,6 +14,7 @@ pub mod emit;
 mod fuse;
 pub(crate) mod gather;
 pub(crate) mod loops;
+mod prepared;
 mod program;
 pub mod programs;
 mod quotient;

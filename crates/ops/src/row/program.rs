@@ -1,5 +1,6 @@
 //! The row program: straight-line code over the elements of a row, with reductions between them.
 
+use super::prepared::Prepared;
 use crate::error::{Error, Result};
 use candle_core::DType;
 use std::collections::HashMap;
@@ -226,15 +227,17 @@ impl Instr {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct RowProgram {
     /// Arithmetic type.
-    pub class: Class,
+    pub(crate) class: Class,
     /// Straight-line code.
-    pub instrs: Vec<Instr>,
+    pub(crate) instrs: Vec<Instr>,
     /// Registers that are stored, and as which dtype.
-    pub outputs: Vec<(Reg, DType)>,
+    pub(crate) outputs: Vec<(Reg, DType)>,
     /// Number of inputs.
-    pub inputs: u16,
+    pub(crate) inputs: u16,
     /// Number of run-time scalars.
-    pub params: u16,
+    pub(crate) params: u16,
+    /// What follows from the above.
+    pub(crate) prepared: Prepared,
 }
 
 /// The kind of each register.
@@ -280,40 +283,34 @@ impl RowProgram {
         Builder { class, instrs: Vec::new(), seen: HashMap::new(), outputs: Vec::new() }
     }
 
-    /// Checks register order, kinds and dtypes, for a program put together by hand.
-    ///
-    /// # Errors
-    /// `InvalidProgram` naming the rule.
-    pub fn validate(&self) -> Result<()> {
-        let kinds = kinds(&self.instrs)?;
-        for (i, instr) in self.instrs.iter().enumerate() {
-            match *instr {
-                Instr::Load { input } | Instr::LoadRow { input } if input >= self.inputs => {
-                    return Err(Error::program(format!("instruction {i} reads input {input} of {}", self.inputs)))
-                }
-                Instr::Param { index } | Instr::RootMean { eps: index, .. } if index >= self.params => {
-                    return Err(Error::program(format!("instruction {i} reads parameter {index} of {}", self.params)))
-                }
-                _ => {}
-            }
-        }
-        if self.outputs.is_empty() {
-            return Err(Error::program("no output"));
-        }
-        for &(reg, dtype) in &self.outputs {
-            if kinds.get(usize::from(reg.0)).is_none() {
-                return Err(Error::program(format!("output of unknown register {}", reg.0)));
-            }
-            if !self.class.writes(dtype) {
-                return Err(Error::program(format!("class {:?} cannot write {}", self.class, dtype.as_str())));
-            }
-        }
-        Ok(())
+    /// Arithmetic type of all registers.
+    pub fn class(&self) -> Class {
+        self.class
+    }
+
+    /// The code; instruction `i` writes register `i`.
+    pub fn instrs(&self) -> &[Instr] {
+        &self.instrs
+    }
+
+    /// The registers that are stored, and as which dtype.
+    pub fn outputs(&self) -> &[(Reg, DType)] {
+        &self.outputs
+    }
+
+    /// Number of inputs.
+    pub fn inputs(&self) -> u16 {
+        self.inputs
+    }
+
+    /// Number of run-time scalars.
+    pub fn params(&self) -> u16 {
+        self.params
     }
 
     /// Kind of a register; `None` if the program has no such register.
     pub fn kind_of(&self, reg: Reg) -> Option<Kind> {
-        kinds(&self.instrs).ok()?.get(usize::from(reg.0)).copied()
+        self.prepared.kinds().get(usize::from(reg.0)).copied()
     }
 
     /// Elements of output `i` over a space of `dims` whose row axes are the bits of `row_axes`:
@@ -449,8 +446,19 @@ impl Builder {
                 _ => {}
             }
         }
-        let program = RowProgram { class: self.class, instrs: self.instrs, outputs: self.outputs, inputs, params };
-        program.validate()?;
-        Ok(program)
+        let kinds = kinds(&self.instrs)?;
+        if self.outputs.is_empty() {
+            return Err(Error::program("no output"));
+        }
+        for &(reg, dtype) in &self.outputs {
+            if kinds.get(usize::from(reg.0)).is_none() {
+                return Err(Error::program(format!("output of unknown register {}", reg.0)));
+            }
+            if !self.class.writes(dtype) {
+                return Err(Error::program(format!("class {:?} cannot write {}", self.class, dtype.as_str())));
+            }
+        }
+        let prepared = Prepared::new(&self.instrs, kinds);
+        Ok(RowProgram { class: self.class, instrs: self.instrs, outputs: self.outputs, inputs, params, prepared })
     }
 }

@@ -3,10 +3,74 @@
 use super::emit;
 use super::program::{BinaryFn as B, Class, RowProgram, UnaryFn};
 use crate::error::{Error, Result};
+use crate::fault;
 use candle_core::DType;
+use std::collections::HashMap;
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 fn class(op: &'static str, dtype: DType) -> Result<Class> {
     Class::of(dtype).ok_or_else(|| Error::unsupported(op, format!("dtype {}", dtype.as_str())))
+}
+
+/// A function of one dtype whose program is made once per process.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Ready {
+    /// [`softmax`].
+    Softmax,
+    /// [`log_softmax`].
+    LogSoftmax,
+    /// [`rms_norm`].
+    RmsNorm {
+        /// Whether there is a weight.
+        weight: bool,
+    },
+    /// [`layer_norm`].
+    LayerNorm {
+        /// Whether there is a weight.
+        weight: bool,
+        /// Whether there is a bias.
+        bias: bool,
+    },
+    /// [`glu`].
+    Glu(UnaryFn),
+    /// [`unary`].
+    Unary(UnaryFn),
+    /// [`binary`].
+    Binary(B),
+}
+
+impl Ready {
+    /// The program.
+    ///
+    /// # Errors
+    /// As the function that makes it.
+    pub fn program(self, dtype: DType) -> Result<Arc<RowProgram>> {
+        type Programs = RwLock<HashMap<(Ready, DType), Arc<RowProgram>>>;
+        static MADE: OnceLock<Programs> = OnceLock::new();
+        // a fault may be in the program
+        if fault::any() {
+            return self.make(dtype).map(Arc::new);
+        }
+        let made = MADE.get_or_init(Programs::default);
+        if let Some(program) = made.read().unwrap_or_else(PoisonError::into_inner).get(&(self, dtype)) {
+            return Ok(program.clone());
+        }
+        let program = Arc::new(self.make(dtype)?);
+        let mut made = made.write().unwrap_or_else(PoisonError::into_inner);
+        Ok(made.entry((self, dtype)).or_insert(program).clone())
+    }
+
+    fn make(self, dtype: DType) -> Result<RowProgram> {
+        match self {
+            Ready::Softmax => softmax(class("softmax", dtype)?, dtype),
+            Ready::LogSoftmax => log_softmax(class("log-softmax", dtype)?, dtype),
+            Ready::RmsNorm { weight } => rms_norm(weight, dtype),
+            Ready::LayerNorm { weight, bias } => layer_norm(weight, bias, dtype),
+            Ready::Glu(act) => glu(act, dtype),
+            Ready::Unary(f) => unary(f, dtype),
+            Ready::Binary(f) => binary(f, dtype),
+        }
+    }
 }
 
 /// Softmax. Input: x. Output: x's dtype.
@@ -95,6 +159,18 @@ pub fn unary(f: UnaryFn, dtype: DType) -> Result<RowProgram> {
     let mut b = RowProgram::builder(class("unary", dtype)?);
     let x = b.load(0);
     let y = b.unary(f, x);
+    b.output(y, dtype);
+    b.finish()
+}
+
+/// A function of two arguments, elementwise. Inputs: x, y.
+///
+/// # Errors
+/// `Unsupported` for a dtype that is not a float.
+pub fn binary(f: B, dtype: DType) -> Result<RowProgram> {
+    let mut b = RowProgram::builder(class("binary", dtype)?);
+    let (x, y) = (b.load(0), b.load(1));
+    let y = b.binary(f, x, y);
     b.output(y, dtype);
     b.finish()
 }

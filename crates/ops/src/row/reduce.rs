@@ -1,5 +1,8 @@
 //! Reductions of a tile's rows, in orders that depend on a row's length alone.
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
 use super::loops::{Arg, RowArg};
 use super::program::ReduceFn;
 use super::span::{Map1, Map2};
@@ -40,6 +43,56 @@ impl<T: Real> Map1<T> for Square<T> {
         let x = x - self.shift;
         x * x
     }
+}
+
+/// What a sum adds of an element.
+trait Term<T>: Map1<T> {
+    /// The sum of a segment of at least [`LANES`] elements, where there is code of its own for it.
+    fn sum(self, segment: &[T]) -> Option<f64>;
+}
+
+/// Runs `f` on a run of f32 where the machine has AVX-512, and no fault is to be seen in the loops.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn with_avx512<T: Real, R>(x: &[T], f: impl FnOnce(&[f32]) -> R) -> Option<R> {
+    let x = T::f32s(x)?;
+    (crate::simd::isa() == crate::simd::Isa::Avx512 && !fault::any()).then(|| f(x))
+}
+
+impl<T: Real> Term<T> for Same {
+    #[inline(always)]
+    fn sum(self, segment: &[T]) -> Option<f64> {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the machine has AVX-512.
+        return with_avx512(segment, |x| unsafe { avx512::sum(x, avx512::Term::Same) });
+        #[cfg(not(target_arch = "x86_64"))]
+        None
+    }
+}
+
+impl<T: Real> Term<T> for Square<T> {
+    #[inline(always)]
+    fn sum(self, segment: &[T]) -> Option<f64> {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let shift = self.shift.to_f32();
+            let term = if shift == 0.0 { avx512::Term::Square } else { avx512::Term::Centred(shift) };
+            // SAFETY: the machine has AVX-512.
+            return with_avx512(segment, |x| unsafe { avx512::sum(x, term) });
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        None
+    }
+}
+
+/// The extreme of a run by code of its own, as [`Term::sum`].
+#[inline(always)]
+fn extreme<T: Real>(x: &[T], max: bool, start: T) -> Option<T> {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the machine has AVX-512.
+    return with_avx512(x, |x| T::get(unsafe { avx512::extreme(x, max, start.to_f32()) }));
+    #[cfg(not(target_arch = "x86_64"))]
+    None
 }
 
 /// A sum that goes on with a function of the next element.
@@ -102,8 +155,8 @@ pub(super) fn reduce_body<T: Real, const FMA: bool>(
             };
             match f {
                 ReduceFn::Sum => sum_into(x, acc, Same),
-                ReduceFn::Max => extreme_into(x, acc, first, T::NEG_INF, |m, x| m < x),
-                ReduceFn::Min => extreme_into(x, acc, first, T::INF, |m, x| m > x),
+                ReduceFn::Max => extreme_into(x, acc, first, true, |m, x| m < x),
+                ReduceFn::Min => extreme_into(x, acc, first, false, |m, x| m > x),
             }
         }
     }
@@ -130,7 +183,7 @@ fn squares_body<T: Real, const FMA: bool>(x: Arg<'_, T>, shift: Option<&[T]>, ac
 /// accumulator `i mod 128`), folded in halves (64, 32, …, 1), then segment by segment. `x` starts at a multiple of a segment, so
 /// the order depends on the row's length alone.
 #[inline(always)]
-fn sum_into<T: Real>(x: &[T], acc: &mut T, f: impl Map1<T>) {
+fn sum_into<T: Real>(x: &[T], acc: &mut T, f: impl Term<T>) {
     if fault::active("row.sum.f16") {
         let sum = x.iter().fold(f16::ZERO, |s, &v| s + f.call(v).put::<f16>());
         *acc = *acc + T::get(sum);
@@ -145,6 +198,10 @@ fn sum_into<T: Real>(x: &[T], acc: &mut T, f: impl Map1<T>) {
                 *m = f.call(v);
             }
             *acc = *acc + T::from_f64(fold_wide::<T, SHORT>(&mapped[..segment.len()]));
+            continue;
+        }
+        if let Some(sum) = (segment.len() >= LANES).then(|| f.sum(segment)).flatten() {
+            *acc = *acc + T::from_f64(sum);
             continue;
         }
         // An accumulator meets eight additions at most, so that a large element's rounding errors do not pile up.
@@ -262,7 +319,8 @@ pub(crate) fn fold<T: Real>(lanes: &mut [T], f: impl Fn(T, T) -> T) -> T {
 }
 
 #[inline(always)]
-fn extreme_into<T: Real>(x: &[T], acc: &mut T, first: bool, start: T, better: impl Fn(T, T) -> bool + Copy) {
+fn extreme_into<T: Real>(x: &[T], acc: &mut T, first: bool, max: bool, better: impl Fn(T, T) -> bool + Copy) {
+    let start = if max { T::NEG_INF } else { T::INF };
     // Candle keeps its first element until a later one compares better: a NaN there stays, a NaN elsewhere never wins.
     if first && x.first().is_some_and(|v| v.is_nan()) && !fault::active("row.extreme.nan") {
         *acc = T::NAN;
@@ -280,12 +338,14 @@ fn extreme_into<T: Real>(x: &[T], acc: &mut T, first: bool, start: T, better: im
         }
         return;
     }
-    let mut lanes = [start; LANES];
-    let rest = fold_chunks(x, &mut lanes, Better(better));
-    for (l, &v) in lanes.iter_mut().zip(rest) {
-        *l = if better(*l, v) { v } else { *l };
-    }
-    let m = fold(&mut lanes, |a, b| if better(a, b) { b } else { a });
+    let m = extreme(x, max, start).unwrap_or_else(|| {
+        let mut lanes = [start; LANES];
+        let rest = fold_chunks(x, &mut lanes, Better(better));
+        for (l, &v) in lanes.iter_mut().zip(rest) {
+            *l = if better(*l, v) { v } else { *l };
+        }
+        fold(&mut lanes, |a, b| if better(a, b) { b } else { a })
+    });
     let m = first_zero(m, || x.iter().copied());
     if better(*acc, m) {
         *acc = m;

@@ -1,9 +1,10 @@
 //! Checking a run's operands, choosing tiles and tasks, and running them.
 
 use super::loops::{self, Arg};
-use super::program::{is_row_axis, kind_len, kinds, Class, Instr, Kind, RowProgram};
+use super::prepared::Resolved;
+use super::program::{is_row_axis, kind_len, Class, Instr, Kind, RowProgram};
 use super::reduce::SEGMENT;
-use super::schedule::{resolve, Facts, Schedule};
+use super::schedule::{Facts, Few};
 use super::space::{Operand, Space};
 use super::tile::{Access, Run, LINE_BYTES};
 use crate::error::{Error, Result};
@@ -11,7 +12,7 @@ use crate::fault;
 use crate::kernels::team;
 use crate::math::Real;
 use crate::view::{count, each_dtype, row_major, Dims, Slice, SliceMut, Strided, View};
-use smallvec::SmallVec;
+use smallvec::{smallvec, SmallVec};
 
 const OP: &str = "row program";
 /// Elements of a tile: a handful of buffers of this size stays in the first two cache levels.
@@ -71,12 +72,10 @@ impl RowProgram {
         params: &[f64],
         outputs: &mut [SliceMut<'_>],
     ) -> Result<()> {
-        self.validate()?;
-        let kinds = kinds(&self.instrs)?;
-        self.check(dims, row_axes, inputs, params, outputs, &kinds)?;
+        self.check(dims, row_axes, inputs, params, outputs)?;
         match self.class {
-            Class::F32 => self.typed::<f32>(dims, row_axes, inputs, params, outputs, kinds),
-            Class::F64 => self.typed::<f64>(dims, row_axes, inputs, params, outputs, kinds),
+            Class::F32 => self.typed::<f32>(dims, row_axes, inputs, params, outputs),
+            Class::F64 => self.typed::<f64>(dims, row_axes, inputs, params, outputs),
         }
         Ok(())
     }
@@ -88,7 +87,6 @@ impl RowProgram {
         inputs: &[View<'_>],
         params: &[f64],
         outputs: &[SliceMut<'_>],
-        kinds: &[Kind],
     ) -> Result<()> {
         if dims.len() > 32 || (dims.len() < 32 && row_axes >> dims.len() != 0) {
             return Err(Error::shape(OP, format!("row axes {row_axes:#b} on {} dims", dims.len())));
@@ -129,8 +127,7 @@ impl RowProgram {
             if out.dtype() != dtype {
                 return Err(Error::dtypes(OP, &format!("output {i}"), dtype, out.dtype()));
             }
-            let kind = kinds.get(usize::from(reg.0)).copied();
-            let want = kind.map_or(0, |k| kind_len(k, dims, row_axes));
+            let want = self.kind_of(reg).map_or(0, |k| kind_len(k, dims, row_axes));
             if out.len() != want {
                 return Err(Error::shape(OP, format!("output {i} needs {want} elements, has {}", out.len())));
             }
@@ -145,16 +142,15 @@ impl RowProgram {
         inputs: &[View<'_>],
         params: &[f64],
         outputs: &mut [SliceMut<'_>],
-        static_kinds: Vec<Kind>,
     ) {
         let row_len: usize =
             (0..dims.len()).filter(|&a| is_row_axis(row_axes, a)).fold(1usize, |n, a| n.saturating_mul(dims[a]));
-        let consts = self.constants::<T>(&static_kinds, params, row_len);
+        let consts = self.constants::<T>(params, row_len);
         let elementwise = row_axes == 0;
-        let (_, kinds) = resolve(self, static_kinds.clone(), elementwise);
+        let kinds = &self.prepared.resolved(elementwise).kinds;
 
         // Operands of the space: the inputs, then the outputs that have one value per element.
-        let mut layouts: Vec<Strided> = inputs.iter().map(|v| v.layout.clone()).collect();
+        let mut layouts: SmallVec<[Strided; 4]> = inputs.iter().map(|v| v.layout.clone()).collect();
         let out_strides: Dims = row_major(dims);
         let mut stores: SmallVec<[Option<usize>; 4]> = SmallVec::new();
         let mut outs: SmallVec<[SliceMut<'_>; 4]> = SmallVec::new();
@@ -188,7 +184,6 @@ impl RowProgram {
         let data: SmallVec<[Slice<'_>; 4]> = inputs.iter().map(|v| v.data).collect();
         let job = Job {
             program: self,
-            kinds: static_kinds,
             elementwise,
             data: &data,
             stores: &stores,
@@ -215,8 +210,9 @@ impl RowProgram {
     }
 
     /// Evaluates what exists once per program.
-    fn constants<T: Real>(&self, kinds: &[Kind], params: &[f64], row_len: usize) -> Vec<T> {
-        let mut out = vec![T::ZERO; self.instrs.len()];
+    fn constants<T: Real>(&self, params: &[f64], row_len: usize) -> SmallVec<[T; 16]> {
+        let kinds = self.prepared.kinds();
+        let mut out = smallvec![T::ZERO; self.instrs.len()];
         for (i, instr) in self.instrs.iter().enumerate() {
             if kinds[i] != Kind::Const {
                 continue;
@@ -254,23 +250,7 @@ impl RowProgram {
 
     /// What so many elements cost, roughly, in additions.
     fn work(&self, elements: usize) -> usize {
-        elements.saturating_mul(self.cost())
-    }
-
-    /// What an element costs.
-    fn cost(&self) -> usize {
-        use super::program::{BinaryFn as B, UnaryFn as U};
-        let of = |instr: &Instr| match instr {
-            Instr::Param { .. } | Instr::RowLen | Instr::LoadRow { .. } => 0,
-            Instr::Binary(B::Pow, ..) => 64,
-            Instr::Unary(
-                U::Exp | U::Log | U::Sin | U::Cos | U::Tanh | U::Erf | U::Gelu | U::GeluErf | U::Silu | U::Sigmoid,
-                _,
-            ) => 16,
-            Instr::Binary(B::Div, ..) | Instr::Unary(U::Recip | U::Sqrt | U::Rsqrt, _) => 4,
-            _ => 1,
-        };
-        self.instrs.iter().map(of).sum()
+        elements.saturating_mul(self.prepared.cost)
     }
 
     /// An upper bound, in bytes, on the scratch that a run over this space allocates, over all threads of the current pool.
@@ -310,7 +290,6 @@ impl PutAs for f64 {
 /// A program bound to its operands.
 struct Job<'a, T> {
     program: &'a RowProgram,
-    kinds: Vec<Kind>,
     elementwise: bool,
     data: &'a [Slice<'a>],
     stores: &'a [Option<usize>],
@@ -343,25 +322,25 @@ impl<T: Real> Job<'_, T> {
         }
         let space = &space;
         let strided = space.operands.iter().any(|o| o.row.single().is_none_or(|s| s > 1));
-        let tiles = tiling(space, self.elementwise, strided);
+        let mut tiles = tiling(space, self.elementwise, strided);
         let segmented = tiles.cols < space.cols;
         let columns = self.in_columns(space);
 
-        let mut access: SmallVec<[Access; 4]> = self
-            .data
-            .iter()
-            .zip(&space.operands)
-            .map(|(data, operand)| {
-                let pitch = if tiles.rows == 1 { Some(0) } else { space.pitch(operand) };
-                match (pitch, operand.row.single()) {
-                    (Some(pitch), Some(1)) if T::of(data).is_some() && !columns => Access::Borrowed { pitch },
-                    (Some(0), _) if tiles.rows > 1 && !columns => Access::Shared,
-                    _ => Access::Copied,
+        let pitches: SmallVec<[Option<usize>; 4]> = space.operands.iter().map(|o| space.pitch(o)).collect();
+        let mut borrowed = Few::default();
+        let mut access: SmallVec<[Access; 4]> = SmallVec::new();
+        for (i, (data, operand)) in self.data.iter().zip(&space.operands).enumerate() {
+            let pitch = if tiles.rows == 1 { Some(pitches[i].unwrap_or(0)) } else { pitches[i] };
+            access.push(match (pitch, operand.row.single()) {
+                (Some(pitch), Some(1)) if T::of(data).is_some() && !columns && borrowed.add(i) => {
+                    Access::Borrowed { pitch }
                 }
-            })
-            .collect();
+                (Some(0), _) if tiles.rows > 1 && !columns => Access::Shared,
+                _ => Access::Copied,
+            });
+        }
         // A shared row is gathered once, but an output is stored row by row: an input that is an output must fill its tile.
-        let (alias, _) = resolve(self.program, self.kinds.clone(), self.elementwise);
+        let Resolved { alias, .. } = self.program.prepared.resolved(self.elementwise);
         for &(reg, _) in &self.program.outputs {
             let root = alias.get(usize::from(reg.0)).copied();
             if let Some(Instr::Load { input } | Instr::LoadRow { input }) =
@@ -374,29 +353,31 @@ impl<T: Real> Job<'_, T> {
                 }
             }
         }
-        let borrowed: SmallVec<[bool; 4]> = access.iter().map(|a| matches!(a, Access::Borrowed { .. })).collect();
         let block = space.block_rows(self.stores.iter().flatten().copied());
-        let direct: SmallVec<[bool; 4]> = outs
-            .iter()
-            .zip(self.stores)
-            .map(|(out, store)| {
-                let dense = store.is_some_and(|o| space.operands[o].row.single() == Some(1));
-                !columns && dense && block == 1 && out.dtype() == T::DTYPE && (tiles.rows == 1 || !segmented)
-            })
-            .collect();
-        let schedule = Schedule::new(
-            self.program,
-            self.kinds.clone(),
-            &Facts { elementwise: self.elementwise, segmented, columns, borrowed: &borrowed, direct: &direct },
-        );
+        let mut direct = Few::default();
+        for (k, (out, store)) in outs.iter().zip(self.stores).enumerate() {
+            let dense = store.is_some_and(|o| space.operands[o].row.single() == Some(1));
+            if !columns && dense && block == 1 && out.dtype() == T::DTYPE && (tiles.rows == 1 || !segmented) {
+                direct.add(k);
+            }
+        }
+        let facts = Facts { elementwise: self.elementwise, segmented, columns, borrowed, direct };
+        let schedule = self.program.schedule(facts);
+        if schedule.buffers == 0 && !segmented && !strided && pitches.iter().all(Option::is_some) {
+            // nothing is kept but rows that are read again while they are near
+            let most = if self.elementwise { 8 * TILE } else { 2 * TILE };
+            tiles.rows = tiles.rows.max((most / tiles.cols.max(1)).min(space.rows));
+        }
         let run = Run {
             program: self.program,
+            resolved: self.program.prepared.resolved(self.elementwise),
             schedule: &schedule,
             space,
             inputs: self.data,
             access: &access,
+            pitches: &pitches,
             stores: self.stores,
-            direct: &direct,
+            direct,
             consts: self.consts,
             params: self.params,
             row_len: self.row_len,

@@ -1,6 +1,7 @@
 //! Which instructions run when, and which tile buffer each value lives in.
 
 use super::fuse::{fuse, Fused};
+use super::prepared::Resolved;
 use super::program::{Instr, Kind, Reg, RowProgram};
 use crate::fault;
 
@@ -28,14 +29,11 @@ pub(crate) struct Schedule {
     pub(crate) passes: Vec<Pass>,
     /// Scratch buffers of one tile each.
     pub(crate) buffers: usize,
-    /// Register that holds a register's value: itself, except for a reduction over single elements.
-    pub(crate) alias: Vec<usize>,
-    /// Kind of each register as it is run.
-    pub(crate) kinds: Vec<Kind>,
 }
 
 /// Facts about one run that a schedule depends on.
-pub(crate) struct Facts<'a> {
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Facts {
     /// No row axes: every row value is an element value, and a reduction is its argument.
     pub(crate) elementwise: bool,
     /// The columns do not fit one tile: recompute element values in each pass.
@@ -43,31 +41,32 @@ pub(crate) struct Facts<'a> {
     /// Whether tiles lie column by column: no loop does several instructions then.
     pub(crate) columns: bool,
     /// Inputs that are read in place.
-    pub(crate) borrowed: &'a [bool],
+    pub(crate) borrowed: Few,
     /// Outputs that are computed in place; such an output `i` lives in slot `buffers + i`.
-    pub(crate) direct: &'a [bool],
+    pub(crate) direct: Few,
 }
 
-/// Resolves the elementwise case: the register each register stands for, and its kind.
-pub(crate) fn resolve(program: &RowProgram, kinds: Vec<Kind>, elementwise: bool) -> (Vec<usize>, Vec<Kind>) {
-    let mut alias: Vec<usize> = (0..program.instrs.len()).collect();
-    let mut kinds = kinds;
-    if elementwise {
-        for (i, instr) in program.instrs.iter().enumerate() {
-            if let Instr::Reduce(_, Reg(a)) = *instr {
-                alias[i] = alias.get(usize::from(a)).copied().unwrap_or(i);
-            }
-            if kinds[i] == Kind::Row {
-                kinds[i] = Kind::Vec;
-            }
+/// A set of operands, numbered from 0; those from 64 on are never in it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Few(u64);
+
+impl Few {
+    /// Adds an operand, and says whether it is in the set now.
+    pub(crate) fn add(&mut self, i: usize) -> bool {
+        if i < 64 {
+            self.0 |= 1 << i;
         }
+        self.has(i)
     }
-    (alias, kinds)
+
+    pub(crate) fn has(self, i: usize) -> bool {
+        i < 64 && self.0 >> i & 1 == 1
+    }
 }
 
 impl Schedule {
-    pub(crate) fn new(program: &RowProgram, kinds: Vec<Kind>, facts: &Facts<'_>) -> Self {
-        let (alias, kinds) = resolve(program, kinds, facts.elementwise);
+    pub(crate) fn new(program: &RowProgram, facts: Facts) -> Self {
+        let Resolved { alias, kinds } = program.prepared.resolved(facts.elementwise);
         let n = program.instrs.len();
         let arg = |r: Reg| alias.get(usize::from(r.0)).copied().unwrap_or(0);
         let roots: Vec<usize> = program.outputs.iter().map(|&(r, _)| arg(r)).collect();
@@ -140,10 +139,10 @@ impl Schedule {
         for pass in &mut passes {
             pass.fused = match facts.columns || facts.elementwise {
                 true => vec![None; n],
-                false => fuse(program, &kinds, &alias, &pass.body, pass.stores.iter().map(|&o| roots[o])),
+                false => fuse(program, kinds, alias, &pass.body, pass.stores.iter().map(|&o| roots[o])),
             };
             pass.body.retain(|&i| pass.fused[i] != Some(Fused::Absorbed));
-            buffers = buffers.max(assign(pass, program, &kinds, &alias, &roots, facts));
+            buffers = buffers.max(assign(pass, program, kinds, alias, &roots, facts));
         }
         for pass in &mut passes {
             for slot in &mut pass.slots {
@@ -153,7 +152,7 @@ impl Schedule {
                 }
             }
         }
-        Schedule { passes, buffers, alias, kinds }
+        Schedule { passes, buffers }
     }
 }
 
@@ -175,7 +174,7 @@ fn assign(
     kinds: &[Kind],
     alias: &[usize],
     roots: &[usize],
-    facts: &Facts<'_>,
+    facts: Facts,
 ) -> usize {
     let n = program.instrs.len();
     let mut last_use = vec![0usize; n];
@@ -196,7 +195,7 @@ fn assign(
         if kinds[i] == Kind::Vec {
             let in_place = match program.instrs[i] {
                 Instr::Load { input } | Instr::LoadRow { input } => {
-                    facts.borrowed.get(usize::from(input)) == Some(&true)
+                    facts.borrowed.has(usize::from(input))
                 }
                 _ => false,
             };
@@ -206,7 +205,7 @@ fn assign(
                 .iter()
                 .copied()
                 .find(|&o| roots[o] == i)
-                .filter(|&o| facts.direct.get(o) == Some(&true) && !in_place);
+                .filter(|&o| facts.direct.has(o) && !in_place);
             pass.slots[i] = match direct {
                 _ if in_place => NO_SLOT,
                 Some(o) => DIRECT + o,

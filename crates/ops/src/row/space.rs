@@ -4,7 +4,7 @@ use super::gather::RowShape;
 use super::program::is_row_axis;
 use crate::fault;
 use crate::view::{count, Dims, Strided};
-use smallvec::SmallVec;
+use smallvec::{smallvec, SmallVec};
 
 /// One operand (an input or an output) seen as rows.
 #[derive(Clone, Debug)]
@@ -23,13 +23,16 @@ pub(crate) struct Space {
     pub(crate) outer: Dims,
     pub(crate) rows: usize,
     pub(crate) cols: usize,
-    pub(crate) operands: Vec<Operand>,
+    pub(crate) operands: SmallVec<[Operand; 4]>,
 }
 
+/// Where some rows begin.
+pub(crate) type Offsets = SmallVec<[usize; 16]>;
+
 /// Merges neighbours of `axes` where each operand's strides allow it; drops size-1 axes.
-pub(crate) fn merge(axes: &[usize], dims: &[usize], layouts: &[Strided]) -> (Dims, Vec<Dims>) {
+pub(crate) fn merge(axes: &[usize], dims: &[usize], layouts: &[Strided]) -> (Dims, SmallVec<[Dims; 4]>) {
     let mut out = Dims::new();
-    let mut strides: Vec<Dims> = vec![Dims::new(); layouts.len()];
+    let mut strides: SmallVec<[Dims; 4]> = smallvec![Dims::new(); layouts.len()];
     let compared = if fault::active("row.merge") { 1 } else { layouts.len() };
     for &a in axes {
         if dims[a] == 1 {
@@ -68,7 +71,7 @@ impl Space {
             let axes: SmallVec<[usize; 6]> = (0..dims.len()).collect();
             let (mut all, mut strides) = merge(&axes, dims, layouts);
             row = all.pop().into_iter().collect::<Dims>();
-            row_strides = strides.iter_mut().map(|s| s.pop().into_iter().collect::<Dims>()).collect::<Vec<_>>();
+            row_strides = strides.iter_mut().map(|s| s.pop().into_iter().collect::<Dims>()).collect();
             outer = all;
             outer_strides = strides;
         } else {
@@ -122,7 +125,7 @@ impl Space {
     }
 
     /// Offsets of rows `first..first + rows` of an operand.
-    pub(crate) fn offsets(&self, operand: &Operand, first: usize, rows: usize, out: &mut Vec<usize>) {
+    pub(crate) fn offsets(&self, operand: &Operand, first: usize, rows: usize, out: &mut Offsets) {
         out.clear();
         let (Some(&inner), Some(&stride)) = (self.outer.last(), operand.outer.last()) else {
             out.resize(rows, operand.offset);

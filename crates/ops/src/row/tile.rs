@@ -4,15 +4,16 @@ use super::columns;
 use super::fuse::Fused;
 use super::gather::{gather, scatter};
 use super::loops::{self, Arg};
+use super::prepared::Resolved;
 use super::program::{BinaryFn, Instr, Kind, Reg, RowProgram};
 use super::quotient::{normal, quotient, shifted_exp, PerRow};
 use super::reduce;
-use super::schedule::{Pass, Schedule, NO_SLOT};
-use super::space::Space;
+use super::schedule::{Few, Pass, Schedule, NO_SLOT};
+use super::space::{Offsets, Space};
 use crate::fault;
 use crate::math::Real;
 use crate::view::{each_dtype, Slice, SliceMut};
-use smallvec::SmallVec;
+use smallvec::{smallvec, SmallVec};
 
 /// How an input is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,13 +29,16 @@ pub(crate) enum Access {
 /// Everything about a run that does not change from tile to tile.
 pub(crate) struct Run<'a, T> {
     pub(crate) program: &'a RowProgram,
+    pub(crate) resolved: &'a Resolved,
     pub(crate) schedule: &'a Schedule,
     pub(crate) space: &'a Space,
     pub(crate) inputs: &'a [Slice<'a>],
     pub(crate) access: &'a [Access],
+    /// How far apart each operand's rows are, where it is the same distance everywhere.
+    pub(crate) pitches: &'a [Option<usize>],
     /// Index into the space's operands of each output; `None` for constants and row outputs.
     pub(crate) stores: &'a [Option<usize>],
-    pub(crate) direct: &'a [bool],
+    pub(crate) direct: Few,
     pub(crate) consts: &'a [T],
     pub(crate) params: &'a [f64],
     /// Number of elements of a row of the program, which a segment or an elementwise space may hold a part of.
@@ -53,11 +57,14 @@ fn per_line<T>() -> usize {
     LINE_BYTES / size_of::<T>()
 }
 
-/// A thread's scratch.
-struct Scratch<T> {
-    buffers: Vec<T>,
-    rows: Vec<Vec<T>>,
-    offsets: Vec<Vec<usize>>,
+/// A task's scratch.
+struct Scratch<'a, T> {
+    /// The tile buffers.
+    buffers: SmallVec<[&'a mut [T]; 8]>,
+    /// The row values of each register that has one per row.
+    rows: SmallVec<[Vec<T>; 16]>,
+    /// Where each operand's rows begin.
+    offsets: SmallVec<[Offsets; 4]>,
 }
 
 /// The tile that is being run.
@@ -77,41 +84,50 @@ impl<T: Real> Run<'_, T> {
 
     /// Runs rows `first..first + rows`; `outs` are the pieces of the outputs that hold exactly these rows.
     pub(crate) fn rows(&self, first: usize, rows: usize, outs: &mut [SliceMut<'_>]) {
-        let mut scratch = Scratch {
-            buffers: vec![T::ZERO; self.cap() * self.schedule.buffers + per_line::<T>()],
-            rows: vec![Vec::new(); self.program.instrs.len()],
-            offsets: vec![Vec::new(); self.space.operands.len()],
-        };
-        for (i, k) in self.schedule.kinds.iter().enumerate() {
-            if *k == Kind::Row {
-                scratch.rows[i] = vec![T::ZERO; self.tile_rows];
+        let cap = self.cap();
+        T::scratch(cap * self.schedule.buffers, |memory| {
+            let mut scratch = Scratch {
+                buffers: memory.chunks_exact_mut(cap).collect(),
+                rows: smallvec![Vec::new(); self.program.instrs.len()],
+                offsets: smallvec![Offsets::new(); self.space.operands.len()],
+            };
+            for (values, kind) in scratch.rows.iter_mut().zip(&self.resolved.kinds) {
+                if *kind == Kind::Row {
+                    values.resize(self.tile_rows, T::ZERO);
+                }
             }
-        }
+            self.tiles(first, rows, &mut scratch, outs);
+        });
+    }
+
+    fn tiles(&self, first: usize, rows: usize, scratch: &mut Scratch<'_, T>, outs: &mut [SliceMut<'_>]) {
         // Where this piece begins in each output.
-        let mut bases: SmallVec<[usize; 4]> = SmallVec::new();
-        let mut one = Vec::new();
-        for store in self.stores {
-            let base = store.map_or(0, |o| {
-                self.space.offsets(&self.space.operands[o], first, 1, &mut one);
-                one.first().copied().unwrap_or(0)
-            });
-            bases.push(base);
-        }
+        let base = |o: usize| {
+            let mut one = Offsets::new();
+            self.space.offsets(&self.space.operands[o], first, 1, &mut one);
+            one.first().copied().unwrap_or(0)
+        };
+        let bases: SmallVec<[Option<(usize, usize)>; 4]> =
+            self.stores.iter().map(|store| store.map(|o| (o, base(o)))).collect();
         let mut row = first;
         let mut fresh = true;
         while row < first + rows {
             let n = self.tile_rows.min(first + rows - row);
-            for (operand, offsets) in self.space.operands.iter().zip(&mut scratch.offsets) {
-                self.space.offsets(operand, row, n, offsets);
-            }
-            for (store, &base) in self.stores.iter().zip(&bases) {
-                if let Some(o) = *store {
-                    for at in &mut scratch.offsets[o] {
-                        *at -= base;
+            for ((operand, pitch), offsets) in self.space.operands.iter().zip(self.pitches).zip(&mut scratch.offsets) {
+                match pitch {
+                    Some(pitch) => {
+                        offsets.clear();
+                        offsets.extend((row..row + n).map(|r| operand.offset + r * pitch));
                     }
+                    None => self.space.offsets(operand, row, n, offsets),
                 }
             }
-            self.tile_of_rows(n, row - first, fresh, &mut scratch, outs);
+            for &(o, base) in bases.iter().flatten() {
+                for at in &mut scratch.offsets[o] {
+                    *at -= base;
+                }
+            }
+            self.tile_of_rows(n, row - first, fresh, scratch, outs);
             fresh = !fault::active("row.stale_sums");
             row += n;
         }
@@ -123,7 +139,7 @@ impl<T: Real> Run<'_, T> {
         rows: usize,
         local: usize,
         fresh: bool,
-        scratch: &mut Scratch<T>,
+        scratch: &mut Scratch<'_, T>,
         outs: &mut [SliceMut<'_>],
     ) {
         for pass in &self.schedule.passes {
@@ -131,7 +147,7 @@ impl<T: Real> Run<'_, T> {
                 self.row_value(i, rows, &mut scratch.rows, &scratch.offsets);
             }
             for &i in &pass.body {
-                if let (Instr::Reduce(f, _), Kind::Row) = (self.program.instrs[i], self.schedule.kinds[i]) {
+                if let (Instr::Reduce(f, _), Kind::Row) = (self.program.instrs[i], self.resolved.kinds[i]) {
                     if !fresh {
                         continue;
                     }
@@ -153,7 +169,7 @@ impl<T: Real> Run<'_, T> {
         }
         for (k, &(reg, _)) in self.program.outputs.iter().enumerate() {
             let r = self.root(reg);
-            if self.schedule.kinds[r] == Kind::Row {
+            if self.resolved.kinds[r] == Kind::Row {
                 let values = &scratch.rows[r][..rows];
                 each_dtype!(SliceMut, &mut outs[k], dst => {
                     T::write(values, &mut dst[local..local + rows]);
@@ -163,24 +179,20 @@ impl<T: Real> Run<'_, T> {
     }
 
     fn root(&self, reg: Reg) -> usize {
-        self.schedule.alias[usize::from(reg.0)]
+        self.resolved.alias[usize::from(reg.0)]
     }
 
     /// Runs one pass over one segment of columns.
-    fn segment(&self, pass: &Pass, tile: Tile, local: usize, scratch: &mut Scratch<T>, outs: &mut [SliceMut<'_>]) {
+    fn segment(&self, pass: &Pass, tile: Tile, local: usize, scratch: &mut Scratch<'_, T>, outs: &mut [SliceMut<'_>]) {
         let len = tile.rows * tile.cols;
         // what the loops take for rows and columns
         let (outer, inner) = if self.columns { (tile.cols, tile.rows) } else { (tile.rows, tile.cols) };
         let Scratch { buffers, rows: row_values, offsets } = scratch;
-        // on a boundary of cache lines: a vector across one costs two
-        let skip = buffers.as_ptr().align_offset(LINE_BYTES).min(per_line::<T>());
-        let mut slots: SmallVec<[&mut [T]; 12]> =
-            buffers[skip..].chunks_mut(self.cap()).take(self.schedule.buffers).map(|b| &mut b[..len]).collect();
-        slots.resize_with(self.schedule.buffers, Default::default);
+        let mut slots: SmallVec<[&mut [T]; 12]> = buffers.iter_mut().map(|b| &mut b[..len]).collect();
         // Outputs that are computed in place are slots like any other.
         let mut stored: SmallVec<[Option<SliceMut<'_>>; 4]> = SmallVec::new();
         for (k, out) in outs.iter_mut().enumerate() {
-            let in_place = self.direct[k]
+            let in_place = self.direct.has(k)
                 && pass.stores.contains(&k)
                 && pass.slots[self.root(self.program.outputs[k].0)] == self.schedule.buffers + k;
             if in_place {
@@ -202,7 +214,7 @@ impl<T: Real> Run<'_, T> {
                 row_values[i] = acc;
                 continue;
             }
-            if self.schedule.kinds[i] == Kind::Row {
+            if self.resolved.kinds[i] == Kind::Row {
                 match self.program.instrs[i] {
                     Instr::Reduce(f, a) => {
                         let mut acc = std::mem::take(&mut row_values[i]);
@@ -242,7 +254,7 @@ impl<T: Real> Run<'_, T> {
                     let a = self.arg(a, pass, tile, &slots, row_values, offsets);
                     loops::unary(f, a, dst, outer, inner);
                 }
-                Instr::Binary(BinaryFn::Quotient, a, b) if self.schedule.kinds[self.root(b)] == Kind::Row => {
+                Instr::Binary(BinaryFn::Quotient, a, b) if self.resolved.kinds[self.root(b)] == Kind::Row => {
                     let d = &row_values[self.root(b)][..tile.rows];
                     let a = self.arg(a, pass, tile, &slots, row_values, offsets);
                     quotient(a, d, dst, outer, inner, self.columns);
@@ -302,10 +314,10 @@ impl<T: Real> Run<'_, T> {
         tile: Tile,
         slots: &'b [&mut [T]],
         rows: &'b [Vec<T>],
-        offsets: &[Vec<usize>],
+        offsets: &[Offsets],
     ) -> Arg<'b, T> {
         let r = self.root(reg);
-        match self.schedule.kinds[r] {
+        match self.resolved.kinds[r] {
             Kind::Const => Arg::Const(self.consts[r]),
             Kind::Row if self.columns => Arg::Vec { data: &rows[r][..tile.rows], pitch: 0 },
             Kind::Row => Arg::Row(&rows[r][..tile.rows]),
@@ -338,7 +350,7 @@ impl<T: Real> Run<'_, T> {
     }
 
     /// Reads the columns of an input into a tile buffer.
-    fn load(&self, input: usize, tile: Tile, offsets: &[Vec<usize>], dst: &mut [T]) {
+    fn load(&self, input: usize, tile: Tile, offsets: &[Offsets], dst: &mut [T]) {
         let rows = match self.access[input] {
             Access::Shared => tile.rows.min(1),
             _ => tile.rows,
@@ -351,13 +363,13 @@ impl<T: Real> Run<'_, T> {
     }
 
     /// Computes a value that exists once per row, from others of its kind.
-    fn row_value(&self, i: usize, n: usize, rows: &mut [Vec<T>], offsets: &[Vec<usize>]) {
+    fn row_value(&self, i: usize, n: usize, rows: &mut [Vec<T>], offsets: &[Offsets]) {
         let mut out = std::mem::take(&mut rows[i]);
         {
             let dst = &mut out[..n];
             let arg = |reg: Reg| {
                 let r = self.root(reg);
-                match self.schedule.kinds[r] {
+                match self.resolved.kinds[r] {
                     Kind::Const => Arg::Const(self.consts[r]),
                     _ => Arg::Vec { data: &rows[r], pitch: n },
                 }

@@ -293,7 +293,7 @@ pub fn try_run(
 ) -> Result<Vec<Data>, Error> {
     let views: Vec<View<'_>> = inputs.iter().map(|o| o.view()).collect();
     let mut outs: Vec<Data> = p
-        .outputs
+        .outputs()
         .iter()
         .enumerate()
         .map(|(i, &(_, dt))| Data::new(dt, &vec![77.0; p.output_len(i, dims, axes)]))
