@@ -28,6 +28,12 @@ pub(crate) trait Element: Copy + Default + Send + Sync + PartialOrd + std::fmt::
         None
     }
 
+    /// The same, to write.
+    #[inline(always)]
+    fn f32s_mut(_: &mut [Self]) -> Option<&mut [f32]> {
+        None
+    }
+
     /// Widens a run of elements to f32.
     #[inline]
     fn widen(src: &[Self], dst: &mut [f32]) {
@@ -106,6 +112,10 @@ element!(
     |v| v as f32,
     #[inline(always)]
     fn f32s(run: &[Self]) -> Option<&[f32]> {
+        Some(run)
+    },
+    #[inline(always)]
+    fn f32s_mut(run: &mut [Self]) -> Option<&mut [f32]> {
         Some(run)
     }
 );

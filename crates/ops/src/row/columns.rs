@@ -3,6 +3,9 @@
 //!
 //! Every row gets the bits that it has in a tile that lies row by row: the sums below meet in the order of [`super::loops`].
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
 use super::gather::RowShape;
 use super::loops::Arg;
 use super::program::ReduceFn;
@@ -80,61 +83,98 @@ pub(crate) fn scatter<T: Real, E: Element>(
     });
 }
 
-versions! {
 /// Folds the columns of a tile into one accumulator per row. `first` says whether column 0 is the rows' first element.
-pub(crate) fn reduce<T: Real>(f: ReduceFn, a: Arg<'_, T>, acc: &mut [T], rows: usize, cols: usize, first: bool) = reduce_body;
-}
-
-#[inline(always)]
-fn reduce_body<T: Real, const FMA: bool>(
-    f: ReduceFn,
-    a: Arg<'_, T>,
-    acc: &mut [T],
-    rows: usize,
-    cols: usize,
-    first: bool,
-) {
+pub(crate) fn reduce<T: Real>(f: ReduceFn, a: Arg<'_, T>, acc: &mut [T], rows: usize, cols: usize, first: bool) {
     // a tile's elements, whatever they are computed from: see `Run::arg`
     let Arg::Vec { data, pitch } = a else {
         acc.fill(T::NAN);
         return;
     };
+    for (i, acc) in acc[..rows].chunks_mut(WIDTH).enumerate() {
+        let data = &data[i * WIDTH..];
+        let whole = <&mut [T; WIDTH]>::try_from(&mut *acc).is_ok_and(|acc| whole(f, data, pitch, cols, acc));
+        if !whole {
+            let rows = acc.len();
+            few(f, data, pitch, acc, rows, cols, first);
+        }
+    }
+}
+
+versions! {
+/// The same for up to sixteen rows of any kind.
+fn few<T: Real>(f: ReduceFn, data: &[T], pitch: usize, acc: &mut [T], rows: usize, cols: usize, first: bool) = few_body;
+}
+
+#[inline(always)]
+fn few_body<T: Real, const FMA: bool>(
+    f: ReduceFn,
+    data: &[T],
+    pitch: usize,
+    acc: &mut [T],
+    n: usize,
+    cols: usize,
+    first: bool,
+) {
     let mut block = [T::ZERO; WIDTH];
-    for r in (0..rows).step_by(WIDTH) {
-        let n = WIDTH.min(rows - r);
-        // rows that are not there repeat the last one
-        let mut column = |c: usize| {
-            let x = &data[c * pitch + r..c * pitch + r + n];
-            match <&[T; WIDTH]>::try_from(x) {
-                Ok(x) => block = *x,
-                Err(_) => {
-                    for (i, b) in block.iter_mut().enumerate() {
-                        *b = x[i.min(n - 1)];
-                    }
+    // rows that are not there repeat the last one
+    let mut column = |c: usize| {
+        let x = &data[c * pitch..c * pitch + n];
+        match <&[T; WIDTH]>::try_from(x) {
+            Ok(x) => block = *x,
+            Err(_) => {
+                for (i, b) in block.iter_mut().enumerate() {
+                    *b = x[i.min(n - 1)];
                 }
             }
-            block
-        };
-        let mut own = [T::ZERO; WIDTH];
-        own[..n].copy_from_slice(&acc[r..r + n]);
-        // lanes that a short row does not have are not kept
-        match (f, cols <= SHORT) {
-            (ReduceFn::Sum, true) => sums::<T, SHORT>(cols, &mut column, &mut own),
-            (ReduceFn::Sum, false) => sums::<T, LANES>(cols, &mut column, &mut own),
-            (ReduceFn::Max, true) => {
-                extremes::<T, SHORT>(cols, &mut column, &mut own, first, T::NEG_INF, |m, x| m < x);
-            }
-            (ReduceFn::Max, false) => {
-                extremes::<T, LANES>(cols, &mut column, &mut own, first, T::NEG_INF, |m, x| m < x);
-            }
-            (ReduceFn::Min, true) => extremes::<T, SHORT>(cols, &mut column, &mut own, first, T::INF, |m, x| m > x),
-            (ReduceFn::Min, false) => extremes::<T, LANES>(cols, &mut column, &mut own, first, T::INF, |m, x| m > x),
         }
-        if fault::any() && fault::active("row.columns.rows") {
-            own[n - 1] = fault::nudged(own[n - 1]);
+        block
+    };
+    let mut own = [T::ZERO; WIDTH];
+    own[..n].copy_from_slice(&acc[..n]);
+    // lanes that a short row does not have are not kept
+    match (f, cols <= SHORT) {
+        (ReduceFn::Sum, true) => sums::<T, SHORT>(cols, &mut column, &mut own),
+        (ReduceFn::Sum, false) => sums::<T, LANES>(cols, &mut column, &mut own),
+        (ReduceFn::Max, true) => {
+            extremes::<T, SHORT>(cols, &mut column, &mut own, first, T::NEG_INF, |m, x| m < x);
         }
-        acc[r..r + n].copy_from_slice(&own[..n]);
+        (ReduceFn::Max, false) => {
+            extremes::<T, LANES>(cols, &mut column, &mut own, first, T::NEG_INF, |m, x| m < x);
+        }
+        (ReduceFn::Min, true) => extremes::<T, SHORT>(cols, &mut column, &mut own, first, T::INF, |m, x| m > x),
+        (ReduceFn::Min, false) => extremes::<T, LANES>(cols, &mut column, &mut own, first, T::INF, |m, x| m > x),
     }
+    if fault::any() && fault::active("row.columns.rows") {
+        own[n - 1] = fault::nudged(own[n - 1]);
+    }
+    acc[..n].copy_from_slice(&own[..n]);
+}
+
+/// Reduces sixteen whole rows by code of their own, where the machine has it, no row is one of the rare kinds, and no fault is to be seen
+/// in the loops. Whether it has.
+#[inline(always)]
+fn whole<T: Real>(f: ReduceFn, x: &[T], pitch: usize, cols: usize, acc: &mut [T; WIDTH]) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if let (Some(x), Some(own)) = (T::f32s(x), T::f32s_mut(acc).and_then(|a| <&mut [f32; WIDTH]>::try_from(a).ok())) {
+        let columns = avx512::Columns::new(x, pitch, cols);
+        let Some(columns) = columns.filter(|_| crate::simd::isa() == crate::simd::Isa::Avx512 && !fault::any()) else {
+            return false;
+        };
+        if f == ReduceFn::Sum {
+            // SAFETY: the machine has AVX-512.
+            unsafe { avx512::sums(columns, own) };
+            return true;
+        }
+        let mut best = *own;
+        // SAFETY: as above.
+        let special = unsafe { avx512::extremes(columns, f == ReduceFn::Max, &mut best) };
+        if special == 0 {
+            *own = best;
+        }
+        return special == 0;
+    }
+    let _ = (f, x, pitch, cols, acc);
+    false
 }
 
 /// See `reduce::sum_into`.

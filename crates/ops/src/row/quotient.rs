@@ -9,21 +9,26 @@ use crate::fault;
 use crate::math::Real;
 use crate::simd::versions;
 
+/// Rows of a tile of columns that are divided together.
+const WIDTH: usize = 256;
+
 /// Divisors with a reciprocal in two parts: far from where either part would overflow or lose digits.
 const RANGE: std::ops::Range<f64> = 1e-30..1e30;
 
 /// The reciprocal of a divisor, or `None` where the quotient has to be a division.
 #[inline(always)]
 fn reciprocal<T: Real, const FMA: bool>(d: T) -> Option<(T, T)> {
-    let wide = d.to_f64();
-    if !FMA || !T::SPLITS || !RANGE.contains(&wide) {
-        return None;
-    }
-    let inverse = 1.0 / wide;
+    (FMA && T::SPLITS && RANGE.contains(&d.to_f64())).then(|| parts(d))
+}
+
+/// The two parts of the reciprocal of a divisor in [`RANGE`].
+#[inline(always)]
+fn parts<T: Real>(d: T) -> (T, T) {
+    let inverse = 1.0 / d.to_f64();
     // the nearest number may lie above: one unit less is below, and `low` takes what is missing
     let high = T::from_f64(inverse * (1.0 - f64::from(f32::EPSILON)));
     let low = T::from_f64(inverse - high.to_f64());
-    Some((high, low))
+    (high, low)
 }
 
 /// A product with a reciprocal in two parts.
@@ -73,9 +78,8 @@ fn quotient_body<T: Real, const FMA: bool>(
     if inner == 0 {
         return;
     }
-    let runs = dst.chunks_exact_mut(inner).take(outer).enumerate();
     if !columns {
-        for (r, dst) in runs {
+        for (r, dst) in dst.chunks_exact_mut(inner).take(outer).enumerate() {
             let (x, d) = (&data[r * pitch..r * pitch + inner], d.get(r).copied().unwrap_or(T::NAN));
             let last = dst.len() - 1;
             match reciprocal::<T, FMA>(d) {
@@ -88,20 +92,27 @@ fn quotient_body<T: Real, const FMA: bool>(
         }
         return;
     }
-    let parts: Vec<_> = d.iter().take(inner).map(|&d| reciprocal::<T, FMA>(d)).collect();
-    let split: Option<Vec<(T, T)>> = parts.iter().copied().collect();
-    for (c, dst) in runs {
-        let x = &data[c * pitch..c * pitch + inner];
-        match &split {
-            Some(parts) => {
-                for ((q, &x), &(high, low)) in dst.iter_mut().zip(x).zip(parts) {
+    // so many rows at a time that their reciprocals, which serve every column, stay near
+    for from in (0..inner).step_by(WIDTH) {
+        let width = WIDTH.min(inner - from);
+        let d = &d[from..from + width];
+        let (mut high, mut low, mut split) = ([T::ONE; WIDTH], [T::ZERO; WIDTH], FMA && T::SPLITS);
+        for ((&d, high), low) in d.iter().zip(&mut high).zip(&mut low) {
+            let parts = parts(d);
+            split &= RANGE.contains(&d.to_f64());
+            (*high, *low) = parts;
+        }
+        for c in 0..outer {
+            let x = &data[c * pitch + from..c * pitch + from + width];
+            let dst = &mut dst[c * inner + from..c * inner + from + width];
+            if split {
+                for (((q, &x), &high), &low) in dst.iter_mut().zip(x).zip(&high).zip(&low) {
                     *q = Scale::<T, FMA> { high, low }.call(x);
                 }
-            }
-            None => {
-                for (((q, &x), &d), part) in dst.iter_mut().zip(x).zip(d).zip(&parts) {
-                    *q = match part {
-                        Some((high, low)) => Scale::<T, FMA> { high: *high, low: *low }.call(x),
+            } else {
+                for ((q, &x), &d) in dst.iter_mut().zip(x).zip(d) {
+                    *q = match reciprocal::<T, FMA>(d) {
+                        Some((high, low)) => Scale::<T, FMA> { high, low }.call(x),
                         None => x / d,
                     };
                 }

@@ -25,6 +25,8 @@ const STRIDED_ROWS: usize = 16;
 const PARALLEL: usize = 1 << 18;
 /// So much of it a thread does in a nanosecond.
 const WORK_PER_NS: usize = 26;
+/// A task shorter than this costs more to begin than it evens out.
+const TASK_NS: usize = 5_000;
 
 /// Shape of the tiles of a run.
 #[derive(Clone, Copy, Debug)]
@@ -393,8 +395,9 @@ impl<T: Real> Job<'_, T> {
             run.rows(0, space.rows - fault::one_if("row.last_row").min(space.rows), &mut outs);
             return;
         }
-        // Whole blocks per task, and about four tasks per thread so that they even out.
-        let per_task = blocks.div_ceil(threads * 4) * block;
+        // Whole blocks per task, and about four tasks per thread so that they even out, unless a task would be over at once.
+        let ns = self.program.work(elements) / WORK_PER_NS;
+        let per_task = blocks.div_ceil((ns / TASK_NS).clamp(threads, threads * 4)) * block;
         let per_task = per_task.next_multiple_of(lcm_rows(block, tiles.rows));
         let lost = fault::active("row.last_task");
         let mut tasks = Vec::new();
@@ -417,7 +420,7 @@ impl<T: Real> Job<'_, T> {
         if lost {
             tasks.pop();
         }
-        team::each(self.program.work(elements) / WORK_PER_NS, tasks, |(first, rows, mut outs)| {
+        team::each(ns, tasks, |(first, rows, mut outs)| {
             run.rows(first, rows, &mut outs)
         });
     }

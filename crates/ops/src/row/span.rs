@@ -1,7 +1,8 @@
 //! Loops over a run of elements, cut so that the stores of the body lie on boundaries of cache lines.
 //!
-//! What stands before the first boundary and behind the last whole line goes through a padded line of its own, in the same vector
-//! code: left to the compiler, it would run element by element, which for an exponential costs as much as a line each.
+//! What stands before the first boundary and behind the last whole line is done with the elements beside it, as a whole line that laps
+//! over the body (of a run that is shorter than a line, as a padded one), in the same vector code: left to the compiler, it would run
+//! element by element, which for an exponential costs as much as a line each. No run is written where it is read.
 
 use crate::math::Real;
 
@@ -56,15 +57,31 @@ fn body<T>(dst: &[T]) -> (usize, usize) {
     (head, head + (n - head) / LINE * LINE)
 }
 
-/// The parts of a run: before the first boundary, whole lines, the rest.
+/// The parts of a run, in this order: the line at its beginning, whole lines from the first boundary on, the line at its end. `None`
+/// where the run is shorter than a line and goes through a padded one.
 #[inline(always)]
-fn parts<T: Real>(dst: &[T]) -> [(usize, usize); 3] {
+fn parts<T: Real>(dst: &[T]) -> Option<[(usize, usize); 3]> {
+    let n = dst.len();
     if !T::SPLITS {
         // f64 functions are calls, one element each: nothing to pad for
-        return [(0, 0), (0, dst.len()), (0, 0)];
+        return Some([(0, 0), (0, n), (n, n)]);
+    }
+    if n < LINE {
+        return None;
     }
     let (from, to) = body(dst);
-    [(0, from), (from, to), (to, dst.len())]
+    let (head, tail) = (if from > 0 { LINE } else { 0 }, if to < n { n - LINE } else { n });
+    Some([(0, head), (from, to), (tail, n)])
+}
+
+/// A line that begins with a short run.
+#[inline(always)]
+fn padded<T: Real>(x: &[T]) -> [T; LINE] {
+    let mut line = [T::ONE; LINE];
+    for (l, &x) in line.iter_mut().zip(x) {
+        *l = x;
+    }
+    line
 }
 
 /// `dst[i] = f(x[i])`; both have one length.
@@ -72,18 +89,16 @@ fn parts<T: Real>(dst: &[T]) -> [(usize, usize); 3] {
 pub(super) fn one<T: Real>(dst: &mut [T], x: &[T], f: impl Map1<T>) {
     let n = dst.len().min(x.len());
     let (dst, x) = (&mut dst[..n], &x[..n]);
-    let (mut line_x, mut line) = ([T::ONE; LINE], [T::ONE; LINE]);
-    for (part, (from, to)) in parts(dst).into_iter().enumerate() {
-        let padded = part != 1 && from < to;
-        if padded {
-            line_x[..to - from].copy_from_slice(&x[from..to]);
+    let Some(parts) = parts(dst) else {
+        let mut line = padded(x);
+        for l in &mut line {
+            *l = f.call(*l);
         }
-        let (d, x) = if padded { (&mut line[..], &line_x[..]) } else { (&mut dst[from..to], &x[from..to]) };
-        for (d, &x) in d.iter_mut().zip(x) {
+        return dst.copy_from_slice(&line[..n]);
+    };
+    for (from, to) in parts {
+        for (d, &x) in dst[from..to].iter_mut().zip(&x[from..to]) {
             *d = f.call(x);
-        }
-        if padded {
-            dst[from..to].copy_from_slice(&line[..to - from]);
         }
     }
 }
@@ -93,23 +108,16 @@ pub(super) fn one<T: Real>(dst: &mut [T], x: &[T], f: impl Map1<T>) {
 pub(super) fn two<T: Real>(dst: &mut [T], x: &[T], y: &[T], f: impl Map2<T>) {
     let n = dst.len().min(x.len()).min(y.len());
     let (dst, x, y) = (&mut dst[..n], &x[..n], &y[..n]);
-    let (mut line_x, mut line_y, mut line) = ([T::ONE; LINE], [T::ONE; LINE], [T::ONE; LINE]);
-    for (part, (from, to)) in parts(dst).into_iter().enumerate() {
-        let padded = part != 1 && from < to;
-        if padded {
-            line_x[..to - from].copy_from_slice(&x[from..to]);
-            line_y[..to - from].copy_from_slice(&y[from..to]);
+    let Some(parts) = parts(dst) else {
+        let mut line = padded(x);
+        for (l, y) in line.iter_mut().zip(padded(y)) {
+            *l = f.call(*l, y);
         }
-        let (d, x, y) = if padded {
-            (&mut line[..], &line_x[..], &line_y[..])
-        } else {
-            (&mut dst[from..to], &x[from..to], &y[from..to])
-        };
-        for ((d, &x), &y) in d.iter_mut().zip(x).zip(y) {
+        return dst.copy_from_slice(&line[..n]);
+    };
+    for (from, to) in parts {
+        for ((d, &x), &y) in dst[from..to].iter_mut().zip(&x[from..to]).zip(&y[from..to]) {
             *d = f.call(x, y);
-        }
-        if padded {
-            dst[from..to].copy_from_slice(&line[..to - from]);
         }
     }
 }
@@ -119,25 +127,16 @@ pub(super) fn two<T: Real>(dst: &mut [T], x: &[T], y: &[T], f: impl Map2<T>) {
 pub(super) fn three<T: Real>(dst: &mut [T], x: &[T], y: &[T], z: &[T], f: impl Map3<T>) {
     let n = dst.len().min(x.len()).min(y.len()).min(z.len());
     let (dst, x, y, z) = (&mut dst[..n], &x[..n], &y[..n], &z[..n]);
-    let mut lines = [[T::ONE; LINE]; 4];
-    for (part, (from, to)) in parts(dst).into_iter().enumerate() {
-        let padded = part != 1 && from < to;
-        let [line, line_x, line_y, line_z] = &mut lines;
-        if padded {
-            line_x[..to - from].copy_from_slice(&x[from..to]);
-            line_y[..to - from].copy_from_slice(&y[from..to]);
-            line_z[..to - from].copy_from_slice(&z[from..to]);
+    let Some(parts) = parts(dst) else {
+        let mut line = padded(x);
+        for ((l, y), z) in line.iter_mut().zip(padded(y)).zip(padded(z)) {
+            *l = f.call(*l, y, z);
         }
-        let (d, x, y, z) = if padded {
-            (&mut line[..], &line_x[..], &line_y[..], &line_z[..])
-        } else {
-            (&mut dst[from..to], &x[from..to], &y[from..to], &z[from..to])
-        };
-        for (((d, &x), &y), &z) in d.iter_mut().zip(x).zip(y).zip(z) {
+        return dst.copy_from_slice(&line[..n]);
+    };
+    for (from, to) in parts {
+        for (((d, &x), &y), &z) in dst[from..to].iter_mut().zip(&x[from..to]).zip(&y[from..to]).zip(&z[from..to]) {
             *d = f.call(x, y, z);
-        }
-        if padded {
-            dst[from..to].copy_from_slice(&line[..to - from]);
         }
     }
 }
