@@ -122,6 +122,9 @@ struct Frame {
 
 const IN_PROGRESS: u32 = u32::MAX;
 
+/// Nodes that room is made for at most: an estimate counts shared nodes more than once.
+const EXPECTED: u64 = 2048;
+
 /// Captures everything that the pending `roots` need.
 ///
 /// Every root becomes an output, and so does every captured pending node that something outside still holds.
@@ -130,9 +133,11 @@ const IN_PROGRESS: u32 = u32::MAX;
 /// # Errors
 /// [`CaptureFailure`].
 pub fn capture(roots: &[Arc<Node>], options: &CaptureOptions<'_>) -> std::result::Result<Captured, CaptureFailure> {
-    let mut builder = Builder::new(options);
-    let mut visits: Vec<Visit> = Vec::new();
-    let mut seen: FastMap<NodeId, usize> = FastMap::default();
+    // growing a table of some hundred nodes by doubling would take as long as filling it
+    let expected = roots.iter().map(|r| r.pending_estimate().0).fold(0, u64::saturating_add).min(EXPECTED) as usize;
+    let mut builder = Builder::new(options, expected);
+    let mut visits: Vec<Visit> = Vec::with_capacity(expected);
+    let mut seen: FastMap<NodeId, usize> = FastMap::with_capacity_and_hasher(expected, Default::default());
     let mut stack: Vec<Frame> = Vec::new();
     let mut leaves: Vec<Leaf> = Vec::new();
 
@@ -212,14 +217,15 @@ struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    fn new(options: &'a CaptureOptions<'a>) -> Self {
-        let bindings = Bindings { sizes: vec![0, 1], ..Bindings::default() };
+    fn new(options: &'a CaptureOptions<'a>, expected: usize) -> Self {
+        let recorded = Vec::with_capacity(expected);
+        let bindings = Bindings { sizes: vec![0, 1], recorded, ..Bindings::default() };
         Self {
             options,
-            graph: Graph::default(),
+            graph: Graph { nodes: Vec::with_capacity(expected), ..Graph::default() },
             bindings,
             shared: Vec::new(),
-            cons: FastMap::default(),
+            cons: FastMap::with_capacity_and_hasher(expected, Default::default()),
             leaf_ids: FastMap::default(),
             current: None,
         }
