@@ -203,11 +203,46 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_one_small_dense_f32_op_is_planned() {
+    fn a_row_program_without_a_plan_has_the_bits_of_one() {
+        let dims = (3, 5, 700);
+        let whole = tensor(3 * 5 * 700, DType::F32).affine(1e-3, -4.7).unwrap();
+        let x = LazyTensor::from(whole.reshape(dims).unwrap());
+        let turned = LazyTensor::from(whole.reshape((700, 5, 3)).unwrap().t().unwrap().transpose(0, 2).unwrap());
+        let w = LazyTensor::from(tensor(700, DType::F32).affine(0.01, -3.0).unwrap());
+        type Make = fn(&LazyTensor, &LazyTensor) -> Result<LazyTensor>;
+        let ops: [(Make, &str); 10] = [
+            (|x, _| x.exp(), "row"),
+            (|x, _| x * x, "row"),
+            (|x, _| x.softmax(2), "row"),
+            (|x, _| x.softmax(1), "row"),
+            (|x, _| x.log_softmax(0), "row"),
+            (|x, w| x.rms_norm(Some(w), 1e-5), "row"),
+            (|x, _| x.rms_norm(None, 1e-5), "row"),
+            (|x, w| x.layer_norm(Some(w), Some(w), 1e-5), "row"),
+            (|x, _| x.layer_norm(None, None, 1e-5), "row"),
+            (|x, _| x.silu_mul(x), "row"),
+        ];
+        for (i, (op, kernel)) in ops.into_iter().enumerate() {
+            for x in [&x, &turned] {
+                let direct = eval_direct(op(x, &w).unwrap().node()).expect("direct").unwrap();
+                let (planned, report) = op(x, &w).unwrap().eval_with_report().unwrap();
+                assert_eq!((report.kernels.get(kernel), report.steps), (Some(&1), 1), "{i}");
+                let bits = |t: &Tensor| -> Vec<u32> {
+                    t.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|v| v.to_bits()).collect()
+                };
+                assert!(bits(&direct) == bits(&planned) && direct.dims() == planned.dims(), "{i}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_one_f32_op_on_its_own_kind_is_planned() {
         let small = LazyTensor::from(tensor(6, DType::F32));
         let planned = [
-            LazyTensor::from(tensor(MOST + 1, DType::F32)).exp(),
+            LazyTensor::from(tensor(MOST + 1, DType::F32)).affine(2.0, 1.0),
+            LazyTensor::from(tensor(MOST + 2, DType::F32).reshape((683, 6)).unwrap()).broadcast_add(&small),
             LazyTensor::from(tensor(6, DType::F64)).exp(),
+            LazyTensor::from(tensor(6, DType::F64)).softmax(0),
             LazyTensor::from(tensor(6, DType::F32).reshape((2, 3)).unwrap().t().unwrap()).exp(),
             LazyTensor::from(Var::from_tensor(&tensor(6, DType::F32)).unwrap().as_tensor().clone()).exp(),
             small.exp().and_then(|x| x.neg()),

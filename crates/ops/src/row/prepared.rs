@@ -135,7 +135,8 @@ mod tests {
         let program = programs::softmax(Class::F32, DType::F32).unwrap();
         let (none, mut first) = (Few::default(), Few::default());
         assert!(first.add(0));
-        let facts = |borrowed, elementwise| Facts { elementwise, segmented: false, columns: false, borrowed, direct: none };
+        let facts =
+            |borrowed, elementwise| Facts { elementwise, segmented: false, columns: false, borrowed, direct: none };
         let one = program.schedule(facts(first, false));
         assert!(Arc::ptr_eq(&one, &program.schedule(facts(first, false))));
         assert!(!Arc::ptr_eq(&one, &program.schedule(facts(none, false))));

@@ -184,15 +184,7 @@ impl RowProgram {
             return;
         }
         let data: SmallVec<[Slice<'_>; 4]> = inputs.iter().map(|v| v.data).collect();
-        let job = Job {
-            program: self,
-            elementwise,
-            data: &data,
-            stores: &stores,
-            consts: &consts,
-            params,
-            row_len,
-        };
+        let job = Job { program: self, elementwise, data: &data, stores: &stores, consts: &consts, params, row_len };
         match space.split_row(TILE).filter(|_| elementwise) {
             Some((main, rest)) => {
                 let cut = main.rows * main.cols;
@@ -420,9 +412,7 @@ impl<T: Real> Job<'_, T> {
         if lost {
             tasks.pop();
         }
-        team::each(ns, tasks, |(first, rows, mut outs)| {
-            run.rows(first, rows, &mut outs)
-        });
+        team::each(ns, tasks, |(first, rows, mut outs)| run.rows(first, rows, &mut outs));
     }
 }
 

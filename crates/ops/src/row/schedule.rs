@@ -194,18 +194,12 @@ fn assign(
     for (at, &i) in pass.body.iter().enumerate() {
         if kinds[i] == Kind::Vec {
             let in_place = match program.instrs[i] {
-                Instr::Load { input } | Instr::LoadRow { input } => {
-                    facts.borrowed.has(usize::from(input))
-                }
+                Instr::Load { input } | Instr::LoadRow { input } => facts.borrowed.has(usize::from(input)),
                 _ => false,
             };
             // Only in the pass that stores it: an earlier or later one recomputes it into a buffer.
-            let direct = pass
-                .stores
-                .iter()
-                .copied()
-                .find(|&o| roots[o] == i)
-                .filter(|&o| facts.direct.has(o) && !in_place);
+            let direct =
+                pass.stores.iter().copied().find(|&o| roots[o] == i).filter(|&o| facts.direct.has(o) && !in_place);
             pass.slots[i] = match direct {
                 _ if in_place => NO_SLOT,
                 Some(o) => DIRECT + o,

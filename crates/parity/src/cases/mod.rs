@@ -10,6 +10,8 @@ mod placed;
 use crate::case::{Case, Domain, InputSpec, Layout};
 use candle_core::DType;
 use candle_lazy_graph::Op;
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 /// How much of the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -31,7 +33,7 @@ pub const INTEGERS: [DType; 3] = [DType::U8, DType::U32, DType::I64];
 /// Every case, in a fixed order.
 #[must_use]
 pub fn cases(extent: Extent) -> Vec<Case> {
-    let mut table = Table { extent, cases: Vec::new() };
+    let mut table = Table { extent, cases: Vec::new(), known: HashMap::new() };
     elementwise::add(&mut table);
     movement::add(&mut table);
     contraction::add(&mut table);
@@ -45,6 +47,8 @@ pub fn cases(extent: Extent) -> Vec<Case> {
 pub(crate) struct Table {
     pub(crate) extent: Extent,
     cases: Vec<Case>,
+    /// The cases of each hash of op and inputs: there are tens of thousands, and each is there once.
+    known: HashMap<u64, Vec<usize>>,
 }
 
 impl Table {
@@ -69,7 +73,17 @@ impl Table {
     /// Adds the case if it is legal and its layouts say something at these dims.
     pub(crate) fn push(&mut self, case: Case) {
         let applies = case.inputs.iter().all(InputSpec::layout_applies);
-        if applies && case.infer().is_ok() && !self.cases.contains(&case) {
+        if !applies || case.infer().is_err() {
+            return;
+        }
+        let mut hasher = DefaultHasher::new();
+        case.op.hash(&mut hasher);
+        for input in &case.inputs {
+            (&input.dims, input.dtype, input.layout).hash(&mut hasher);
+        }
+        let alike = self.known.entry(hasher.finish()).or_default();
+        if !alike.iter().any(|&i| self.cases[i] == case) {
+            alike.push(self.cases.len());
             self.cases.push(case);
         }
     }

@@ -57,6 +57,12 @@ const ROW: &[Row] = &[
     ("direct.unary", "the last element of one op without a plan is off", "exp neg", "eval"),
     ("direct.lora", "the last element of a lora without a plan is off", "lora", "eval"),
     ("direct.affine", "one affine without a plan adds its factor", "affine", "eval"),
+    (
+        "direct.row",
+        "the last element of one row program without a plan is off",
+        "softmax rms_norm layer_norm glu",
+        "eval",
+    ),
     ("row.merge", "dims merge that one operand keeps apart", "add mul", "all-passes"),
     ("row.outer_offset", "an outer dim does not count in an offset", "exp sum softmax", "all-passes"),
     ("row.pitch", "rows count as evenly spaced that are not", "exp softmax add mul", "all-passes"),

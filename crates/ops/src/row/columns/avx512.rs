@@ -71,10 +71,8 @@ pub(super) fn sums(x: Columns<'_>, acc: &mut [f32; WIDTH]) {
                 wide[0]
             }
         };
-        let total = _mm512_insertf32x8::<1>(
-            _mm512_castps256_ps512(_mm512_cvtpd_ps(total[0])),
-            _mm512_cvtpd_ps(total[1]),
-        );
+        let total =
+            _mm512_insertf32x8::<1>(_mm512_castps256_ps512(_mm512_cvtpd_ps(total[0])), _mm512_cvtpd_ps(total[1]));
         sum = _mm512_add_ps(sum, total);
     }
     // SAFETY: as above.
