@@ -1,6 +1,6 @@
-//! Matrix products: inner products of rows where the right side lies transposed, the `gemm` crate elsewhere.
+//! Matrix products: inner products in f32 for f32, f16 and bf16, the `gemm` crate in f64.
 
-use super::dots::{dots_parallel, Grid, Narrow, Rows};
+use super::dots::{dots_parallel, Columns, Grid, Narrow, Right, Rows};
 use super::{check_float, check_out, team};
 use crate::element::Element;
 use crate::error::{Error, Result};
@@ -8,7 +8,6 @@ use crate::fault;
 use crate::row::space::{Offsets, Space};
 use crate::view::{count, Dims, Slice, SliceMut, Strided, View};
 use gemm::Parallelism;
-use half::bf16;
 
 const OP: &str = "matmul";
 
@@ -163,9 +162,8 @@ pub(crate) mod gemm_scalar {
 
 /// Matrix product `(…, m, k) x (…, k, n) -> (…, m, n)`, batch dims broadcast from the right, any strides.
 ///
-/// Where b's columns are runs of elements (a weight (out, in) transposed), f32, f16 and bf16 are inner products in f32, each in
-/// an order of its own two rows. Elsewhere, and in f64, the `gemm` crate is called as Candle calls it; bf16 is widened to f32,
-/// accumulated in f32 and rounded once. `k == 0` gives zeros.
+/// f32, f16 and bf16 are inner products in f32, rounded once, each in an order that depends on `k` alone: not on the other rows, nor on
+/// how either side lies. In f64 the `gemm` crate is called as Candle calls it. `k == 0` gives zeros.
 ///
 /// # Errors
 /// `ShapeMismatch`, `DTypeMismatch`, `Unsupported` (not a float), `OutOfBounds`.
@@ -183,10 +181,10 @@ pub fn matmul(a: &View<'_>, b: &View<'_>, out: &mut SliceMut<'_>) -> Result<()> 
         return Ok(());
     }
     match (a.data, b.data, out) {
-        (Slice::F32(a), Slice::F32(b), SliceMut::F32(o)) => narrow(&s, a, b, o, products),
+        (Slice::F32(a), Slice::F32(b), SliceMut::F32(o)) => narrow(&s, a, b, o),
         (Slice::F64(a), Slice::F64(b), SliceMut::F64(o)) => products(&s, a, b, o),
-        (Slice::F16(a), Slice::F16(b), SliceMut::F16(o)) => narrow(&s, a, b, o, products),
-        (Slice::BF16(a), Slice::BF16(b), SliceMut::BF16(o)) => narrow(&s, a, b, o, widened),
+        (Slice::F16(a), Slice::F16(b), SliceMut::F16(o)) => narrow(&s, a, b, o),
+        (Slice::BF16(a), Slice::BF16(b), SliceMut::BF16(o)) => narrow(&s, a, b, o),
         _ => Err(Error::unsupported(OP, "this mix of dtypes")),
     }
 }
@@ -244,43 +242,65 @@ fn products<T: Element + gemm_scalar::Scalar>(s: &Batched, a: &[T], b: &[T], out
     each_product(s, |am, bm, range| gemm_into(a, am, b, bm, &mut out[range], false, T::from_f32(1.0)))
 }
 
-/// Whether the columns of b are runs of elements, as those of a weight are that lies (out, in).
-fn runs(s: &Batched) -> bool {
-    s.k > 0 && (s.b.strides[s.b.dims.len() - 2] == 1 || s.k == 1)
-}
-
-/// Inner products where the columns of b are runs, `other` elsewhere. A row of a that is none is copied to one, so that its sums have
-/// one order however it lies.
-fn narrow<E: Narrow>(
-    s: &Batched,
-    a: &[E],
-    b: &[E],
-    out: &mut [E],
-    other: impl Fn(&Batched, &[E], &[E], &mut [E]) -> Result<()>,
-) -> Result<()> {
-    if !runs(s) {
-        return other(s, a, b, out);
-    }
-    let (mut wide, mut sums) = (Vec::new(), Vec::new());
+/// Inner products. A row of a that is no run of elements is copied to one, and so is a b that has neither rows nor columns that are.
+fn narrow<E: Narrow>(s: &Batched, a: &[E], b: &[E], out: &mut [E]) -> Result<()> {
+    let (mut wide, mut right, mut sums, mut last) = (Vec::new(), Vec::new(), Vec::new(), None);
     each_product(s, |am, bm, range| {
-        let pitch = if fault::active("dots.pitch") { 0 } else { bm.col_stride };
-        let w = Rows::new(b.get(bm.offset..).unwrap_or_default(), bm.cols, pitch, bm.rows)?;
-        let direct = am.col_stride == 1 || am.cols == 1;
-        if let (true, Some((a, out))) = (direct, E::as_f32(a, &mut out[range.clone()])) {
-            let x = Rows::new(a.get(am.offset..).unwrap_or_default(), am.rows, am.row_stride, am.cols)?;
-            dots_parallel(x, w, Grid::new(out, am.rows, bm.cols, bm.cols)?)?;
-            damage(out);
+        if s.k == 0 {
+            out[range].fill(E::from_f32(fault::one_if("matmul.empty_k") as f32));
             return Ok(());
         }
-        widen_matrix(a, am, &mut wide);
-        sums.clear();
-        sums.resize(range.len(), 0.0);
-        let x = Rows::new(&wide, am.rows, am.cols, am.cols)?;
-        dots_parallel(x, w, Grid::new(&mut sums, am.rows, bm.cols, bm.cols)?)?;
-        damage(&mut sums);
-        E::round_from(&sums, &mut out[range]);
-        Ok(())
+        let out = &mut out[range];
+        let data = b.get(bm.offset..).unwrap_or_default();
+        if bm.row_stride == 1 || bm.rows == 1 {
+            let pitch = if fault::active("dots.pitch") { 0 } else { bm.col_stride };
+            return inner(a, am, Rows::new(data, bm.cols, pitch, bm.rows)?, out, &mut wide, &mut sums);
+        }
+        if bm.col_stride == 1 || bm.cols == 1 {
+            let pitch = if fault::active("dots.columns.pitch") { bm.cols } else { bm.row_stride };
+            return inner(a, am, Columns::new(data, bm.cols, pitch, bm.rows)?, out, &mut wide, &mut sums);
+        }
+        // the same right side for many batches is copied once
+        if last != Some(bm.offset) && !(last.is_some() && fault::active("matmul.stale_widened")) {
+            widen_matrix(b, bm, &mut right);
+            last = Some(bm.offset);
+        }
+        inner(a, am, Columns::new(&right, bm.cols, bm.cols, bm.rows)?, out, &mut wide, &mut sums)
     })
+}
+
+/// One product; `wide` and `sums` are memory for it.
+fn inner<E: Narrow>(
+    a: &[E],
+    am: Matrix,
+    w: impl Right,
+    out: &mut [E],
+    wide: &mut Vec<f32>,
+    sums: &mut Vec<f32>,
+) -> Result<()> {
+    let n = w.count();
+    // a fault: the last row is missing
+    let am = Matrix { rows: am.rows - fault::one_if("dots.last_row"), ..am };
+    let direct = am.col_stride == 1 || am.cols == 1;
+    if let (true, Some((a, out))) = (direct, E::as_f32(a, out)) {
+        let x = Rows::new(a.get(am.offset..).unwrap_or_default(), am.rows, am.row_stride, am.cols)?;
+        dots_parallel(x, w, Grid::new(out, am.rows, n, n)?)?;
+        damage(out);
+        return Ok(());
+    }
+    widen_matrix(a, am, wide);
+    sums.clear();
+    sums.resize(out.len(), 0.0);
+    let x = Rows::new(wide, am.rows, am.cols, am.cols)?;
+    dots_parallel(x, w, Grid::new(sums, am.rows, n, n)?)?;
+    damage(sums);
+    if fault::active("dots.bf16_truncates") {
+        for s in sums.iter_mut() {
+            *s = f32::from_bits(s.to_bits() & 0xffff_0000);
+        }
+    }
+    E::round_from(sums, out);
+    Ok(())
 }
 
 /// Faults: sums in f16, a last element that is off.
@@ -312,37 +332,6 @@ pub(crate) fn widen_matrix<T: Element>(src: &[T], m: Matrix, out: &mut Vec<f32>)
             }
         }
     }
-}
-
-fn widened(s: &Batched, a: &[bf16], b: &[bf16], out: &mut [bf16]) -> Result<()> {
-    let (mut wa, mut wb, mut wo) = (Vec::new(), Vec::new(), Vec::new());
-    let mut last = None;
-    each_product(s, |am, bm, range| {
-        widen_matrix(a, am, &mut wa);
-        // The same right side for many batches is widened once.
-        if last != Some(bm.offset) && !(last.is_some() && fault::active("matmul.stale_widened")) {
-            widen_matrix(b, bm, &mut wb);
-            last = Some(bm.offset);
-        }
-        wo.clear();
-        wo.resize(range.len(), 0.0);
-        gemm_into(
-            &wa,
-            Matrix::dense(0, am.rows, am.cols),
-            &wb,
-            Matrix::dense(0, bm.rows, bm.cols),
-            &mut wo,
-            false,
-            1.0,
-        )?;
-        if fault::active("matmul.bf16_truncates") {
-            for w in &mut wo {
-                *w = f32::from_bits(w.to_bits() & 0xffff_0000);
-            }
-        }
-        bf16::round_from(&wo, &mut out[range]);
-        Ok(())
-    })
 }
 
 #[cfg(test)]

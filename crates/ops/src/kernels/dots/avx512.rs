@@ -1,9 +1,11 @@
 //! The products by AVX-512: sixteen sums in registers, those of sixteen products folded together.
 
 use super::panel::{Tile, SIDE, SUMS};
-use super::{Grid, Narrow, Rows, LANES};
+use super::{Columns, Grid, Narrow, Rows, LANES};
 use crate::fault;
+use crate::kernels::square::transposed;
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 /// How far ahead a row that comes from memory is asked for, in bytes. The machine's own guess ends with the page.
 const AHEAD: usize = 4096;
@@ -113,6 +115,29 @@ pub(super) fn pack<E: Narrow>(row: &[E], count: usize, r: usize, to: &mut [f32])
         let to = &mut step[r * LANES..(r + 1) * LANES];
         // SAFETY: sixteen numbers.
         unsafe { _mm512_storeu_ps(to.as_mut_ptr(), numbers) };
+    }
+}
+
+/// As `Right::pack`: squares of sixteen by sixteen numbers, turned in registers.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+pub(super) fn pack_columns<E: Narrow>(w: Columns<'_, E>, j: usize, within: Range<usize>, panels: &mut [f32]) {
+    let steps = within.len().div_ceil(LANES);
+    let panel = steps * SIDE * LANES;
+    for step in 0..steps {
+        let first = within.start + step * LANES;
+        let mut square = [_mm512_setzero_ps(); LANES];
+        for (i, row) in square.iter_mut().enumerate().take(within.end - first) {
+            let numbers = w.row(first + i, j, LANES);
+            let mask = (numbers.len() < LANES).then(|| (1u16 << numbers.len()) - 1);
+            // SAFETY: there are sixteen elements or the mask has a bit for each, and what it hides is not read.
+            *row = unsafe { E::load(numbers.as_ptr(), mask) };
+        }
+        for (r, column) in transposed(square).into_iter().enumerate() {
+            let at = r / SIDE * panel + (step * SIDE + r % SIDE) * LANES;
+            let to = &mut panels[at..at + LANES];
+            // SAFETY: sixteen numbers.
+            unsafe { _mm512_storeu_ps(to.as_mut_ptr(), column) };
+        }
     }
 }
 

@@ -1,4 +1,5 @@
-//! Inner products of every row of one matrix with every row of another: products with weights that lie (out, in), and scores.
+//! Inner products of every row of one matrix with every row of another, or with every column: products with weights that lie
+//! (out, in) or (in, out), and scores.
 //!
 //! Each product is [`super::dot::dot`] of its two rows, bit for bit: 16 interleaved sums folded in halves. So it depends on its own
 //! two rows only, not on how many rows run together nor on threads. A weight's row is read once for up to four rows of x, and from
@@ -12,14 +13,14 @@ mod grid;
 mod narrow;
 mod panel;
 mod portable;
+mod right;
 
 use super::{scratch, team};
 use crate::error::{Error, Result};
-#[cfg(target_arch = "x86_64")]
-use crate::simd::{isa, Isa};
 pub(crate) use grid::Grid;
 pub(crate) use narrow::Narrow;
 use parking_lot::Mutex;
+pub(crate) use right::{Columns, Right};
 
 /// Lanes of a sum.
 const LANES: usize = 16;
@@ -69,44 +70,33 @@ impl<'a, E> Rows<'a, E> {
 }
 
 /// out\[i\]\[j\] = x\[i\] · w\[j\], on this thread.
-pub(crate) fn dots<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: &mut Grid<'_>) -> Result<()> {
-    if x.len != w.len || out.rows() != x.count || out.cols() != w.count {
-        let (x, w, out) = ((x.count, x.len), (w.count, w.len), (out.rows(), out.cols()));
+pub(crate) fn dots(x: Rows<'_, f32>, w: impl Right, out: &mut Grid<'_>) -> Result<()> {
+    if x.len != w.len() || out.rows() != x.count || out.cols() != w.count() {
+        let (x, w, out) = ((x.count, x.len), (w.count(), w.len()), (out.rows(), out.cols()));
         return Err(Error::shape("matmul", format!("{x:?} x {w:?} transposed into {out:?}")));
     }
-    if x.count >= PANEL_ROWS && x.len > 0 {
-        let rows = panel::block_rows(x.len);
-        let mut rest = out.borrow();
-        for from in (0..x.count).step_by(rows) {
-            let (mut part, below) = rest.split_rows(rows);
-            panel::products(x.part(from, rows.min(x.count - from)), w, &mut part);
-            rest = below;
-        }
+    if x.count < PANEL_ROWS || x.len == 0 {
+        w.few(x, out);
         return Ok(());
     }
-    let block = (BLOCK_BYTES / (w.len.max(1) * size_of::<E>())).max(TASK_ROWS) / TASK_ROWS * TASK_ROWS;
-    for from in (0..w.count).step_by(block) {
-        let count = block.min(w.count - from);
-        let part = w.part(from, count);
-        #[cfg(target_arch = "x86_64")]
-        if isa() == Isa::Avx512 {
-            avx512::dots(x, part, out, from);
-            continue;
-        }
-        portable::dots(x, part, out, from);
+    let rows = panel::block_rows(x.len);
+    let mut rest = out.borrow();
+    for from in (0..x.count).step_by(rows) {
+        let (mut part, below) = rest.split_rows(rows);
+        panel::products(x.part(from, rows.min(x.count - from)), w, &mut part);
+        rest = below;
     }
     Ok(())
 }
 
-/// The same with the weight's rows shared among threads.
-pub(crate) fn dots_parallel<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: Grid<'_>) -> Result<()> {
-    let weights = w.count.saturating_mul(w.len);
-    let time =
-        (weights.saturating_mul(size_of::<E>()) / BYTES_PER_NS).max(weights.saturating_mul(x.count) / MACS_PER_NS);
+/// The same with the right side shared among threads.
+pub(crate) fn dots_parallel<R: Right>(x: Rows<'_, f32>, w: R, out: Grid<'_>) -> Result<()> {
+    let weights = w.count().saturating_mul(w.len());
+    let time = (weights.saturating_mul(R::BYTES) / BYTES_PER_NS).max(weights.saturating_mul(x.count) / MACS_PER_NS);
     // several parts for each thread: one that wakes late finds less to do
     let tasks = if time < 2 * TASK_NS { 1 } else { (team::threads() * 4).min(time / TASK_NS) };
     let tasks = if team::threads() < 2 { 1 } else { tasks };
-    if x.count >= PANEL_ROWS || !gains_from_lines(x, w.count) {
+    if x.count >= PANEL_ROWS || !w.reads_lines() || !gains_from_lines(x) {
         return share(x, w, out, tasks, time);
     }
     let pitch = x.len.next_multiple_of(LANES);
@@ -120,27 +110,27 @@ pub(crate) fn dots_parallel<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: Gr
 
 /// Whether rows are worth copying to boundaries of cache lines: every row of the weight reads them again, and a load across a boundary
 /// costs two.
-fn gains_from_lines(x: Rows<'_, f32>, uses: usize) -> bool {
+fn gains_from_lines(x: Rows<'_, f32>) -> bool {
     let rests = x.data.as_ptr().align_offset(LINE_BYTES) == 0 && (x.pitch.is_multiple_of(LANES) || x.count == 1);
-    !rests && uses >= TASK_ROWS && x.count.saturating_mul(x.len) <= ALIGNED
+    !rests && x.count.saturating_mul(x.len) <= ALIGNED
 }
 
 /// The product in about `tasks` parts: blocks of x's rows, and where those are fewer, parts of the weight's rows.
-fn share<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, mut out: Grid<'_>, tasks: usize, ns: usize) -> Result<()> {
-    if tasks < 2 || out.rows() != x.count || out.cols() != w.count {
+fn share(x: Rows<'_, f32>, w: impl Right, mut out: Grid<'_>, tasks: usize, ns: usize) -> Result<()> {
+    if tasks < 2 || out.rows() != x.count || out.cols() != w.count() {
         return dots(x, w, &mut out);
     }
     let blocks = if x.count < PANEL_ROWS { 1 } else { x.count.div_ceil(panel::block_rows(x.len)) };
     // of about equal size
     let block = x.count.div_ceil(blocks.max(1)).next_multiple_of(panel::SIDE).max(panel::SIDE);
-    let cols = w.count.div_ceil(tasks.div_ceil(blocks.max(1))).next_multiple_of(TASK_ROWS).max(TASK_ROWS);
+    let cols = w.count().div_ceil(tasks.div_ceil(blocks.max(1))).next_multiple_of(TASK_ROWS).max(TASK_ROWS);
     let mut parts = Vec::with_capacity(tasks);
     for i in (0..x.count).step_by(block) {
         let rows = block.min(x.count - i);
         let (mut above, below) = out.split_rows(rows);
         out = below;
-        for from in (0..w.count).step_by(cols) {
-            let count = cols.min(w.count - from);
+        for from in (0..w.count()).step_by(cols) {
+            let count = cols.min(w.count() - from);
             let (part, rest) = above.split_cols(count);
             parts.push((x.part(i, rows), w.part(from, count), part));
             above = rest;
@@ -160,6 +150,7 @@ mod tests {
     use super::*;
     use crate::kernels::dot::dot;
     use crate::simd::tests::{fused, with_each};
+    use crate::simd::{isa, Isa};
     use half::{bf16, f16};
 
     fn numbers(n: usize, seed: usize) -> Vec<f32> {
@@ -188,6 +179,17 @@ mod tests {
         let run = || dots_parallel(xs, ws, Grid::new(&mut parallel, m, n, op).unwrap());
         team::with_threads(tasks, run).unwrap();
         assert!(parallel == got, "{isa:?} {m}x{n}x{k} with x on lines");
+        // the same weight turned: columns
+        let (cp, mut turned) = (n + 3, vec![7.0; m * op]);
+        let mut across = vec![E::from_f32(f32::NAN); (k * cp).saturating_sub(3)];
+        for j in 0..n {
+            for l in 0..k {
+                across[l * cp + j] = w[j * wp + l];
+            }
+        }
+        let columns = Columns::new(&across, n, cp, k).unwrap();
+        share(xs, columns, Grid::new(&mut turned, m, n, op).unwrap(), tasks, 0).unwrap();
+        assert!(turned == got, "{isa:?} {m}x{n}x{k} by columns");
         for i in 0..m {
             for j in 0..op {
                 let want = match (j < n, fused(isa)) {
@@ -254,5 +256,10 @@ mod tests {
         assert!(dots(rows(2, 4), rows(3, 4), &mut grid).is_ok());
         assert!(dots(rows(2, 4), rows(3, 3), &mut grid).is_err());
         assert!(dots(rows(3, 4), rows(3, 4), &mut grid).is_err());
+        assert!(Columns::new(&data, 4, 4, 3).is_ok() && Columns::new(&data, 0, 9, 0).is_ok());
+        assert!(Columns::new(&data, 5, 4, 3).is_err());
+        assert!(Columns::new(&data, 4, usize::MAX, 3).is_err());
+        assert!(dots(rows(2, 3), Columns::new(&data, 3, 4, 3).unwrap(), &mut grid).is_ok());
+        assert!(dots(rows(2, 4), Columns::new(&data, 3, 4, 3).unwrap(), &mut grid).is_err());
     }
 }

@@ -5,7 +5,7 @@
 //! zeros behind their end. A block of x's rows stays in the second-level cache while the weight passes; four rows of the weight
 //! stay in the first-level cache while the block's rows pass.
 
-use super::{Grid, Narrow, Rows, LANES};
+use super::{Grid, Narrow, Right, Rows, LANES};
 use crate::fault;
 use crate::kernels::scratch;
 #[cfg(target_arch = "x86_64")]
@@ -47,56 +47,59 @@ pub(super) fn block_rows(len: usize) -> usize {
     (BLOCK / len.next_multiple_of(LANES).max(LANES) / SIDE * SIDE).max(FEWEST)
 }
 
-/// out\[i\]\[j\] = x\[i\] · w\[j\] for one block of rows; both sides have rows of one length.
-pub(super) fn products<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: &mut Grid<'_>) {
+/// out\[i\]\[j\] = x\[i\] · w\[j\] for one block of rows; both sides have one length.
+pub(super) fn products<R: Right>(x: Rows<'_, f32>, w: R, out: &mut Grid<'_>) {
     let padded = x.len.next_multiple_of(LANES);
     let pieces = pieces(padded);
     let groups = x.count.div_ceil(SIDE);
     // sums are kept between the pieces of a row only
-    let kept = if pieces.len() > 1 { groups } else { 1 };
-    let sizes = [x.count * padded, SIDE * pieces.first().map_or(0, |p| p.len()), kept * SUMS];
+    let kept = if pieces.len() > 1 { groups * (R::STRIP / SIDE) } else { 1 };
+    let sizes = [x.count * padded, R::STRIP * pieces.first().map_or(0, |p| p.len()), kept * SUMS];
     scratch::with(sizes.iter().sum(), |store| {
         let (packed, rest) = store.split_at_mut(sizes[0]);
-        let (panel, sums) = rest.split_at_mut(sizes[1]);
+        let (panels, sums) = rest.split_at_mut(sizes[1]);
         for (g, group) in packed.chunks_mut(SIDE * padded).enumerate() {
             let count = group.len() / padded.max(1);
             for r in 0..count {
                 pack(x.row(g * SIDE + r), count, r, group);
             }
         }
-        for j in (0..w.count).step_by(SIDE) {
-            let count = SIDE.min(w.count - j);
+        for strip in (0..w.count()).step_by(R::STRIP) {
             for (p, piece) in pieces.iter().enumerate() {
                 let within = piece.start..piece.end.min(x.len);
-                let panel = &mut panel[..SIDE * piece.len()];
-                for r in 0..SIDE {
-                    // rows that are not there repeat the last one
-                    pack(&w.row(j + r.min(count - 1))[within.clone()], SIDE, r, panel);
-                }
-                for (g, group) in packed.chunks(SIDE * padded).enumerate() {
-                    let m = group.len() / padded.max(1);
-                    let at = if kept > 1 { g * SUMS } else { 0 };
-                    let Ok(sums) = <&mut [f32; SUMS]>::try_from(&mut sums[at..at + SUMS]) else {
-                        continue;
-                    };
-                    let part = Tile {
-                        x: &group[m * piece.start..m * piece.end],
-                        w: panel,
-                        last: within.len() - (piece.len() - LANES),
-                        goes_on: p > 0 && !fault::active("dots.piece"),
-                        ends: p + 1 == pieces.len(),
-                        sums,
-                    };
-                    let ends = part.ends;
-                    let numbers = match m {
-                        1 => tile::<1>(part),
-                        2 => tile::<2>(part),
-                        3 => tile::<3>(part),
-                        _ => tile::<SIDE>(part),
-                    };
-                    if ends {
-                        for (r, numbers) in numbers.chunks_exact(SIDE).enumerate().take(m) {
-                            out.put(g * SIDE + r, j, &numbers[..count]);
+                let panels = &mut panels[..R::STRIP * piece.len()];
+                w.pack(strip, within.clone(), panels);
+                for (s, panel) in panels.chunks_exact(SIDE * piece.len().max(1)).enumerate() {
+                    let j = strip + s * SIDE;
+                    if j >= w.count() {
+                        break;
+                    }
+                    let count = SIDE.min(w.count() - j);
+                    for (g, group) in packed.chunks(SIDE * padded).enumerate() {
+                        let m = group.len() / padded.max(1);
+                        let at = if kept > 1 { (s * groups + g) * SUMS } else { 0 };
+                        let Ok(sums) = <&mut [f32; SUMS]>::try_from(&mut sums[at..at + SUMS]) else {
+                            continue;
+                        };
+                        let part = Tile {
+                            x: &group[m * piece.start..m * piece.end],
+                            w: panel,
+                            last: within.len() - (piece.len() - LANES),
+                            goes_on: p > 0 && !fault::active("dots.piece"),
+                            ends: p + 1 == pieces.len(),
+                            sums,
+                        };
+                        let ends = part.ends;
+                        let numbers = match m {
+                            1 => tile::<1>(part),
+                            2 => tile::<2>(part),
+                            3 => tile::<3>(part),
+                            _ => tile::<SIDE>(part),
+                        };
+                        if ends {
+                            for (r, numbers) in numbers.chunks_exact(SIDE).enumerate().take(m) {
+                                out.put(g * SIDE + r, j, &numbers[..count]);
+                            }
                         }
                     }
                 }
@@ -113,7 +116,7 @@ fn pieces(padded: usize) -> Vec<Range<usize>> {
 }
 
 /// A row as number `r` of `count` beside one another, zeros behind its end.
-fn pack<E: Narrow>(row: &[E], count: usize, r: usize, to: &mut [f32]) {
+pub(super) fn pack<E: Narrow>(row: &[E], count: usize, r: usize, to: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if isa() == Isa::Avx512 {
         // SAFETY: `isa` names a set only where the machine has all of its features.

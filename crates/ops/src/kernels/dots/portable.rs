@@ -1,10 +1,11 @@
 //! The products for every machine.
 
 use super::panel::{Tile, SIDE};
-use super::{Grid, Narrow, Rows, LANES};
+use super::{Columns, Grid, Narrow, Rows, LANES};
 use crate::fault;
 use crate::row::reduce::fold;
 use crate::simd::{mul_add, versions};
+use std::ops::Range;
 
 /// Rows of the weight that are summed together once they are in the cache.
 const TILE: usize = 4;
@@ -74,6 +75,29 @@ pub(super) fn pack<E: Narrow>(row: &[E], count: usize, r: usize, to: &mut [f32])
         let (filled, rest) = step[r * LANES..(r + 1) * LANES].split_at_mut(from.len());
         E::widen(from, filled);
         rest.fill(0.0);
+    }
+}
+
+/// As `Right::pack`.
+pub(super) fn pack_columns<E: Narrow>(w: Columns<'_, E>, j: usize, within: Range<usize>, panels: &mut [f32]) {
+    let steps = within.len().div_ceil(LANES);
+    panels.fill(0.0);
+    for (l, i) in within.enumerate() {
+        for (r, &v) in w.row(i, j, LANES).iter().enumerate() {
+            panels[((r / SIDE * steps + l / LANES) * SIDE + r % SIDE) * LANES + l % LANES] = v.to_f32();
+        }
+    }
+}
+
+versions! {
+/// Adds x times a run of elements to as many sums.
+pub(super) fn scaled<E: Narrow>(x: f32, w: &[E], sums: &mut [f32]) = scaled_body;
+}
+
+#[inline(always)]
+fn scaled_body<E: Narrow, const FMA: bool>(x: f32, w: &[E], sums: &mut [f32]) {
+    for (sum, &w) in sums.iter_mut().zip(w) {
+        *sum = mul_add::<FMA>(x, w.to_f32(), *sum);
     }
 }
 

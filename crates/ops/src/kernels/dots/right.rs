@@ -1,0 +1,161 @@
+//! The right side of a product: rows of a weight that lies (out, in), or columns of one that lies (in, out).
+
+use super::panel::SIDE;
+use super::{portable, scratch, Grid, Narrow, Rows, BLOCK_BYTES, LANES, TASK_ROWS};
+use crate::error::{Error, Result};
+use crate::fault;
+#[cfg(target_arch = "x86_64")]
+use crate::simd::{isa, Isa};
+use std::ops::Range;
+
+/// What a row of x is multiplied with, `count` times `len` elements.
+pub(crate) trait Right: Copy + Send + Sync {
+    /// Bytes of an element.
+    const BYTES: usize;
+    /// How many are packed at once, four beside one another: a multiple of four.
+    const STRIP: usize;
+
+    fn count(&self) -> usize;
+    fn len(&self) -> usize;
+    /// Those `from..from + count`.
+    fn part(&self, from: usize, count: usize) -> Self;
+    /// The products of few rows of x, on this thread.
+    fn few(&self, x: Rows<'_, f32>, out: &mut Grid<'_>);
+    /// Elements `within` of [`Right::STRIP`] of them from `j` on, which are not all there at the end: four beside one another, sixteen elements
+    /// at a time, with zeros behind the end; then the next four.
+    fn pack(&self, j: usize, within: Range<usize>, panels: &mut [f32]);
+    /// Whether the few rows of x are worth copying to boundaries of cache lines.
+    fn reads_lines(&self) -> bool;
+}
+
+impl<E: Narrow> Right for Rows<'_, E> {
+    const BYTES: usize = size_of::<E>();
+    const STRIP: usize = SIDE;
+
+    fn count(&self) -> usize {
+        self.count
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn part(&self, from: usize, count: usize) -> Self {
+        Rows::part(self, from, count)
+    }
+
+    fn few(&self, x: Rows<'_, f32>, out: &mut Grid<'_>) {
+        let block = (BLOCK_BYTES / (self.len.max(1) * size_of::<E>())).max(TASK_ROWS) / TASK_ROWS * TASK_ROWS;
+        for from in (0..self.count).step_by(block) {
+            let part = Rows::part(self, from, block.min(self.count - from));
+            #[cfg(target_arch = "x86_64")]
+            if isa() == Isa::Avx512 {
+                super::avx512::dots(x, part, out, from);
+                continue;
+            }
+            portable::dots(x, part, out, from);
+        }
+    }
+
+    fn pack(&self, j: usize, within: Range<usize>, panels: &mut [f32]) {
+        let count = SIDE.min(self.count - j);
+        for r in 0..SIDE {
+            // rows that are not there repeat the last one
+            super::panel::pack(&self.row(j + r.min(count - 1))[within.clone()], SIDE, r, panels);
+        }
+    }
+
+    fn reads_lines(&self) -> bool {
+        self.count >= TASK_ROWS
+    }
+}
+
+/// `count` columns of `len` elements: those of one row are neighbours, rows start `pitch` apart.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Columns<'a, E> {
+    pub(super) data: &'a [E],
+    pub(super) pitch: usize,
+    pub(super) count: usize,
+    pub(super) len: usize,
+}
+
+impl<'a, E> Columns<'a, E> {
+    /// The columns of `len` rows in `data`; an error if the last one ends behind it.
+    pub(crate) fn new(data: &'a [E], count: usize, pitch: usize, len: usize) -> Result<Self> {
+        let end = len.checked_sub(1).map_or(Some(0), |last| last.checked_mul(pitch)?.checked_add(count));
+        match end {
+            Some(end) if end <= data.len() => Ok(Self { data, pitch, count, len }),
+            _ => Err(Error::shape("matmul", format!("{len} rows of {count}, {pitch} apart, in {}", data.len()))),
+        }
+    }
+
+    /// Columns `j..` of row `i`, at most `count` of them.
+    pub(super) fn row(&self, i: usize, j: usize, count: usize) -> &'a [E] {
+        let at = i * self.pitch;
+        &self.data[at + j..at + (j + count).min(self.count)]
+    }
+}
+
+/// Columns whose sums stay near: sixteen sums each of a row of x fill a third of the first-level cache.
+const NEAR: usize = 256;
+
+impl<E: Narrow> Right for Columns<'_, E> {
+    const BYTES: usize = size_of::<E>();
+    /// A cache line of f32.
+    const STRIP: usize = LANES;
+
+    fn count(&self) -> usize {
+        self.count
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn part(&self, from: usize, count: usize) -> Self {
+        Self { data: self.data.get(from..).unwrap_or_default(), count, ..*self }
+    }
+
+    fn few(&self, x: Rows<'_, f32>, out: &mut Grid<'_>) {
+        // element l of every row goes to sum l mod 16 of its column: those of neighbouring columns are neighbours
+        scratch::with(x.count * LANES * NEAR, |sums| {
+            for from in (0..self.count).step_by(NEAR) {
+                let width = NEAR.min(self.count - from);
+                sums.fill(0.0);
+                let len = self.len - fault::one_if("dots.columns.tail").min(self.len);
+                for l in 0..len {
+                    let w = self.row(l, from, width);
+                    for i in 0..x.count {
+                        let at = (i * LANES + l % LANES) * NEAR;
+                        portable::scaled(x.row(i)[l], w, &mut sums[at..at + width]);
+                    }
+                }
+                for (i, sums) in sums.chunks_exact_mut(LANES * NEAR).enumerate() {
+                    let mut half = LANES / 2;
+                    while half > 0 {
+                        let (low, high) = sums.split_at_mut(half * NEAR);
+                        for (a, b) in low.iter_mut().zip(high) {
+                            *a += *b;
+                        }
+                        half /= 2;
+                    }
+                    out.put(i, from, &sums[..width]);
+                }
+            }
+        });
+    }
+
+    fn pack(&self, j: usize, within: Range<usize>, panels: &mut [f32]) {
+        let j = if fault::active("dots.strip") { j.saturating_sub(1) } else { j };
+        #[cfg(target_arch = "x86_64")]
+        if isa() == Isa::Avx512 {
+            // SAFETY: `isa` names a set only where the machine has all of its features.
+            return unsafe { super::avx512::pack_columns(*self, j, within, panels) };
+        }
+        portable::pack_columns(*self, j, within, panels);
+    }
+
+    fn reads_lines(&self) -> bool {
+        false
+    }
+}
