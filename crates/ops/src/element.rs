@@ -23,12 +23,14 @@ pub(crate) trait Element: Copy + Default + Send + Sync + PartialOrd + std::fmt::
     fn of_mut<'a, 'b>(s: &'b mut SliceMut<'a>) -> Option<&'b mut [Self]>;
 
     /// The run itself where its elements are f32.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn f32s(_: &[Self]) -> Option<&[f32]> {
         None
     }
 
     /// The same, to write.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn f32s_mut(_: &mut [Self]) -> Option<&mut [f32]> {
         None
@@ -110,10 +112,12 @@ element!(
     |v| v,
     |v| v as f32,
     |v| v as f32,
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn f32s(run: &[Self]) -> Option<&[f32]> {
         Some(run)
     },
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn f32s_mut(run: &mut [Self]) -> Option<&mut [f32]> {
         Some(run)

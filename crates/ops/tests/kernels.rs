@@ -102,9 +102,7 @@ fn f64_matmul_is_candles_bit_for_bit() {
     ] {
         let a = operand(&mut rng, "contiguous", DType::F64, &ad, 1.0);
         let b = operand(&mut rng, "contiguous", DType::F64, &bd, 1.0);
-        let tensor = |o: &Operand| {
-            Tensor::from_vec(o.values(), o.layout.dims.to_vec(), &cpu).unwrap()
-        };
+        let tensor = |o: &Operand| Tensor::from_vec(o.values(), o.layout.dims.to_vec(), &cpu).unwrap();
         let eager: Vec<f64> = tensor(&a).matmul(&tensor(&b)).unwrap().flatten_all().unwrap().to_vec1().unwrap();
         assert!(matmul(&a, &b, eager.len()).unwrap() == Data::F64(eager), "{ad:?} {bd:?}");
     }

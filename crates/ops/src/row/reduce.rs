@@ -45,54 +45,71 @@ impl<T: Real> Map1<T> for Square<T> {
     }
 }
 
-/// What a sum adds of an element.
-trait Term<T>: Map1<T> {
-    /// The sum of a segment of at least [`LANES`] elements, where there is code of its own for it.
-    fn sum(self, segment: &[T]) -> Option<f64>;
+/// What a sum adds of an element x.
+#[derive(Clone, Copy)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // read by code for AVX-512 alone
+enum Addend {
+    /// x
+    Same,
+    /// x²
+    Square,
+    /// (x − shift)²
+    Centred(f32),
 }
 
-/// Runs `f` on a run of f32 where the machine has AVX-512, and no fault is to be seen that only the loops have.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn with_avx512<T: Real, R>(x: &[T], f: impl FnOnce(&[f32]) -> R) -> Option<R> {
-    let x = T::f32s(x)?;
-    let here = !fault::any() || fault::active("row.sum.remainder");
-    (crate::simd::isa() == crate::simd::Isa::Avx512 && here).then(|| f(x))
+/// What a sum adds of an element, as a function and by name.
+trait Term<T>: Map1<T> {
+    fn addend(self) -> Addend;
 }
 
 impl<T: Real> Term<T> for Same {
     #[inline(always)]
-    fn sum(self, segment: &[T]) -> Option<f64> {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: the machine has AVX-512.
-        return with_avx512(segment, |x| unsafe { avx512::sum(x, avx512::Term::Same) });
-        #[cfg(not(target_arch = "x86_64"))]
-        None
+    fn addend(self) -> Addend {
+        Addend::Same
     }
 }
 
 impl<T: Real> Term<T> for Square<T> {
     #[inline(always)]
-    fn sum(self, segment: &[T]) -> Option<f64> {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let shift = self.shift.to_f32();
-            let term = if shift == 0.0 { avx512::Term::Square } else { avx512::Term::Centred(shift) };
-            // SAFETY: the machine has AVX-512.
-            return with_avx512(segment, |x| unsafe { avx512::sum(x, term) });
+    fn addend(self) -> Addend {
+        match self.shift.to_f32() {
+            0.0 => Addend::Square,
+            shift => Addend::Centred(shift),
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        None
     }
 }
 
-/// The extreme of a run by code of its own, as [`Term::sum`].
+/// The run as f32 where the machine has AVX-512, and no fault is to be seen that only the loops have.
+#[cfg(target_arch = "x86_64")]
 #[inline(always)]
-fn extreme<T: Real>(x: &[T], max: bool, start: T) -> Option<T> {
-    #[cfg(target_arch = "x86_64")]
+fn for_avx512<T: Real>(x: &[T]) -> Option<&[f32]> {
+    let here = !fault::any() || fault::active("row.sum.remainder");
+    T::f32s(x).filter(|_| crate::simd::isa() == crate::simd::Isa::Avx512 && here)
+}
+
+/// The sum of a segment of at least [`LANES`] elements, where there is code of its own for it.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn sum_of<T: Real>(segment: &[T], addend: Addend) -> Option<f64> {
     // SAFETY: the machine has AVX-512.
-    return with_avx512(x, |x| T::get(unsafe { avx512::extreme(x, max, start.to_f32()) }));
-    #[cfg(not(target_arch = "x86_64"))]
+    for_avx512(segment).map(|x| unsafe { avx512::sum(x, addend) })
+}
+
+/// The extreme of a run, where there is code of its own for it.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn extreme_of<T: Real>(x: &[T], max: bool, start: T) -> Option<T> {
+    // SAFETY: the machine has AVX-512.
+    for_avx512(x).map(|x| T::get(unsafe { avx512::extreme(x, max, start.to_f32()) }))
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn sum_of<T: Real>(_: &[T], _: Addend) -> Option<f64> {
+    None
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn extreme_of<T: Real>(_: &[T], _: bool, _: T) -> Option<T> {
     None
 }
 
@@ -201,7 +218,7 @@ fn sum_into<T: Real>(x: &[T], acc: &mut T, f: impl Term<T>) {
             *acc = *acc + T::from_f64(fold_wide::<T, SHORT>(&mapped[..segment.len()]));
             continue;
         }
-        if let Some(sum) = (segment.len() >= LANES).then(|| f.sum(segment)).flatten() {
+        if let Some(sum) = (segment.len() >= LANES).then(|| sum_of(segment, f.addend())).flatten() {
             *acc = *acc + T::from_f64(sum);
             continue;
         }
@@ -339,7 +356,7 @@ fn extreme_into<T: Real>(x: &[T], acc: &mut T, first: bool, max: bool, better: i
         }
         return;
     }
-    let m = extreme(x, max, start).unwrap_or_else(|| {
+    let m = extreme_of(x, max, start).unwrap_or_else(|| {
         let mut lanes = [start; LANES];
         let rest = fold_chunks(x, &mut lanes, Better(better));
         for (l, &v) in lanes.iter_mut().zip(rest) {

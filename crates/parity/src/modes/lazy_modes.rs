@@ -125,7 +125,18 @@ pub(super) fn check(subject: &mut Subject, mode: Mode) -> Result<Option<Cell>> {
 /// `eval()` has the bits of a plan.
 fn eval(subject: &mut Subject) -> Result<Option<Cell>> {
     let case = &subject.case;
-    let direct = matches!(case.op, Op::Unary(_) | Op::Binary(_) | Op::Affine | Op::Lora { .. });
+    let direct = matches!(
+        case.op,
+        Op::Unary(_)
+            | Op::Binary(_)
+            | Op::Affine
+            | Op::Lora { .. }
+            | Op::Softmax { .. }
+            | Op::LogSoftmax { .. }
+            | Op::RmsNorm { .. }
+            | Op::LayerNorm { .. }
+            | Op::Glu { .. }
+    );
     if !direct || case.infer()?.dtype != DType::F32 {
         return Ok(None);
     }

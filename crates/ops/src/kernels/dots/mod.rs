@@ -4,9 +4,11 @@
 //! Each product is [`super::dot::dot`] of its two rows, bit for bit: 16 interleaved sums folded in halves. So it depends on its own
 //! two rows only, not on how many rows run together nor on threads. A weight's row is read once for up to four rows of x, and from
 //! memory one row after the other: several at once are several short streams, which come at half the speed of one long one. The
-//! rows of x that follow find a block of the weight in the cache, and take four of its rows at a time. Eight rows of x and more go through
+//! rows of x that follow find a block of the weight in the cache, and take four of its rows at a time. Many rows of x go through
 //! packed panels instead.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod grid;
@@ -33,8 +35,6 @@ const TASK_NS: usize = 10_000;
 const TASK_ROWS: usize = 16;
 /// Bytes of the weight's rows that are kept in the second-level cache while x's rows pass.
 const BLOCK_BYTES: usize = 1 << 18;
-/// So many rows of x are worth packing.
-const PANEL_ROWS: usize = 8;
 /// More elements of x than these are not copied to cache lines: it would take long, and memory.
 const ALIGNED: usize = 1 << 16;
 /// Bytes of a cache line.
@@ -75,7 +75,7 @@ pub(crate) fn dots(x: Rows<'_, f32>, w: impl Right, out: &mut Grid<'_>) -> Resul
         let (x, w, out) = ((x.count, x.len), (w.count(), w.len()), (out.rows(), out.cols()));
         return Err(Error::shape("matmul", format!("{x:?} x {w:?} transposed into {out:?}")));
     }
-    if x.count < PANEL_ROWS || x.len == 0 {
+    if x.count < w.worth_packing() || x.len == 0 {
         w.few(x, out);
         return Ok(());
     }
@@ -96,7 +96,7 @@ pub(crate) fn dots_parallel<R: Right>(x: Rows<'_, f32>, w: R, out: Grid<'_>) -> 
     // several parts for each thread: one that wakes late finds less to do
     let tasks = if time < 2 * TASK_NS { 1 } else { (team::threads() * 4).min(time / TASK_NS) };
     let tasks = if team::threads() < 2 { 1 } else { tasks };
-    if x.count >= PANEL_ROWS || !w.reads_lines() || !gains_from_lines(x) {
+    if x.count >= w.worth_packing() || !w.reads_lines() || !gains_from_lines(x) {
         return share(x, w, out, tasks, time);
     }
     let pitch = x.len.next_multiple_of(LANES);
@@ -120,7 +120,7 @@ fn share(x: Rows<'_, f32>, w: impl Right, mut out: Grid<'_>, tasks: usize, ns: u
     if tasks < 2 || out.rows() != x.count || out.cols() != w.count() {
         return dots(x, w, &mut out);
     }
-    let blocks = if x.count < PANEL_ROWS { 1 } else { x.count.div_ceil(panel::block_rows(x.len)) };
+    let blocks = if x.count < w.worth_packing() { 1 } else { x.count.div_ceil(panel::block_rows(x.len)) };
     // of about equal size
     let block = x.count.div_ceil(blocks.max(1)).next_multiple_of(panel::SIDE).max(panel::SIDE);
     let cols = w.count().div_ceil(tasks.div_ceil(blocks.max(1))).next_multiple_of(TASK_ROWS).max(TASK_ROWS);

@@ -132,5 +132,10 @@ fn tile<const M: usize>(tile: Tile<'_>) -> [f32; TILE] {
         // SAFETY: `isa` names a set only where the machine has all of its features.
         return unsafe { super::avx512::tile::<M>(tile) };
     }
+    #[cfg(target_arch = "x86_64")]
+    if isa() == Isa::Avx2 {
+        // SAFETY: as above.
+        return unsafe { super::avx2::tile::<M>(tile) };
+    }
     super::portable::tile::<M>(tile)
 }

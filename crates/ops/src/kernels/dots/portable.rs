@@ -81,10 +81,19 @@ pub(super) fn pack<E: Narrow>(row: &[E], count: usize, r: usize, to: &mut [f32])
 /// As `Right::pack`.
 pub(super) fn pack_columns<E: Narrow>(w: Columns<'_, E>, j: usize, within: Range<usize>, panels: &mut [f32]) {
     let steps = within.len().div_ceil(LANES);
-    panels.fill(0.0);
-    for (l, i) in within.enumerate() {
-        for (r, &v) in w.row(i, j, LANES).iter().enumerate() {
-            panels[((r / SIDE * steps + l / LANES) * SIDE + r % SIDE) * LANES + l % LANES] = v.to_f32();
+    for step in 0..steps {
+        let first = within.start + step * LANES;
+        // a square of sixteen by sixteen numbers, zeros where there are none
+        let mut square = [[0f32; LANES]; LANES];
+        for (i, row) in square.iter_mut().enumerate().take(within.end - first) {
+            let numbers = w.row(first + i, j, LANES);
+            E::widen(numbers, &mut row[..numbers.len()]);
+        }
+        for r in 0..LANES {
+            let at = (r / SIDE * steps + step) * SIDE * LANES + r % SIDE * LANES;
+            for (to, row) in panels[at..at + LANES].iter_mut().zip(&square) {
+                *to = row[r];
+            }
         }
     }
 }

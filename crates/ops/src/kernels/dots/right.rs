@@ -24,6 +24,8 @@ pub(crate) trait Right: Copy + Send + Sync {
     /// Elements `within` of [`Right::STRIP`] of them from `j` on, which are not all there at the end: four beside one another, sixteen elements
     /// at a time, with zeros behind the end; then the next four.
     fn pack(&self, j: usize, within: Range<usize>, panels: &mut [f32]);
+    /// From so many rows of x on packed panels are quicker.
+    fn worth_packing(&self) -> usize;
     /// Whether the few rows of x are worth copying to boundaries of cache lines.
     fn reads_lines(&self) -> bool;
 }
@@ -63,6 +65,10 @@ impl<E: Narrow> Right for Rows<'_, E> {
             // rows that are not there repeat the last one
             super::panel::pack(&self.row(j + r.min(count - 1))[within.clone()], SIDE, r, panels);
         }
+    }
+
+    fn worth_packing(&self) -> usize {
+        8
     }
 
     fn reads_lines(&self) -> bool {
@@ -153,6 +159,10 @@ impl<E: Narrow> Right for Columns<'_, E> {
             return unsafe { super::avx512::pack_columns(*self, j, within, panels) };
         }
         portable::pack_columns(*self, j, within, panels);
+    }
+
+    fn worth_packing(&self) -> usize {
+        3
     }
 
     fn reads_lines(&self) -> bool {

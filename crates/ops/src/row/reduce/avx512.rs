@@ -1,24 +1,13 @@
 //! Sums and extremes of a run of f32, number for number those of the loops: the same accumulators, which stay in registers from the
 //! first element to the result.
 
-use super::{LANES, SEGMENT};
+use super::{Addend, LANES, SEGMENT};
 use crate::fault;
 use std::arch::x86_64::*;
 
 /// Numbers of a vector, and vectors of accumulators.
 const VECTOR: usize = 16;
 const HELD: usize = LANES / VECTOR;
-
-/// What is added of an element x.
-#[derive(Clone, Copy)]
-pub(super) enum Term {
-    /// x
-    Same,
-    /// x²
-    Square,
-    /// (x − shift)²
-    Centred(f32),
-}
 
 /// The vector at `x[at..]`, and which of it is there; the rest is `fill`.
 #[inline(always)]
@@ -55,15 +44,15 @@ fn each(x: &[f32], fill: __m512, held: &mut [__m512; HELD], f: impl Fn(__m512, _
 
 /// As `sum_into` for one segment, of at least 128 elements.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-pub(super) fn sum(x: &[f32], term: Term) -> f64 {
+pub(super) fn sum(x: &[f32], addend: Addend) -> f64 {
     debug_assert!((LANES..=SEGMENT).contains(&x.len()));
     let zero = _mm512_setzero_ps();
     let mut held = [zero; HELD];
     // lanes behind the end keep their sums: adding a zero would make a -0 a 0
-    match term {
-        Term::Same => each(x, zero, &mut held, |h, v, there| _mm512_mask_add_ps(h, there, h, v)),
-        Term::Square => each(x, zero, &mut held, |h, v, there| _mm512_mask_add_ps(h, there, h, _mm512_mul_ps(v, v))),
-        Term::Centred(shift) => {
+    match addend {
+        Addend::Same => each(x, zero, &mut held, |h, v, there| _mm512_mask_add_ps(h, there, h, v)),
+        Addend::Square => each(x, zero, &mut held, |h, v, there| _mm512_mask_add_ps(h, there, h, _mm512_mul_ps(v, v))),
+        Addend::Centred(shift) => {
             let shift = _mm512_set1_ps(shift);
             each(x, zero, &mut held, |h, v, there| {
                 let v = _mm512_sub_ps(v, shift);
