@@ -66,17 +66,31 @@ fn bits_do_not_depend_on_where_the_row_axis_stands() {
     }
 }
 
+/// A reduction alone.
+fn reduce(f: ReduceFn, dtype: DType) -> RowProgram {
+    let mut b = RowProgram::builder(Class::of(dtype).unwrap());
+    let x = b.load(0);
+    let y = b.reduce(f, x);
+    b.output(y, dtype);
+    b.finish().unwrap()
+}
+
+/// More rows than run together, in tiles of columns that have no data.
+#[test]
+fn many_rows_over_an_empty_middle_dim_are_what_each_reduction_starts_with() {
+    for dtype in [DType::F32, DType::F64] {
+        let x = Operand::contiguous(dtype, &[2, 0, 40], &[]);
+        for (f, want) in [(ReduceFn::Sum, 0.0), (ReduceFn::Max, f64::NEG_INFINITY), (ReduceFn::Min, f64::INFINITY)] {
+            let got = &run(&reduce(f, dtype), &[2, 0, 40], 0b010, std::slice::from_ref(&x), &[])[0];
+            assert_eq!(got.to_f64(), vec![want; 80], "{f:?} {}", dtype.as_str());
+        }
+    }
+}
+
 /// Rows over a middle dim lie in tiles of columns; the same rows over the last dim do not.
 #[test]
 fn rows_over_a_middle_dim_have_the_bits_of_rows_over_the_last() {
     let mut rng = Rng(29);
-    let reduce = |f: ReduceFn, dtype: DType| {
-        let mut b = RowProgram::builder(Class::of(dtype).unwrap());
-        let x = b.load(0);
-        let y = b.reduce(f, x);
-        b.output(y, dtype);
-        b.finish().unwrap()
-    };
     for dtype in [DType::F32, DType::BF16, DType::F64] {
         let mut all = sample_programs(dtype);
         all.retain(|(_, p, _)| p.instrs().iter().any(|i| matches!(i, Instr::Reduce(..))));

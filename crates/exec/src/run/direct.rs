@@ -3,6 +3,7 @@
 //! A graph of one op costs what eager costs only where nothing is built for it. The kernels are those that a plan of the op would run,
 //! so the result has the bits that a plan gives it.
 
+use super::kernel::row_program;
 use super::slots::{kernel_error, with_views, SlotValue};
 use crate::buffer::Buffer;
 use crate::error::{Error, Result};
@@ -13,7 +14,7 @@ use candle_lazy_ops::fault;
 use candle_lazy_ops::kernels::{self, fresh};
 use candle_lazy_ops::row::programs::Ready;
 use candle_lazy_ops::row::{direct, BinaryFn, UnaryFn};
-use candle_lazy_ops::view::{SliceMut, View};
+use candle_lazy_ops::view::SliceMut;
 use smallvec::SmallVec;
 use std::sync::Arc;
 
@@ -93,15 +94,9 @@ fn rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Tensor])
     let dims = node.shape().dims();
     let mut out = Buffer::take(DType::F32, node.shape().elem_count()).ok()?;
     let slots: SmallVec<[SlotValue; 4]> = inputs.iter().cloned().map(SlotValue::foreign).collect();
-    with_views(&slots, [0, 1, 2, 3].get(..slots.len())?, |views| {
-        let mut wide: SmallVec<[View<'_>; 4]> = SmallVec::new();
-        for view in views {
-            wide.push(View { data: view.data, layout: view.layout.broadcast_to(dims).map_err(kernel_error)? });
-        }
-        program.run(dims, axes, &wide, params, &mut [out.slice_mut()]).map_err(kernel_error)
-    })
+    let inputs = [0, 1, 2, 3].get(..slots.len())?;
     // what fails here fails again with a plan, which knows how to say it
-    .ok()?;
+    row_program(&program, (dims, axes), params, &slots, inputs, std::slice::from_mut(&mut out)).ok()?;
     if let (true, SliceMut::F32([.., last])) = (fault::active("direct.row"), out.slice_mut()) {
         *last += 1.0;
     }

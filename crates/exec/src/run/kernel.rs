@@ -10,7 +10,8 @@ use crate::report::EvalReport;
 use candle_lazy_graph::{ArgOp, Bindings, Dims, Distribution, Op, ScatterOp, Sym};
 use candle_lazy_ops::fault;
 use candle_lazy_ops::kernels::{self, AttentionParams};
-use candle_lazy_ops::row::{BinaryFn, Class, RowProgram};
+use candle_lazy_ops::row::programs::Ready;
+use candle_lazy_ops::row::{BinaryFn, RowProgram};
 use candle_lazy_ops::view::{SliceMut, Strided, View};
 use smallvec::SmallVec;
 use std::sync::Arc;
@@ -68,18 +69,7 @@ pub(super) fn run_step(
             for output in &step.outputs {
                 buffers.push(Buffer::take(output.dtype, bindings.dims(&output.dims).iter().product())?);
             }
-            with_views(slots, &step.inputs, |views| {
-                let mut broadcast: SmallVec<[View<'_>; 6]> = SmallVec::new();
-                for view in views {
-                    let mut layout = view.layout.broadcast_to(&dims).map_err(kernel_error)?;
-                    if fault::active("bind.broadcast_stride") {
-                        spoil_broadcast(&mut layout);
-                    }
-                    broadcast.push(View { data: view.data, layout });
-                }
-                let mut outputs: SmallVec<[_; 2]> = buffers.iter_mut().map(Buffer::slice_mut).collect();
-                program.run(&dims, *axes, &broadcast, &params, &mut outputs).map_err(kernel_error)
-            })?;
+            row_program(program, (&dims, *axes), &params, slots, &step.inputs, &mut buffers)?;
             for (output, buffer) in step.outputs.iter().zip(buffers) {
                 put(slots, output, buffer, bindings);
             }
@@ -88,6 +78,29 @@ pub(super) fn run_step(
     }
     *report.kernels.entry(step.kind.name()).or_default() += 1;
     Ok(())
+}
+
+/// Runs a program over a space of `dims` with these row axes, to which its inputs broadcast.
+pub(super) fn row_program(
+    program: &RowProgram,
+    (dims, axes): (&[usize], u32),
+    params: &[f64],
+    slots: &[SlotValue],
+    inputs: &[u32],
+    buffers: &mut [Buffer],
+) -> Result<()> {
+    with_views(slots, inputs, |views| {
+        let mut broadcast: SmallVec<[View<'_>; 6]> = SmallVec::new();
+        for view in views {
+            let mut layout = view.layout.broadcast_to(dims).map_err(kernel_error)?;
+            if fault::active("bind.broadcast_stride") {
+                spoil_broadcast(&mut layout);
+            }
+            broadcast.push(View { data: view.data, layout });
+        }
+        let mut outputs: SmallVec<[_; 2]> = buffers.iter_mut().map(Buffer::slice_mut).collect();
+        program.run(dims, axes, &broadcast, params, &mut outputs).map_err(kernel_error)
+    })
 }
 
 /// The fault of one wrong broadcast stride: a repeated dim and one that is walked through change roles.
@@ -229,22 +242,10 @@ fn linear(x: &View<'_>, w: &View<'_>, bias: Option<&View<'_>>, out: &mut SliceMu
     kernels::matmul(x, &transposed, &mut product.slice_mut()).map_err(kernel_error)?;
     let width = bias.dims().first().copied().unwrap_or(1).max(1);
     let dims = [out.len() / width, width];
-    let program = sum_program(out.dtype())?;
+    let program = Ready::Binary(BinaryFn::Add).program(out.dtype()).map_err(kernel_error)?;
     let product = View::new(product.slice(), Strided::contiguous(&dims)).map_err(kernel_error)?;
     let bias = View { data: bias.data, layout: bias.layout.broadcast_to(&dims).map_err(kernel_error)? };
     program.run(&dims, 0, &[product, bias], &[], &mut [out.reborrow()]).map_err(kernel_error)
-}
-
-/// a + b of one dtype.
-fn sum_program(dtype: candle_core::DType) -> Result<RowProgram> {
-    let Some(class) = Class::of(dtype) else {
-        return Err(Error::Internal(format!("no row program of {}", dtype.as_str())));
-    };
-    let mut builder = RowProgram::builder(class);
-    let (a, b) = (builder.load(0), builder.load(1));
-    let sum = builder.binary(BinaryFn::Add, a, b);
-    builder.output(sum, dtype);
-    builder.finish().map_err(kernel_error)
 }
 
 /// Another look at the same data.

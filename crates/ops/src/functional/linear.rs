@@ -5,7 +5,8 @@ use super::{alike, float, wide};
 use crate::error::Error;
 use crate::fault;
 use crate::kernels;
-use crate::row::{BinaryFn as B, Class, RowProgram};
+use crate::row::programs::Ready;
+use crate::row::{BinaryFn as B, Class};
 use crate::storage::{cpu_view, filled};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 
@@ -116,15 +117,10 @@ pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 /// x + b for b `(n)` along the last dim, with the bias gradient summed in the arithmetic type.
 fn add_bias(x: &Tensor, b: &Tensor) -> Result<Tensor> {
     let dtype = x.dtype();
-    let class = match Class::of(dtype) {
-        Some(class) if x.device().is_cpu() => class,
-        _ => return x.broadcast_add(b),
-    };
-    let mut p = RowProgram::builder(class);
-    let (x_, b_) = (p.load(0), p.load(1));
-    let y = p.binary(B::Add, x_, b_);
-    p.output(y, dtype);
-    let call = RowCall::new("linear", p.finish()?, 0);
+    if Class::of(dtype).is_none() || !x.device().is_cpu() {
+        return x.broadcast_add(b);
+    }
+    let call = RowCall::new("linear", Ready::Binary(B::Add).program(dtype)?, 0);
     let bwd = move |_: &Tensor, b: &Tensor, g: &Tensor| {
         let db = match b.track_op() {
             true if fault::active("grad.bias.sum") => Some(b.zeros_like()?),

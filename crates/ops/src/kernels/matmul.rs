@@ -258,14 +258,14 @@ fn narrow<E: Narrow>(s: &Batched, a: &[E], b: &[E], out: &mut [E]) -> Result<()>
         }
         if bm.col_stride == 1 || bm.cols == 1 {
             let pitch = if fault::active("dots.columns.pitch") { bm.cols } else { bm.row_stride };
-            return inner(a, am, Columns::new(data, bm.cols, pitch, bm.rows)?, out, &mut wide, &mut sums);
+            return inner(a, am, Columns::of(Rows::new(data, bm.rows, pitch, bm.cols)?), out, &mut wide, &mut sums);
         }
         // the same right side for many batches is copied once
         if last != Some(bm.offset) && !(last.is_some() && fault::active("matmul.stale_widened")) {
             widen_matrix(b, bm, &mut right);
             last = Some(bm.offset);
         }
-        inner(a, am, Columns::new(&right, bm.cols, bm.cols, bm.rows)?, out, &mut wide, &mut sums)
+        inner(a, am, Columns::of(Rows::new(&right, bm.rows, bm.cols, bm.cols)?), out, &mut wide, &mut sums)
     })
 }
 

@@ -2,8 +2,10 @@
 
 use std::cell::Cell;
 
+/// Bytes of a cache line.
+const LINE_BYTES: usize = 64;
 /// Numbers in a cache line.
-const LINE: usize = 16;
+const LINE: usize = LINE_BYTES / size_of::<f32>();
 /// No more numbers than these are kept: two MiB, enough for the panels of all but very long rows.
 const MOST: usize = 1 << 19;
 
@@ -19,12 +21,17 @@ pub(crate) fn with<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     if store.len() < len + LINE {
         store = vec![0.0; len + LINE];
     }
-    let skip = store.as_ptr().align_offset(size_of::<f32>() * LINE).min(LINE);
-    let result = f(&mut store[skip..skip + len]);
+    let result = f(on_line(&mut store, len));
     if store.len() <= MOST {
         KEPT.set(store);
     }
     result
+}
+
+/// `len` numbers of `store` that start on a cache line; it has a line more than these.
+pub(crate) fn on_line<T>(store: &mut [T], len: usize) -> &mut [T] {
+    let skip = store.as_ptr().align_offset(LINE_BYTES).min(store.len() - len);
+    &mut store[skip..skip + len]
 }
 
 #[cfg(test)]

@@ -29,10 +29,8 @@ impl Real for f64 {
     }
 
     fn scratch<R>(len: usize, f: impl FnOnce(&mut [Self]) -> R) -> R {
-        const LINE: usize = 8;
-        let mut memory = crate::kernels::fresh::<Self>(len + LINE);
-        let skip = memory.as_ptr().align_offset(size_of::<Self>() * LINE).min(LINE);
-        f(&mut memory[skip..skip + len])
+        // eight numbers are a line
+        f(crate::kernels::scratch::on_line(&mut crate::kernels::fresh(len + 8), len))
     }
     #[inline(always)]
     fn read<E: Element>(src: &[E], dst: &mut [Self]) {

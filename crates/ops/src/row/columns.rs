@@ -91,7 +91,8 @@ pub(crate) fn reduce<T: Real>(f: ReduceFn, a: Arg<'_, T>, acc: &mut [T], rows: u
         return;
     };
     for (i, acc) in acc[..rows].chunks_mut(WIDTH).enumerate() {
-        let data = &data[i * WIDTH..];
+        // rows without elements have no data
+        let data = data.get(i * WIDTH..).unwrap_or_default();
         let whole = <&mut [T; WIDTH]>::try_from(&mut *acc).is_ok_and(|acc| whole(f, data, pitch, cols, acc));
         if !whole {
             let rows = acc.len();

@@ -7,7 +7,7 @@ use std::hash::{Hash, Hasher};
 use std::sync::{Arc, PoisonError, RwLock};
 
 /// The register that each register stands for, and its kind.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug)]
 pub(crate) struct Resolved {
     /// Register that holds a register's value: itself, except for a reduction over single elements.
     pub(crate) alias: Vec<usize>,
@@ -15,8 +15,11 @@ pub(crate) struct Resolved {
     pub(crate) kinds: Vec<Kind>,
 }
 
-/// What follows from a program's code.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+/// The schedule of each kind of input.
+type Schedules = Vec<(Facts, Arc<Schedule>)>;
+
+/// What follows from a program's code, so that two programs never differ by it.
+#[derive(Clone, Debug)]
 pub(crate) struct Prepared {
     /// Over rows.
     rows: Resolved,
@@ -24,7 +27,8 @@ pub(crate) struct Prepared {
     elements: Resolved,
     /// What an element costs, roughly, in additions.
     pub(crate) cost: usize,
-    schedules: Schedules,
+    /// The schedules that were needed so far, which clones of the program share.
+    schedules: Arc<RwLock<Schedules>>,
 }
 
 impl Prepared {
@@ -40,7 +44,7 @@ impl Prepared {
             }
         }
         let cost = instrs.iter().map(cost).sum();
-        Self { rows: Resolved { alias, kinds }, elements, cost, schedules: Schedules::default() }
+        Self { rows: Resolved { alias, kinds }, elements, cost, schedules: Arc::default() }
     }
 
     /// The registers' kinds.
@@ -73,10 +77,6 @@ fn cost(instr: &Instr) -> usize {
 /// No program keeps more schedules than these; who runs one in more ways makes the others anew.
 const MOST: usize = 16;
 
-/// The schedules of a program that were needed so far. They follow from the program, so two programs do not differ by them.
-#[derive(Default)]
-struct Schedules(RwLock<Vec<(Facts, Arc<Schedule>)>>);
-
 impl RowProgram {
     /// The schedule for such a run.
     pub(super) fn schedule(&self, facts: Facts) -> Arc<Schedule> {
@@ -84,7 +84,7 @@ impl RowProgram {
         if fault::any() {
             return Arc::new(Schedule::new(self, facts));
         }
-        let kept = &self.prepared.schedules.0;
+        let kept = &self.prepared.schedules;
         let find = |all: &[(Facts, Arc<Schedule>)]| all.iter().find(|(f, _)| *f == facts).map(|(_, s)| s.clone());
         if let Some(schedule) = find(&kept.read().unwrap_or_else(PoisonError::into_inner)) {
             return schedule;
@@ -98,28 +98,16 @@ impl RowProgram {
     }
 }
 
-impl Clone for Schedules {
-    fn clone(&self) -> Self {
-        Self(RwLock::new(self.0.read().unwrap_or_else(PoisonError::into_inner).clone()))
-    }
-}
-
-impl PartialEq for Schedules {
+impl PartialEq for Prepared {
     fn eq(&self, _: &Self) -> bool {
         true
     }
 }
 
-impl Eq for Schedules {}
+impl Eq for Prepared {}
 
-impl Hash for Schedules {
+impl Hash for Prepared {
     fn hash<H: Hasher>(&self, _: &mut H) {}
-}
-
-impl std::fmt::Debug for Schedules {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Schedules")
-    }
 }
 
 #[cfg(test)]

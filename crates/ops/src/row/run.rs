@@ -1,7 +1,6 @@
 //! Checking a run's operands, choosing tiles and tasks, and running them.
 
 use super::loops::{self, Arg};
-use super::prepared::Resolved;
 use super::program::{is_row_axis, kind_len, Class, Instr, Kind, RowProgram};
 use super::reduce::SEGMENT;
 use super::schedule::{Facts, Few};
@@ -334,9 +333,9 @@ impl<T: Real> Job<'_, T> {
             });
         }
         // A shared row is gathered once, but an output is stored row by row: an input that is an output must fill its tile.
-        let Resolved { alias, .. } = self.program.prepared.resolved(self.elementwise);
+        let resolved = self.program.prepared.resolved(self.elementwise);
         for &(reg, _) in &self.program.outputs {
-            let root = alias.get(usize::from(reg.0)).copied();
+            let root = resolved.alias.get(usize::from(reg.0)).copied();
             if let Some(Instr::Load { input } | Instr::LoadRow { input }) =
                 root.and_then(|r| self.program.instrs.get(r))
             {
@@ -364,7 +363,7 @@ impl<T: Real> Job<'_, T> {
         }
         let run = Run {
             program: self.program,
-            resolved: self.program.prepared.resolved(self.elementwise),
+            resolved,
             schedule: &schedule,
             space,
             inputs: self.data,

@@ -18,15 +18,15 @@ pub(super) fn tile<const M: usize>(tile: Tile<'_>) -> [f32; LANES] {
         kept.fill(0.0);
     }
     let steps = (x.len() / (M * LANES)).min(w.len() / (SIDE * LANES));
-    let drops = fault::active("dot.tail") && last < LANES;
+    let last = if fault::active("dot.tail") && last < LANES { 0 } else { last };
     for r in (0..M).step_by(AT_ONCE) {
         for l in (0..SIDE).step_by(AT_ONCE) {
             // SAFETY: the panels have `steps` times so many rows of sixteen numbers, and rows `r` and `l` are among them, with the
             // next ones where there are two; see `SUMS` for `kept`.
             unsafe {
                 match M - r {
-                    1 => products::<M, 1>(x, w, (r, l), steps, if drops { 0 } else { last }, kept),
-                    _ => products::<M, 2>(x, w, (r, l), steps, if drops { 0 } else { last }, kept),
+                    1 => products::<M, 1>(x, w, (r, l), steps, last, kept),
+                    _ => products::<M, 2>(x, w, (r, l), steps, last, kept),
                 }
             }
         }

@@ -70,12 +70,12 @@ impl<'a, E> Rows<'a, E> {
 }
 
 /// out\[i\]\[j\] = x\[i\] · w\[j\], on this thread.
-pub(crate) fn dots(x: Rows<'_, f32>, w: impl Right, out: &mut Grid<'_>) -> Result<()> {
+pub(crate) fn dots<R: Right>(x: Rows<'_, f32>, w: R, out: &mut Grid<'_>) -> Result<()> {
     if x.len != w.len() || out.rows() != x.count || out.cols() != w.count() {
         let (x, w, out) = ((x.count, x.len), (w.count(), w.len()), (out.rows(), out.cols()));
         return Err(Error::shape("matmul", format!("{x:?} x {w:?} transposed into {out:?}")));
     }
-    if x.count < w.worth_packing() || x.len == 0 {
+    if x.count < R::PACKED_FROM || x.len == 0 {
         w.few(x, out);
         return Ok(());
     }
@@ -96,7 +96,7 @@ pub(crate) fn dots_parallel<R: Right>(x: Rows<'_, f32>, w: R, out: Grid<'_>) -> 
     // several parts for each thread: one that wakes late finds less to do
     let tasks = if time < 2 * TASK_NS { 1 } else { (team::threads() * 4).min(time / TASK_NS) };
     let tasks = if team::threads() < 2 { 1 } else { tasks };
-    if x.count >= w.worth_packing() || !w.reads_lines() || !gains_from_lines(x) {
+    if x.count >= R::PACKED_FROM || !w.reads_lines() || !gains_from_lines(x) {
         return share(x, w, out, tasks, time);
     }
     let pitch = x.len.next_multiple_of(LANES);
@@ -116,11 +116,11 @@ fn gains_from_lines(x: Rows<'_, f32>) -> bool {
 }
 
 /// The product in about `tasks` parts: blocks of x's rows, and where those are fewer, parts of the weight's rows.
-fn share(x: Rows<'_, f32>, w: impl Right, mut out: Grid<'_>, tasks: usize, ns: usize) -> Result<()> {
+fn share<R: Right>(x: Rows<'_, f32>, w: R, mut out: Grid<'_>, tasks: usize, ns: usize) -> Result<()> {
     if tasks < 2 || out.rows() != x.count || out.cols() != w.count() {
         return dots(x, w, &mut out);
     }
-    let blocks = if x.count < w.worth_packing() { 1 } else { x.count.div_ceil(panel::block_rows(x.len)) };
+    let blocks = if x.count < R::PACKED_FROM { 1 } else { x.count.div_ceil(panel::block_rows(x.len)) };
     // of about equal size
     let block = x.count.div_ceil(blocks.max(1)).next_multiple_of(panel::SIDE).max(panel::SIDE);
     let cols = w.count().div_ceil(tasks.div_ceil(blocks.max(1))).next_multiple_of(TASK_ROWS).max(TASK_ROWS);
@@ -187,7 +187,7 @@ mod tests {
                 across[l * cp + j] = w[j * wp + l];
             }
         }
-        let columns = Columns::new(&across, n, cp, k).unwrap();
+        let columns = Columns::of(Rows::new(&across, k, cp, n).unwrap());
         share(xs, columns, Grid::new(&mut turned, m, n, op).unwrap(), tasks, 0).unwrap();
         assert!(turned == got, "{isa:?} {m}x{n}x{k} by columns");
         for i in 0..m {
@@ -256,10 +256,7 @@ mod tests {
         assert!(dots(rows(2, 4), rows(3, 4), &mut grid).is_ok());
         assert!(dots(rows(2, 4), rows(3, 3), &mut grid).is_err());
         assert!(dots(rows(3, 4), rows(3, 4), &mut grid).is_err());
-        assert!(Columns::new(&data, 4, 4, 3).is_ok() && Columns::new(&data, 0, 9, 0).is_ok());
-        assert!(Columns::new(&data, 5, 4, 3).is_err());
-        assert!(Columns::new(&data, 4, usize::MAX, 3).is_err());
-        assert!(dots(rows(2, 3), Columns::new(&data, 3, 4, 3).unwrap(), &mut grid).is_ok());
-        assert!(dots(rows(2, 4), Columns::new(&data, 3, 4, 3).unwrap(), &mut grid).is_err());
+        assert!(dots(rows(2, 3), Columns::of(Rows::new(&data, 3, 4, 3).unwrap()), &mut grid).is_ok());
+        assert!(dots(rows(2, 4), Columns::of(Rows::new(&data, 3, 4, 3).unwrap()), &mut grid).is_err());
     }
 }

@@ -2,7 +2,6 @@
 
 use super::panel::SIDE;
 use super::{portable, scratch, Grid, Narrow, Rows, BLOCK_BYTES, LANES, TASK_ROWS};
-use crate::error::{Error, Result};
 use crate::fault;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{isa, Isa};
@@ -14,6 +13,8 @@ pub(crate) trait Right: Copy + Send + Sync {
     const BYTES: usize;
     /// How many are packed at once, four beside one another: a multiple of four.
     const STRIP: usize;
+    /// From so many rows of x on packed panels are quicker.
+    const PACKED_FROM: usize;
 
     fn count(&self) -> usize;
     fn len(&self) -> usize;
@@ -24,8 +25,6 @@ pub(crate) trait Right: Copy + Send + Sync {
     /// Elements `within` of [`Right::STRIP`] of them from `j` on, which are not all there at the end: four beside one another, sixteen elements
     /// at a time, with zeros behind the end; then the next four.
     fn pack(&self, j: usize, within: Range<usize>, panels: &mut [f32]);
-    /// From so many rows of x on packed panels are quicker.
-    fn worth_packing(&self) -> usize;
     /// Whether the few rows of x are worth copying to boundaries of cache lines.
     fn reads_lines(&self) -> bool;
 }
@@ -33,6 +32,7 @@ pub(crate) trait Right: Copy + Send + Sync {
 impl<E: Narrow> Right for Rows<'_, E> {
     const BYTES: usize = size_of::<E>();
     const STRIP: usize = SIDE;
+    const PACKED_FROM: usize = 8;
 
     fn count(&self) -> usize {
         self.count
@@ -67,38 +67,24 @@ impl<E: Narrow> Right for Rows<'_, E> {
         }
     }
 
-    fn worth_packing(&self) -> usize {
-        8
-    }
-
     fn reads_lines(&self) -> bool {
         self.count >= TASK_ROWS
     }
 }
 
-/// `count` columns of `len` elements: those of one row are neighbours, rows start `pitch` apart.
+/// The columns of a matrix whose rows are runs of elements.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Columns<'a, E> {
-    pub(super) data: &'a [E],
-    pub(super) pitch: usize,
-    pub(super) count: usize,
-    pub(super) len: usize,
-}
+pub(crate) struct Columns<'a, E>(Rows<'a, E>);
 
 impl<'a, E> Columns<'a, E> {
-    /// The columns of `len` rows in `data`; an error if the last one ends behind it.
-    pub(crate) fn new(data: &'a [E], count: usize, pitch: usize, len: usize) -> Result<Self> {
-        let end = len.checked_sub(1).map_or(Some(0), |last| last.checked_mul(pitch)?.checked_add(count));
-        match end {
-            Some(end) if end <= data.len() => Ok(Self { data, pitch, count, len }),
-            _ => Err(Error::shape("matmul", format!("{len} rows of {count}, {pitch} apart, in {}", data.len()))),
-        }
+    /// The columns of `rows`.
+    pub(crate) fn of(rows: Rows<'a, E>) -> Self {
+        Self(rows)
     }
 
     /// Columns `j..` of row `i`, at most `count` of them.
     pub(super) fn row(&self, i: usize, j: usize, count: usize) -> &'a [E] {
-        let at = i * self.pitch;
-        &self.data[at + j..at + (j + count).min(self.count)]
+        &self.0.row(i)[j..(j + count).min(self.0.len)]
     }
 }
 
@@ -109,37 +95,41 @@ impl<E: Narrow> Right for Columns<'_, E> {
     const BYTES: usize = size_of::<E>();
     /// A cache line of f32.
     const STRIP: usize = LANES;
+    const PACKED_FROM: usize = 3;
 
     fn count(&self) -> usize {
-        self.count
+        let Rows { len: columns, .. } = self.0;
+        columns
     }
 
     fn len(&self) -> usize {
-        self.len
+        let Rows { count: rows, .. } = self.0;
+        rows
     }
 
     fn part(&self, from: usize, count: usize) -> Self {
-        Self { data: self.data.get(from..).unwrap_or_default(), count, ..*self }
+        Self(Rows { data: self.0.data.get(from..).unwrap_or_default(), len: count, ..self.0 })
     }
 
     fn few(&self, x: Rows<'_, f32>, out: &mut Grid<'_>) {
         // element l of every row goes to sum l mod 16 of its column: those of neighbouring columns are neighbours
-        scratch::with(x.count * LANES * NEAR, |sums| {
-            for from in (0..self.count).step_by(NEAR) {
-                let width = NEAR.min(self.count - from);
+        let near = NEAR.min(self.count());
+        scratch::with(x.count * LANES * near, |sums| {
+            for from in (0..self.count()).step_by(NEAR) {
+                let width = near.min(self.count() - from);
                 sums.fill(0.0);
-                let len = self.len - fault::one_if("dots.columns.tail").min(self.len);
+                let len = self.len() - fault::one_if("dots.columns.tail").min(self.len());
                 for l in 0..len {
                     let w = self.row(l, from, width);
                     for i in 0..x.count {
-                        let at = (i * LANES + l % LANES) * NEAR;
+                        let at = (i * LANES + l % LANES) * near;
                         portable::scaled(x.row(i)[l], w, &mut sums[at..at + width]);
                     }
                 }
-                for (i, sums) in sums.chunks_exact_mut(LANES * NEAR).enumerate() {
+                for (i, sums) in sums.chunks_exact_mut((LANES * near).max(1)).enumerate() {
                     let mut half = LANES / 2;
                     while half > 0 {
-                        let (low, high) = sums.split_at_mut(half * NEAR);
+                        let (low, high) = sums.split_at_mut(half * near);
                         for (a, b) in low.iter_mut().zip(high) {
                             *a += *b;
                         }
@@ -159,10 +149,6 @@ impl<E: Narrow> Right for Columns<'_, E> {
             return unsafe { super::avx512::pack_columns(*self, j, within, panels) };
         }
         portable::pack_columns(*self, j, within, panels);
-    }
-
-    fn worth_packing(&self) -> usize {
-        3
     }
 
     fn reads_lines(&self) -> bool {

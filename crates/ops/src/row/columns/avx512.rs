@@ -54,21 +54,14 @@ pub(super) fn sums(x: Columns<'_>, acc: &mut [f32; WIDTH]) {
         let add = |a: Wide, b: Wide| [_mm512_add_pd(a[0], b[0]), _mm512_add_pd(a[1], b[1])];
         let total = match half {
             0 => lane(0),
-            // sizes that the compiler knows stay in registers
-            8 if n == SHORT => halves::<8>(lane, add),
+            // a size that the compiler knows stays in registers
+            8 if n == SHORT => meet(&mut std::array::from_fn::<_, 8, _>(|l| add(lane(l), lane(l + 8))), add),
             _ => {
                 let mut wide = [[_mm512_setzero_pd(); 2]; LANES / 2];
                 for (l, w) in wide.iter_mut().enumerate().take(half) {
                     *w = add(lane(l), lane(l + half));
                 }
-                let mut half = half / 2;
-                while half > 0 {
-                    for l in 0..half {
-                        wide[l] = add(wide[l], wide[l + half]);
-                    }
-                    half /= 2;
-                }
-                wide[0]
+                meet(&mut wide[..half], add)
             }
         };
         let total =
@@ -79,18 +72,17 @@ pub(super) fn sums(x: Columns<'_>, acc: &mut [f32; WIDTH]) {
     unsafe { _mm512_storeu_ps(acc.as_mut_ptr(), sum) };
 }
 
-/// Twice `HALF` lanes that meet in halves.
+/// A power of two of lanes meet in halves.
 #[inline(always)]
-fn halves<const HALF: usize>(lane: impl Fn(usize) -> Wide, add: impl Fn(Wide, Wide) -> Wide) -> Wide {
-    let mut wide: [Wide; HALF] = std::array::from_fn(|l| add(lane(l), lane(l + HALF)));
-    let mut half = HALF / 2;
+fn meet(lanes: &mut [Wide], add: impl Fn(Wide, Wide) -> Wide) -> Wide {
+    let mut half = lanes.len() / 2;
     while half > 0 {
         for l in 0..half {
-            wide[l] = add(wide[l], wide[l + half]);
+            lanes[l] = add(lanes[l], lanes[l + half]);
         }
         half /= 2;
     }
-    wide[0]
+    lanes[0]
 }
 
 /// As `columns::extremes`, but for rows whose first element is NaN and rows whose extreme is 0: says which these are, a bit for each, and
