@@ -64,6 +64,8 @@ impl Prepared {
 fn cost(instr: &Instr) -> usize {
     match instr {
         Instr::Param { .. } | Instr::RowLen | Instr::LoadRow { .. } => 0,
+        // from beyond the second-level cache, more often than not
+        Instr::Load { .. } => 3,
         Instr::Binary(B::Pow, ..) => 64,
         Instr::Unary(
             U::Exp | U::Log | U::Sin | U::Cos | U::Tanh | U::Erf | U::Gelu | U::GeluErf | U::Silu | U::Sigmoid,
