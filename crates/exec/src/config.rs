@@ -19,6 +19,9 @@ pub struct EvalOptions {
     pub validate: bool,
 }
 
+/// The options that change plans.
+pub(crate) type OptionsKey = (Vec<&'static str>, bool, bool, bool);
+
 impl Default for EvalOptions {
     fn default() -> Self {
         Self {
@@ -48,7 +51,7 @@ impl EvalOptions {
     }
 
     /// Everything that changes the plan, for its key.
-    pub(crate) fn key(&self) -> (Vec<&'static str>, bool, bool, bool) {
+    pub(crate) fn key(&self) -> OptionsKey {
         (self.skip_passes.clone(), self.fuse, self.decompose, self.replay)
     }
 }

@@ -11,7 +11,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 pub struct FastHasher(u64);
 
 /// The fractional part of the golden ratio in 64 bits: odd, and with well spread bits.
-const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
+pub(crate) const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
 
 impl FastHasher {
     #[inline]

@@ -26,7 +26,9 @@ pub mod passes;
 pub mod site;
 pub mod validate;
 
-pub use capture::{capture, Bindings, CaptureOptions, Captured, GNode, Graph, LeafKey, LeafKind, Sym};
+pub use capture::{
+    capture, Bindings, CaptureOptions, Captured, GNode, Graph, GraphKey, LeafKey, LeafKind, Sym, Workspace,
+};
 pub use custom::CustomOp;
 pub use decompose::{decompose, Recorder};
 pub use error::{describe, Error, ErrorKind, Result};

@@ -99,10 +99,17 @@ pub struct Expr {
 
 #[derive(Debug)]
 enum State {
-    Pending(Expr),
+    Pending(Waiting),
     Ready(Value),
     /// The value was given to a running plan, which writes it in place; the plan gives it back if it fails.
     Lent,
+}
+
+/// What a pending node holds and a ready one has dropped.
+#[derive(Debug)]
+struct Waiting {
+    inputs: SmallVec<[Arc<Node>; 3]>,
+    custom: Option<CustomOp>,
 }
 
 /// A recorded operation or a leaf.
@@ -113,7 +120,10 @@ pub struct Node {
     dtype: DType,
     device: Device,
     tracked: bool,
+    quantized: bool,
     site: BuildSite,
+    /// What was recorded; `None` for a leaf. It never changes, so reading it takes no lock.
+    recorded: Option<(Op, Scalars)>,
     /// For the pending budget.
     pending: Pending,
     state: Mutex<State>,
@@ -130,7 +140,9 @@ impl Node {
             dtype: tensor.dtype(),
             device: tensor.device().clone(),
             tracked: tensor.track_op(),
+            quantized: false,
             site,
+            recorded: None,
             pending: Pending::none(),
             state: Mutex::new(State::Ready(Value::Tensor(tensor))),
             _alive: Alive::new(),
@@ -146,7 +158,9 @@ impl Node {
             dtype: DType::F32,
             device: weight.device(),
             tracked: false,
+            quantized: true,
             site,
+            recorded: None,
             pending: Pending::none(),
             state: Mutex::new(State::Ready(Value::Quantized(weight))),
             _alive: Alive::new(),
@@ -194,8 +208,7 @@ impl Node {
             let detail = format!("takes {} scalars, got {}", op.scalar_count(), scalars.len());
             return Err(Error::new(op.name(), ErrorKind::Invalid(detail)).at(&site));
         }
-        let quantized = |n: &Arc<Node>| matches!(&*n.state.lock(), State::Ready(Value::Quantized(_)));
-        if let Some(i) = inputs.iter().position(quantized) {
+        if let Some(i) = inputs.iter().position(|n| n.quantized) {
             if op != Op::QMatmul || i != 1 {
                 let detail = "a quantised weight is read by qmatmul alone; dequantise it first".into();
                 return Err(Error::new(op.name(), ErrorKind::Unsupported(detail)).at(&site));
@@ -229,9 +242,11 @@ impl Node {
             dtype: meta.dtype,
             device,
             tracked,
+            quantized: false,
             site,
+            recorded: Some((op, scalars)),
             pending,
-            state: Mutex::new(State::Pending(Expr { op, scalars, inputs, custom })),
+            state: Mutex::new(State::Pending(Waiting { inputs, custom })),
             _alive: Alive::new(),
         }))
     }
@@ -241,16 +256,17 @@ impl Node {
     pub fn detached(input: &Arc<Node>, site: BuildSite) -> Arc<Self> {
         let own_bytes = input.shape.elem_count() * input.dtype.size_in_bytes();
         let inputs = SmallVec::from_iter([input.clone()]);
-        let expr = Expr { op: Op::Detach, scalars: Scalars::new(), inputs, custom: None };
         Arc::new(Self {
             id: NodeId::next(),
             shape: input.shape.clone(),
             dtype: input.dtype,
             device: input.device.clone(),
             tracked: false,
+            quantized: false,
             site,
+            recorded: Some((Op::Detach, Scalars::new())),
             pending: Pending::above(std::iter::once(&input.pending), own_bytes as u64),
-            state: Mutex::new(State::Pending(expr)),
+            state: Mutex::new(State::Pending(Waiting { inputs, custom: None })),
             _alive: Alive::new(),
         })
     }
@@ -312,21 +328,43 @@ impl Node {
         }
     }
 
+    /// The op that was recorded and its scalars, whether the node is pending or not; `None` for a leaf.
+    #[must_use]
+    pub fn recorded(&self) -> Option<(&Op, &[f64])> {
+        self.recorded.as_ref().map(|(op, scalars)| (op, scalars.as_slice()))
+    }
+
     /// What the node is now, in one look under the lock: a copy of the op and its inputs, the value, or lent out.
     #[must_use]
     pub fn look(&self) -> Look {
-        match &*self.state.lock() {
-            State::Pending(expr) => Look::Pending(expr.clone()),
-            State::Ready(value) => Look::Ready(value.clone()),
-            State::Lent => Look::Lent,
+        match (&*self.state.lock(), &self.recorded) {
+            (State::Pending(Waiting { inputs, custom }), Some((op, scalars))) => Look::Pending(Expr {
+                op: op.clone(),
+                scalars: scalars.clone(),
+                inputs: inputs.clone(),
+                custom: custom.clone(),
+            }),
+            (State::Ready(value), _) => Look::Ready(value.clone()),
+            // what is pending was recorded
+            (State::Lent, _) | (State::Pending(_), None) => Look::Lent,
         }
     }
 
-    /// Calls `f` with the op, its scalars and its inputs while the node is locked; `None` unless it is pending. `f` must not ask
-    /// this node for anything.
-    pub fn with_expr<R>(&self, f: impl FnOnce(&Expr) -> R) -> Option<R> {
+    /// Calls `f` with the inputs, and the custom op if it is one, while the node is locked, so that `f` must not ask it for anything;
+    /// what else it is unless it is pending.
+    pub(crate) fn waiting<R>(&self, f: impl FnOnce(&[Arc<Node>], Option<&CustomOp>) -> R) -> Waits<R> {
         match &*self.state.lock() {
-            State::Pending(expr) => Some(f(expr)),
+            State::Pending(Waiting { inputs, custom }) => Waits::Pending(f(inputs, custom.as_ref())),
+            State::Ready(value) => Waits::Ready(value.clone()),
+            State::Lent => Waits::Lent,
+        }
+    }
+
+    /// Calls `f` with the inputs while the node is locked; `None` unless it is pending. `f` must not ask this node for what the lock
+    /// guards: its value, its inputs, whether it is ready.
+    pub fn with_inputs<R>(&self, f: impl FnOnce(&[Arc<Node>]) -> R) -> Option<R> {
+        match &*self.state.lock() {
+            State::Pending(Waiting { inputs, .. }) => Some(f(inputs)),
             State::Ready(_) | State::Lent => None,
         }
     }
@@ -398,7 +436,7 @@ impl Node {
     #[must_use]
     pub fn inputs(&self) -> SmallVec<[Arc<Node>; 3]> {
         match &*self.state.lock() {
-            State::Pending(expr) => expr.inputs.clone(),
+            State::Pending(waiting) => waiting.inputs.clone(),
             State::Ready(_) | State::Lent => SmallVec::new(),
         }
     }
@@ -418,15 +456,22 @@ impl Node {
         let mut stack = vec![self.clone()];
         let (mut nodes, mut bytes) = (0u64, 0u64);
         while let Some(node) = stack.pop() {
-            if let State::Pending(expr) = &*node.state.lock() {
+            if let State::Pending(waiting) = &*node.state.lock() {
                 nodes += 1;
                 bytes += (node.shape.elem_count() * node.dtype.size_in_bytes()) as u64;
-                stack.extend(expr.inputs.iter().filter(|n| seen.insert(n.id, ()).is_none()).cloned());
+                stack.extend(waiting.inputs.iter().filter(|n| seen.insert(n.id, ()).is_none()).cloned());
             }
         }
         self.pending.set(nodes, bytes);
         (nodes, bytes)
     }
+}
+
+/// What [`Node::waiting`] found.
+pub(crate) enum Waits<R> {
+    Pending(R),
+    Ready(Value),
+    Lent,
 }
 
 /// What [`Node::look`] saw.
@@ -442,14 +487,14 @@ pub enum Look {
 
 /// Drops a pending state without recursion: whoever holds the last reference to an input takes that input apart too.
 fn drop_iteratively(state: State) {
-    let State::Pending(expr) = state else { return };
-    let mut stack: Vec<Arc<Node>> = expr.inputs.into_iter().collect();
+    let State::Pending(waiting) = state else { return };
+    let mut stack = waiting.inputs;
     while let Some(node) = stack.pop() {
         // `into_inner` gives the node to exactly one of the threads that drop it at the same time
         if let Some(mut node) = Arc::into_inner(node) {
             let state = std::mem::replace(node.state.get_mut(), State::Lent);
-            if let State::Pending(expr) = state {
-                stack.extend(expr.inputs);
+            if let State::Pending(waiting) = state {
+                stack.extend(waiting.inputs);
             }
         }
     }

@@ -1,29 +1,17 @@
 //! The plan cache: bounded, keyed in relative form, compared in full on a hit.
 
 use super::Plan;
-use crate::config::EvalOptions;
-use crate::error::Result;
-use candle_lazy_graph::{FastMap, Graph};
+use crate::config::{EvalOptions, OptionsKey};
+use candle_lazy_graph::{FastMap, GraphKey, Workspace};
 use candle_lazy_ops::fault;
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
-/// What a plan depends on: the graph in relative form, and the options that change plans.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct PlanKey {
-    pub(crate) graph: Graph,
-    pub(crate) options: (Vec<&'static str>, bool, bool, bool),
-}
-
-impl PlanKey {
-    pub(crate) fn new(graph: Graph, options: &EvalOptions) -> Self {
-        Self { graph, options: options.key() }
-    }
-}
-
 struct Entry {
-    key: PlanKey,
+    graph: GraphKey,
+    /// The options that change plans.
+    options: OptionsKey,
     plan: Arc<Plan>,
     last_used: u64,
 }
@@ -81,21 +69,30 @@ fn with_cache<R>(f: impl FnOnce(&mut Cache) -> R) -> R {
     }))
 }
 
+/// What a plan is looked up by.
+#[derive(Clone, Copy)]
+struct Wanted<'a> {
+    hash: u64,
+    words: &'a [u64],
+    options: &'a OptionsKey,
+}
+
 impl Cache {
-    fn find(&mut self, hash: u64, key: &PlanKey) -> Option<Arc<Plan>> {
+    fn find(&mut self, wanted: Wanted<'_>) -> Option<Arc<Plan>> {
         self.clock += 1;
         let clock = self.clock;
         if fault::active("cache.any_graph") {
-            let shape = |k: &PlanKey| (k.graph.nodes.len(), k.graph.outputs.len(), k.options.clone());
             let mut all = self.entries.values().flatten();
-            return all.find(|e| shape(&e.key) == shape(key)).map(|e| e.plan.clone());
+            let alike = |e: &&Entry| e.graph.words().len() == wanted.words.len() && e.options == *wanted.options;
+            return all.find(alike).map(|e| e.plan.clone());
         }
-        let entry = self.entries.get_mut(&hash)?.iter_mut().find(|e| e.key == *key)?;
+        let same = |e: &&mut Entry| e.graph.words() == wanted.words && e.options == *wanted.options;
+        let entry = self.entries.get_mut(&wanted.hash)?.iter_mut().find(same)?;
         entry.last_used = clock;
         Some(entry.plan.clone())
     }
 
-    fn insert(&mut self, hash: u64, key: PlanKey, plan: Arc<Plan>) {
+    fn insert(&mut self, graph: GraphKey, options: OptionsKey, plan: Arc<Plan>) {
         if self.capacity == 0 {
             return;
         }
@@ -117,36 +114,31 @@ impl Cache {
             }
         }
         let last_used = self.clock;
-        self.entries.entry(hash).or_default().push(Entry { key, plan, last_used });
+        self.entries.entry(graph.hash()).or_default().push(Entry { graph, options, plan, last_used });
         self.len += 1;
     }
 }
 
-/// The cached plan of `key`, or a new one made by `make`. Returns whether it was cached.
-pub(crate) fn lookup_or_make(
-    key: PlanKey,
-    use_cache: bool,
-    make: impl FnOnce(&Graph) -> Result<Plan>,
-) -> Result<(Arc<Plan>, bool)> {
-    if !use_cache {
-        return Ok((Arc::new(make(&key.graph)?), false));
-    }
-    let hash = key.graph.key_hash();
-    if let Some(plan) = with_cache(|c| c.find(hash, &key)) {
-        with_cache(|c| c.hits += 1);
-        return Ok((plan, true));
-    }
-    // outside the lock: two threads may make the same plan, and the first one stays
-    let plan = Arc::new(make(&key.graph)?);
+/// The cached plan of the graph whose key `workspace` holds.
+pub(crate) fn find(workspace: &Workspace, options: &EvalOptions) -> Option<Arc<Plan>> {
+    let wanted = Wanted { hash: workspace.hash(), words: workspace.words(), options: &options.key() };
+    with_cache(|c| {
+        let plan = c.find(wanted)?;
+        c.hits += 1;
+        Some(plan)
+    })
+}
+
+/// Keeps a plan that was made because there was none. Where another thread was first, its plan.
+pub(crate) fn keep(key: GraphKey, options: &EvalOptions, plan: Arc<Plan>) -> Arc<Plan> {
+    let options = options.key();
     with_cache(|c| {
         c.misses += 1;
-        match c.find(hash, &key) {
-            Some(first) => Ok((first, false)),
-            None => {
-                c.insert(hash, key, plan.clone());
-                Ok((plan, false))
-            }
+        if let Some(first) = c.find(Wanted { hash: key.hash(), words: key.words(), options: &options }) {
+            return first;
         }
+        c.insert(key, options, plan.clone());
+        plan
     })
 }
 

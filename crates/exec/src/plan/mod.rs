@@ -7,7 +7,7 @@ mod cache;
 mod peak;
 
 pub use cache::{cache_stats, clear_cache, set_cache_capacity, CacheStats};
-pub(crate) use cache::{lookup_or_make, PlanKey};
+pub(crate) use cache::{find, keep};
 pub(crate) use peak::peak_bytes;
 
 use candle_core::DType;

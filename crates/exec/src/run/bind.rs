@@ -114,10 +114,11 @@ pub(super) fn leaves(plan: &Plan, bindings: &mut Bindings, lent: &mut Lent) -> R
             Value::Quantized(weight) => SlotValue::Quantized(weight),
             Value::Engine(shared) if donatable && leaf.exclusive => {
                 drop(shared);
-                match leaf.node.lend() {
-                    Some(value) => {
+                let node = bindings.nodes.get(leaf.node as usize);
+                match node.and_then(|node| Some((node, node.lend()?))) {
+                    Some((node, value)) => {
                         lent.leaves[i] = true;
-                        lent.lend(leaf.node.clone(), slot);
+                        lent.lend(node.clone(), slot);
                         SlotValue::Buffer(buffer_value(value)?)
                     }
                     None => {

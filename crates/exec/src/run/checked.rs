@@ -5,15 +5,13 @@
 //! below. At last the plan that `eval` would run is run too, and its results must have the bits that were judged.
 
 use super::inspect::{every_value, ready_tensor, recorded};
-use super::{capture_waiting, execute, failure, judge, publish, tensor_of, Executed};
+use super::{execute, failure, judge, planned, publish, tensor_of, Executed, Planned};
 use crate::config::EvalOptions;
 use crate::error::{Difference, Error, Result};
-use crate::lower;
-use crate::plan::{self, PlanKey};
 use crate::report::EvalReport;
 use crate::tensor::LazyTensor;
 use candle_core::Tensor;
-use candle_lazy_graph::{Captured, FastMap, Graph, Node, NodeId, Op};
+use candle_lazy_graph::{FastMap, Node, NodeId, Op};
 use std::sync::Arc;
 
 /// Evaluates all tensors and checks every recorded node on the way against eager execution.
@@ -68,22 +66,20 @@ fn judge_all(roots: &[Arc<Node>]) -> Result<FastMap<NodeId, Tensor>> {
 fn run_checked(roots: &[Arc<Node>], judged: &FastMap<NodeId, Tensor>) -> Result<()> {
     let options = EvalOptions::default();
     loop {
-        let Captured { graph, mut bindings } = capture_waiting(roots, &options)?;
-        if graph.outputs.is_empty() {
+        let Planned { plan, mut bindings, .. } = planned(roots, &options)?;
+        if bindings.publish.is_empty() {
             return Ok(());
         }
         for leaf in &mut bindings.leaves {
             // what differs is not published, so nothing may have been overwritten for it
             leaf.exclusive = false;
         }
-        let make = |graph: &Graph| lower::make_plan(graph, &bindings, &options);
-        let (plan, _) = plan::lookup_or_make(PlanKey::new(graph, &options), options.cache, make)?;
         let mut report = EvalReport::default();
         let Executed::Values(values, lent) = execute(&plan, &mut bindings, roots, true, &mut report)? else {
             continue;
         };
         lent.finish();
-        for (nodes, value) in bindings.publish.iter().zip(&values) {
+        for (nodes, value) in bindings.published().zip(&values) {
             let candle_lazy_graph::Value::Tensor(got) = value else {
                 continue;
             };

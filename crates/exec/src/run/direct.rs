@@ -62,19 +62,20 @@ pub(crate) fn eval_direct(node: &Arc<Node>) -> Option<Result<Tensor>> {
     if node.dtype() != DType::F32 || node.tracked() || !matches!(node.device(), Device::Cpu) {
         return None;
     }
-    let (function, params, inputs) = node.with_expr(|expr| {
-        let function = Function::of(node, &expr.op, &expr.scalars)?;
+    let (op, params) = node.recorded()?;
+    let function = Function::of(node, op, params)?;
+    let inputs = node.with_inputs(|recorded| {
         let elementwise = matches!(function, Function::Unary(_) | Function::Binary(_) | Function::Affine(..));
         let alike = elementwise || matches!(function, Function::Row(_, 0));
         let mut inputs: SmallVec<[Tensor; 4]> = SmallVec::new();
-        for input in &expr.inputs {
+        for input in recorded {
             let fits = !alike || input.shape() == node.shape() && input.dtype() == DType::F32;
             inputs.push(input.tensor().filter(|t| fits && (!elementwise || t.is_contiguous()))?);
         }
-        Some((function, expr.scalars.clone(), inputs))
+        Some(inputs)
     })??;
     let computed = match &function {
-        Function::Row(ready, axes) => rows(node, *ready, *axes, &params, &inputs),
+        Function::Row(ready, axes) => rows(node, *ready, *axes, params, &inputs),
         _ => small(node, &function, &inputs),
     };
     let tensor = match computed? {

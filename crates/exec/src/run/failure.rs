@@ -23,7 +23,7 @@ pub(super) fn described(node: &Node) -> Option<(&'static str, String)> {
 }
 
 fn place(step: &Step, bindings: &Bindings) -> Option<Place> {
-    let node = bindings.recorded.get(step.origin as usize)?;
+    let node = bindings.recorded(step.origin)?;
     let (op, operands) = match described(node) {
         Some((op, operands)) if operands.is_empty() => (op, operands),
         Some((op, operands)) => (op, format!("({operands})")),
@@ -32,7 +32,7 @@ fn place(step: &Step, bindings: &Bindings) -> Option<Place> {
     let mut members = Vec::new();
     if step.origins.len() > 1 {
         for (&op, &origin) in step.ops.iter().zip(&step.origins) {
-            if let Some(node) = bindings.recorded.get(origin as usize) {
+            if let Some(node) = bindings.recorded(origin) {
                 members.push(Member { op, site: node.site().clone() });
             }
         }

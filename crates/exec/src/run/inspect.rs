@@ -44,7 +44,7 @@ pub(super) fn every_value(recorded: &Recorded, options: &EvalOptions) -> Result<
     let nodes: Vec<Arc<Node>> = recorded.pending.iter().map(|(n, _)| n.clone()).collect();
     let mut values: FastMap<NodeId, Tensor> = FastMap::default();
     loop {
-        let Captured { graph, mut bindings } = capture_waiting(&nodes, options)?;
+        let Captured { graph, mut bindings, .. } = capture_waiting(&nodes, options)?;
         if graph.outputs.is_empty() {
             return Ok(values);
         }
@@ -57,7 +57,7 @@ pub(super) fn every_value(recorded: &Recorded, options: &EvalOptions) -> Result<
             continue;
         };
         lent.finish();
-        for (nodes, value) in bindings.publish.iter().zip(results) {
+        for (nodes, value) in bindings.published().zip(results) {
             let Value::Tensor(tensor) = value else {
                 return Err(Error::Internal("a root of an inspection is no tensor".into()));
             };

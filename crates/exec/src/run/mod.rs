@@ -22,13 +22,15 @@ use crate::buffer::BufferValue;
 use crate::config::EvalOptions;
 use crate::error::{Error, Result};
 use crate::lower;
-use crate::plan::{self, Plan, PlanKey};
+use crate::plan::{self, Plan};
 use crate::report::EvalReport;
 use crate::tensor::LazyTensor;
 use bind::Lent;
 use candle_core::Tensor;
 use candle_lazy_graph::capture::CaptureFailure;
-use candle_lazy_graph::{capture, validate, Bindings, CaptureOptions, Captured, FastMap, Graph, Node, NodeId, Value};
+use candle_lazy_graph::{
+    capture, validate, Bindings, CaptureOptions, Captured, FastMap, Node, NodeId, Value, Workspace,
+};
 use candle_lazy_ops::fault;
 use parking_lot::{Condvar, Mutex};
 use slots::SlotValue;
@@ -91,10 +93,7 @@ pub fn explain(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<String>
 /// When lowering fails.
 pub fn prepare(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<bool> {
     let roots: Vec<Arc<Node>> = tensors.iter().map(|t| t.node().clone()).collect();
-    let Captured { graph, bindings } = capture_waiting(&roots, options)?;
-    let make = |graph: &Graph| lower::make_plan(graph, &bindings, options);
-    let (_, hit) = plan::lookup_or_make(PlanKey::new(graph, options), options.cache, make)?;
-    Ok(hit)
+    Ok(planned(&roots, options)?.hit)
 }
 
 fn evaluate(tensors: &[&LazyTensor], options: &EvalOptions, as_tensors: bool) -> Result<EvalReport> {
@@ -107,11 +106,8 @@ fn evaluate(tensors: &[&LazyTensor], options: &EvalOptions, as_tensors: bool) ->
     let roots: Vec<Arc<Node>> = tensors.iter().map(|t| t.node().clone()).collect();
     loop {
         #[allow(unused_mut)] // faults write it
-        let Captured { graph, mut bindings } = capture_waiting(&roots, options)?;
+        let Planned { plan, mut bindings, hit } = planned(&roots, options)?;
         report.nodes = bindings.pending;
-        let key = PlanKey::new(graph, options);
-        let make = |graph: &Graph| lower::make_plan(graph, &bindings, options);
-        let (plan, hit) = plan::lookup_or_make(key, options.cache, make)?;
         report.cache_hit = hit;
         #[cfg(feature = "testing")]
         stale::bind(&plan, hit, &mut bindings);
@@ -163,20 +159,61 @@ enum Ran {
     Again,
 }
 
-/// Captures; where another run is writing a leaf in place, waits for it first.
+/// A plan and what to bind to it.
+struct Planned {
+    plan: Arc<Plan>,
+    bindings: Bindings,
+    /// Whether the plan was cached.
+    hit: bool,
+}
+
+thread_local! {
+    /// The memory of this thread's captures.
+    static WORKSPACE: Cell<Option<Box<Workspace>>> = const { Cell::new(None) };
+}
+
+/// The plan of what `roots` need: the cached one of their key, or a new one, for which they are captured again as a graph.
+fn planned(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Planned> {
+    if options.cache {
+        let mut workspace = WORKSPACE.take().unwrap_or_default();
+        let bindings = waiting(options, |how| workspace.key(roots, how));
+        let found = bindings.map(|bindings| plan::find(&workspace, options).map(|plan| (plan, bindings)));
+        WORKSPACE.set(Some(workspace));
+        if let Some((plan, bindings)) = found? {
+            if options.validate {
+                capture_waiting(roots, options)?;
+            }
+            return Ok(Planned { plan, bindings, hit: true });
+        }
+    }
+    let Captured { graph, key, bindings } = capture_waiting(roots, options)?;
+    // two threads may make the same plan, and the first one stays
+    let plan = Arc::new(lower::make_plan(&graph, &bindings, options)?);
+    let plan = if options.cache { plan::keep(key, options, plan) } else { plan };
+    Ok(Planned { plan, bindings, hit: false })
+}
+
+/// Captures a graph, and validates it where the options ask for that.
 fn capture_waiting(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Captured> {
+    let captured = waiting(options, |how| capture(roots, how))?;
+    if options.validate {
+        validate::validate(&captured.graph, &captured.bindings)?;
+    }
+    Ok(captured)
+}
+
+/// Captures; where another run is writing a leaf in place, waits for it first.
+fn waiting<T>(
+    options: &EvalOptions,
+    mut capture: impl FnMut(&CaptureOptions<'_>) -> std::result::Result<T, CaptureFailure>,
+) -> Result<T> {
+    let expand = |op: &candle_lazy_graph::Op, _, tracked: bool, device: &candle_core::Device| {
+        lower::expands(op, tracked, device, options)
+    };
     loop {
         let seen = *LENT.lock();
-        let expand = |op: &candle_lazy_graph::Op, _, tracked: bool, device: &candle_core::Device| {
-            lower::expands(op, tracked, device, options)
-        };
-        match capture(roots, &CaptureOptions { expand: &expand }) {
-            Ok(captured) => {
-                if options.validate {
-                    validate::validate(&captured.graph, &captured.bindings)?;
-                }
-                return Ok(captured);
-            }
+        match capture(&CaptureOptions { expand: &expand }) {
+            Ok(captured) => return Ok(captured),
             Err(CaptureFailure::Error(error)) => return Err(error.into()),
             Err(CaptureFailure::Lent) => wait_for_lent(seen),
         }
@@ -303,7 +340,7 @@ fn publish(bindings: &Bindings, mut values: Vec<Value>) {
     if fault::active("run.published_swapped") {
         values.reverse();
     }
-    for (nodes, value) in bindings.publish.iter().zip(values) {
+    for (nodes, value) in bindings.published().zip(values) {
         for node in nodes {
             node.publish(value.clone());
         }
@@ -345,12 +382,12 @@ fn values(
     }
     let mut done: FastMap<u32, Value> = FastMap::default();
     let mut values = Vec::with_capacity(plan.outputs.len());
-    for (&slot, nodes) in plan.outputs.iter().zip(&bindings.publish) {
+    for (&slot, mut nodes) in plan.outputs.iter().zip(bindings.published()) {
         if let Some(value) = done.get(&slot) {
             values.push(value.clone());
             continue;
         }
-        let asked = as_tensors && nodes.iter().any(|n| wanted.contains_key(&n.id()));
+        let asked = as_tensors && nodes.any(|n| wanted.contains_key(&n.id()));
         let taken = std::mem::replace(&mut slots[slot as usize], SlotValue::Empty);
         let value = match taken {
             SlotValue::Foreign(foreign) => Value::Tensor(foreign.tensor),

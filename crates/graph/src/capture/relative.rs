@@ -1,10 +1,8 @@
 //! A captured graph: sizes are symbols, scalars are numbers of parameters.
 
-use crate::hash::FastHasher;
 use crate::op::{Dims, Op};
 use candle_core::{DType, DeviceLocation};
 use smallvec::SmallVec;
-use std::hash::{Hash, Hasher};
 
 /// A size in relative form.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -100,7 +98,7 @@ pub struct Graph {
     pub outputs: Vec<u32>,
     /// Where the devices are, by index.
     pub devices: Vec<DeviceLocation>,
-    /// For each node, the captured node that it stems from: for error messages, not part of the key.
+    /// For each node, the captured node that it stems from: for error messages, no part of what is compared.
     pub origins: Vec<u32>,
 }
 
@@ -112,17 +110,6 @@ impl PartialEq for Graph {
 impl Eq for Graph {}
 
 impl Graph {
-    /// A hash of the key.
-    #[must_use]
-    pub fn key_hash(&self) -> u64 {
-        let mut hasher = FastHasher::default();
-        for node in &self.nodes {
-            node.hash(&mut hasher);
-        }
-        self.outputs.hash(&mut hasher);
-        hasher.finish()
-    }
-
     /// How often each node is used, by other nodes and as an output.
     #[must_use]
     pub fn use_counts(&self) -> Vec<u32> {

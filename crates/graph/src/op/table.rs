@@ -175,6 +175,26 @@ impl<S> Op<S> {
         }
     }
 
+    /// Whether the op has an attribute that is a size, which [`Op::map_sizes`] would map.
+    #[must_use]
+    pub fn has_sizes(&self) -> bool {
+        match self {
+            Self::Full { .. }
+            | Self::CausalMask { .. }
+            | Self::Arange { .. }
+            | Self::Random { .. }
+            | Self::Reshape { .. }
+            | Self::Narrow { .. }
+            | Self::Stride { .. }
+            | Self::Broadcast { .. }
+            | Self::SliceAssign { .. }
+            | Self::GroupNorm { .. }
+            | Self::Custom { .. } => true,
+            Self::Attention { window, .. } => window.is_some(),
+            _ => false,
+        }
+    }
+
     /// The same op with every size mapped: from recorded sizes to symbols and back.
     pub fn map_sizes<T>(&self, mut f: impl FnMut(&S) -> T) -> Op<T> {
         match self {

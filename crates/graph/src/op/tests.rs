@@ -60,6 +60,9 @@ fn mapping_sizes_back_and_forth_is_the_identity() {
         let back = there.map_sizes(|s| s.parse::<usize>().unwrap());
         assert_eq!(back, op);
         assert_eq!(there.name(), op.name());
+        let mut sizes = 0;
+        op.map_sizes(|_| sizes += 1);
+        assert_eq!(op.has_sizes(), sizes > 0, "{op}");
         assert_eq!(there.to_string(), op.to_string());
     }
 }

@@ -1,6 +1,6 @@
 //! Tests of the passes: each alone on a small graph, and all of them on random ones.
 use super::*;
-use crate::capture::{capture, CaptureOptions, Captured};
+use crate::capture::{capture, CaptureOptions, Captured, Workspace};
 use crate::dump::dump;
 use crate::node::Node;
 use crate::op::{BinaryOp, CmpOp, Dims, Op, Scalars, UnaryOp};
@@ -172,6 +172,26 @@ proptest! {
         let a = get(pool.clone());
         let b = get(pool);
         prop_assert_eq!(dump(&a.graph, Some(&a.bindings)), dump(&b.graph, Some(&b.bindings)));
-        prop_assert_eq!(a.graph.key_hash(), b.graph.key_hash());
+        prop_assert!(a.key == b.key);
+    }
+
+    #[test]
+    fn keys_are_equal_exactly_where_graphs_are(
+        bytes in prop::collection::vec(any::<u8>(), 1..60), at in any::<prop::sample::Index>(), other in any::<u8>(),
+    ) {
+        let mut changed = bytes.clone();
+        *at.get_mut(&mut changed) = other;
+        let (a, b) = (get(random_graph(&bytes)), get(random_graph(&changed)));
+        prop_assert_eq!(a.graph == b.graph, a.key == b.key);
+        let mut workspace = Workspace::default();
+        for (captured, bytes) in [(&a, &bytes), (&b, &changed)] {
+            let options = CaptureOptions { expand: &|_, _, _, _| false };
+            let bindings = workspace.key(&random_graph(bytes), &options).unwrap();
+            prop_assert!(workspace.words() == captured.key.words());
+            prop_assert_eq!(&bindings.sizes, &captured.bindings.sizes);
+            prop_assert_eq!(&bindings.params, &captured.bindings.params);
+            prop_assert_eq!(&bindings.publish, &captured.bindings.publish);
+            prop_assert_eq!(&bindings.recorded, &captured.bindings.recorded);
+        }
     }
 }

@@ -1,0 +1,353 @@
+//! The arena: equal nodes get equal indices, sizes become symbols, and every new node adds its words to the key.
+
+use super::key::{push, push_indices};
+use super::{Arena, Bindings, CaptureOptions, GNode, GOp, Graph, Info, LeafKey, LeafKind, Sym};
+use crate::custom::CustomOp;
+use crate::decompose::{decompose, is_composite, Recorder};
+use crate::error::{Error, ErrorKind, Result};
+use crate::hash::FastHasher;
+use crate::infer::{infer, Meta};
+use crate::node::{Node, Value};
+use crate::op::{Dims, Op, Scalars};
+use candle_core::{DType, Device};
+use smallvec::SmallVec;
+use std::hash::{Hash, Hasher};
+use std::sync::Arc;
+
+/// Sizes whose symbols are looked up without a search.
+const RECENT: usize = 64;
+
+pub(super) struct Builder<'a, 'o> {
+    options: &'a CaptureOptions<'o>,
+    arena: &'a mut Arena,
+    key: &'a mut Vec<u64>,
+    pub(super) bindings: Bindings,
+    graph: Option<Graph>,
+    /// Sizes of two and more, with their symbols; short, so a scan is quicker than a map.
+    shared: Vec<(usize, Sym)>,
+    /// For sizes with equal last bits, the one that was met last.
+    recent: [(usize, Sym); RECENT],
+    /// The recorded node whose ops are being added: its visit and its device.
+    current: (u32, Option<Device>),
+}
+
+/// What a node's words begin with: all that does not vary in length, and how long the rest is.
+#[derive(Clone, Copy)]
+struct Header {
+    dtype: DType,
+    device: u16,
+    tracked: bool,
+    inputs: usize,
+    scalars: usize,
+}
+
+impl Header {
+    /// `rank` is that of the dims that follow, if any do.
+    fn word(self, rank: Option<usize>) -> u64 {
+        let rank = rank.map_or(0, |r| r as u64 + 1);
+        (self.dtype as u64)
+            | u64::from(self.tracked) << 8
+            | (self.scalars as u64) << 9
+            | rank << 12
+            | u64::from(self.device) << 20
+            | (self.inputs as u64) << 36
+    }
+}
+
+impl<'a, 'o> Builder<'a, 'o> {
+    /// `whole` asks for a graph beside the key.
+    pub(super) fn new(
+        options: &'a CaptureOptions<'o>,
+        arena: &'a mut Arena,
+        key: &'a mut Vec<u64>,
+        bindings: Bindings,
+        whole: bool,
+    ) -> Self {
+        Self {
+            options,
+            arena,
+            key,
+            bindings,
+            graph: whole.then(Graph::default),
+            shared: Vec::new(),
+            recent: [(0, Sym::ZERO); RECENT],
+            current: (0, None),
+        }
+    }
+
+    /// How many nodes the arena has.
+    pub(super) fn len(&self) -> usize {
+        self.arena.infos.len()
+    }
+
+    fn shared_sym(&mut self, size: usize) -> Sym {
+        if size < 2 {
+            return Sym(size as u32);
+        }
+        let recent = size % RECENT;
+        if self.recent[recent].0 == size {
+            return self.recent[recent].1;
+        }
+        let known = self.shared.iter().find(|(s, _)| *s == size).map(|(_, sym)| *sym);
+        let sym = known.unwrap_or_else(|| {
+            let sym = self.free_sym(size);
+            self.shared.push((size, sym));
+            sym
+        });
+        self.recent[recent] = (size, sym);
+        sym
+    }
+
+    fn free_sym(&mut self, size: usize) -> Sym {
+        let sym = Sym(self.bindings.sizes.len() as u32);
+        self.bindings.sizes.push(size);
+        sym
+    }
+
+    fn symbolise(&mut self, op: &Op) -> Op<Sym> {
+        match op {
+            Op::Narrow { dim, start, len } => {
+                Op::Narrow { dim: *dim, start: self.free_sym(*start), len: self.shared_sym(*len) }
+            }
+            Op::SliceAssign { dim, start } => Op::SliceAssign { dim: *dim, start: self.free_sym(*start) },
+            Op::Stride { dim, start, len, step } => Op::Stride {
+                dim: *dim,
+                start: self.free_sym(*start),
+                len: self.shared_sym(*len),
+                step: self.free_sym(*step),
+            },
+            Op::GroupNorm { groups, weight, bias } => {
+                Op::GroupNorm { groups: self.free_sym(*groups), weight: *weight, bias: *bias }
+            }
+            Op::Attention { mask, causal, softcap, window: Some(window) } => {
+                Op::Attention { mask: *mask, causal: *causal, softcap: *softcap, window: Some(self.free_sym(*window)) }
+            }
+            Op::CausalMask { queries, keys, window: Some(window), dtype } => Op::CausalMask {
+                queries: self.shared_sym(*queries),
+                keys: self.shared_sym(*keys),
+                window: Some(self.free_sym(*window)),
+                dtype: *dtype,
+            },
+            other => other.map_sizes(|s| self.shared_sym(*s)),
+        }
+    }
+
+    fn device(&mut self, device: &Device) -> u16 {
+        if let Some(i) = self.bindings.devices.iter().position(|d| d.same_device(device)) {
+            return i as u16;
+        }
+        self.bindings.devices.push(device.clone());
+        if let Some(graph) = &mut self.graph {
+            graph.devices.push(device.location());
+        }
+        (self.bindings.devices.len() - 1) as u16
+    }
+
+    /// The index of a ready node, and whether it is new. `nodes` are those of all visits before.
+    pub(super) fn leaf(&mut self, visit: u32, node: &Arc<Node>, value: &Value, nodes: &[Arc<Node>]) -> (u32, bool) {
+        let (identity, leaf) = match value {
+            Value::Tensor(tensor) => {
+                let mut hasher = FastHasher::default();
+                tensor.id().hash(&mut hasher);
+                (hasher.finish(), LeafKey { kind: LeafKind::Tensor, contiguous: tensor.is_contiguous() })
+            }
+            Value::Engine(engine) => {
+                let address = Arc::as_ptr(engine).cast::<u8>() as usize as u64;
+                (!address, LeafKey { kind: LeafKind::Engine, contiguous: engine.is_contiguous() })
+            }
+            Value::Quantized(weight) => {
+                let address = Arc::as_ptr(weight).cast::<u8>() as usize as u64;
+                (!address, LeafKey { kind: LeafKind::Quantized, contiguous: true })
+            }
+        };
+        let recorded = &self.bindings.recorded;
+        let known = |id: u32| nodes.get(recorded[id as usize] as usize).is_some_and(|n| same_data(n, value));
+        if let Some(id) = self.arena.same.find(identity, known) {
+            return (id, false);
+        }
+        let id = self.len() as u32;
+        self.arena.same.insert(identity, id);
+        let (dims, dtype, tracked) = (node.shape().dims(), node.dtype(), node.tracked());
+        let header = Header { dtype, device: self.device(node.device()), tracked, inputs: 0, scalars: 0 };
+        self.key.push(header.word(Some(dims.len())));
+        // where an op has its discriminant, a leaf has a number that no discriminant is
+        self.key.push(!(leaf.kind as u64 * 2 + u64::from(leaf.contiguous)));
+        self.add(visit, Some(GOp::Leaf(leaf)), header, dims, &[], 0..0, false);
+        (id, true)
+    }
+
+    /// Adds a recorded op, or its decomposition.
+    pub(super) fn op(&mut self, visit: u32, node: &Arc<Node>, custom: Option<CustomOp>, inputs: &[u32]) -> Result<u32> {
+        let Some((op, scalars)) = node.recorded() else {
+            return Err(Error::new("leaf", ErrorKind::Invalid("a leaf that waits".into())));
+        };
+        self.bindings.pending += 1;
+        let mut number = [0.0];
+        let scalars = match custom {
+            None => scalars,
+            Some(custom) => {
+                let known = self.bindings.customs.iter().position(|c| c.is(&custom));
+                // equal scalars are one node: two nodes merge only if they run the same object
+                number[0] = known.unwrap_or_else(|| {
+                    self.bindings.customs.push(custom);
+                    self.bindings.customs.len() - 1
+                }) as f64;
+                &number
+            }
+        };
+        if is_composite(op) && (self.options.expand)(op, node.dtype(), node.tracked(), node.device()) {
+            self.current = (visit, Some(node.device().clone()));
+            let expanded = decompose(op, &Scalars::from_slice(scalars), inputs, self);
+            self.current.1 = None;
+            return expanded.map_err(|e| e.at(node.site()));
+        }
+        let meta = Meta { dims: node.shape().dims(), dtype: node.dtype() };
+        Ok(self.intern(visit, node.device(), op, scalars, inputs, meta, node.tracked()))
+    }
+
+    #[allow(clippy::too_many_arguments)] // the parts of a node, once
+    fn intern(
+        &mut self,
+        visit: u32,
+        device: &Device,
+        op: &Op,
+        scalars: &[f64],
+        inputs: &[u32],
+        meta: Meta<'_>,
+        tracked: bool,
+    ) -> u32 {
+        let device = match inputs.first() {
+            Some(&first) if !matches!(op, Op::ToDevice) => self.arena.infos[first as usize].device,
+            _ => self.device(device),
+        };
+        let header = Header { dtype: meta.dtype, device, tracked, inputs: inputs.len(), scalars: scalars.len() };
+        let Arena { infos, words, equal, dims, .. } = &mut *self.arena;
+        let from = words.len();
+        words.push(header.word(None));
+        push(words, op);
+        let op_end = words.len();
+        push_indices(words, inputs);
+        let inputs_end = words.len();
+        words.extend(scalars.iter().map(|s| s.to_bits()));
+        let mut hasher = FastHasher::default();
+        words[from..].iter().for_each(|&word| hasher.write_u64(word));
+        let hash = hasher.finish();
+        let known = |id: u32| {
+            let Info { words: at, .. } = &infos[id as usize];
+            words[at.start as usize..at.end as usize] == words[from..]
+        };
+        if let Some(id) = equal.find(hash, known) {
+            words.truncate(from);
+            return id;
+        }
+        let id = infos.len() as u32;
+        equal.insert(hash, id);
+        let range = from as u32..words.len() as u32;
+        // the dims of a node that has those of its first input need no words
+        let first = inputs.first().map(|&i| &infos[i as usize]);
+        let like_first = first.is_some_and(|i| dims[i.dims as usize..][..i.rank as usize] == *meta.dims);
+        self.key.push(header.word((!like_first).then_some(meta.dims.len())));
+        let relative = op.has_sizes().then(|| self.symbolise(op));
+        match &relative {
+            Some(relative) => push(self.key, relative),
+            None => self.key.extend_from_slice(&self.arena.words[from + 1..op_end]),
+        }
+        self.key.extend_from_slice(&self.arena.words[op_end..inputs_end]);
+        self.bindings.params.extend_from_slice(scalars);
+        let whole = self.graph.is_some();
+        let op = whole.then(|| GOp::Op(relative.unwrap_or_else(|| op.map_sizes(|_| Sym::ZERO))));
+        self.add(visit, op, header, meta.dims, inputs, range, like_first);
+        id
+    }
+
+    /// Adds a new node, whose params are the last ones, and the words of its dims; `op` is for the graph, if there is one.
+    #[allow(clippy::too_many_arguments)] // the parts of a node, once
+    fn add(
+        &mut self,
+        visit: u32,
+        op: Option<GOp>,
+        header: Header,
+        dims: &[usize],
+        inputs: &[u32],
+        words: std::ops::Range<u32>,
+        like_first: bool,
+    ) {
+        let Header { dtype, device, tracked, scalars, .. } = header;
+        if self.graph.is_some() || !like_first {
+            let syms: Dims<Sym> = dims.iter().map(|&d| self.shared_sym(d)).collect();
+            if !like_first {
+                let indices: SmallVec<[u32; 6]> = syms.iter().map(|s| s.0).collect();
+                push_indices(self.key, &indices);
+            }
+            if let (Some(graph), Some(op)) = (&mut self.graph, op) {
+                let params = (self.bindings.params.len() - scalars..self.bindings.params.len()).map(|p| p as u32);
+                let (inputs, params) = (inputs.into(), params.collect());
+                graph.nodes.push(GNode { op, inputs, params, dims: syms, dtype, device, tracked });
+            }
+        }
+        let at = if like_first { inputs.first().map(|&i| self.arena.infos[i as usize].dims) } else { None };
+        let at = at.unwrap_or_else(|| {
+            self.arena.dims.extend_from_slice(dims);
+            (self.arena.dims.len() - dims.len()) as u32
+        });
+        self.arena.infos.push(Info { words, dims: at, rank: dims.len() as u32, dtype, device, tracked });
+        self.bindings.recorded.push(visit);
+    }
+
+    /// The outputs, behind all nodes.
+    pub(super) fn outputs(&mut self, outputs: &[u32]) {
+        // as many outputs as nodes: see `Header`, which a number with this bit cannot be
+        self.key.push(1 << 63 | outputs.len() as u64);
+        push_indices(self.key, outputs);
+        for device in &self.bindings.devices {
+            push(self.key, &device.location());
+        }
+        if let Some(graph) = &mut self.graph {
+            graph.outputs = outputs.to_vec();
+            graph.origins = (0..graph.nodes.len() as u32).collect();
+        }
+    }
+
+    pub(super) fn finish(self) -> (Bindings, Option<Graph>) {
+        (self.bindings, self.graph)
+    }
+}
+
+/// Whether `node` holds the very data of `value`.
+fn same_data(node: &Node, value: &Value) -> bool {
+    match (node.value(), value) {
+        (Some(Value::Tensor(a)), Value::Tensor(b)) => a.id() == b.id(),
+        (Some(Value::Engine(a)), Value::Engine(b)) => Arc::ptr_eq(&a, b),
+        (Some(Value::Quantized(a)), Value::Quantized(b)) => Arc::ptr_eq(&a, b),
+        _ => false,
+    }
+}
+
+impl Recorder for Builder<'_, '_> {
+    type Ref = u32;
+
+    fn dims(&self, node: &u32) -> Dims {
+        let info = &self.arena.infos[*node as usize];
+        Dims::from_slice(&self.arena.dims[info.dims as usize..][..info.rank as usize])
+    }
+
+    fn dtype(&self, node: &u32) -> DType {
+        self.arena.infos[*node as usize].dtype
+    }
+
+    fn push(&mut self, op: Op, scalars: Scalars, inputs: &[u32]) -> Result<u32> {
+        let (visit, Some(device)) = self.current.clone() else {
+            return Err(Error::new(op.name(), ErrorKind::Invalid("no recorded node".into())));
+        };
+        let dims: SmallVec<[Dims; 4]> = inputs.iter().map(|i| self.dims(i)).collect();
+        let metas: SmallVec<[Meta<'_>; 4]> =
+            dims.iter().zip(inputs).map(|(dims, i)| Meta { dims, dtype: self.dtype(i) }).collect();
+        let meta = infer(&op, &metas)?;
+        let tracked = meta.dtype.is_float() && inputs.iter().any(|&i| self.arena.infos[i as usize].tracked);
+        if is_composite(&op) && (self.options.expand)(&op, meta.dtype, tracked, &device) {
+            return decompose(&op, &scalars, inputs, self);
+        }
+        let meta = Meta { dims: &meta.dims, dtype: meta.dtype };
+        Ok(self.intern(visit, &device, &op, &scalars, inputs, meta, tracked))
+    }
+}
