@@ -18,7 +18,7 @@ mod table;
 
 use crate::custom::CustomOp;
 use crate::error::{Error, Result};
-use crate::node::{Node, Value, Waits};
+use crate::node::{Node, Value};
 use crate::op::{Dims, Op};
 use builder::Builder;
 use candle_core::{DType, Device};
@@ -151,27 +151,26 @@ struct Leaf {
 }
 
 /// A pending node some of whose inputs are still to be visited.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 struct Frame {
     visit: u32,
     /// Where its inputs begin among those of all frames.
-    inputs: usize,
-    count: usize,
+    inputs: u32,
+    count: u32,
     /// How many are done.
-    next: usize,
-    custom: Option<CustomOp>,
+    next: u32,
 }
 
 /// What an arena node is, as far as nodes above have to know.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 struct Info {
     /// Where its words lie, sizes and scalars included; none for a leaf.
-    words: std::ops::Range<u32>,
+    words: (u32, u32),
     /// Where its dims lie, and how many there are.
     dims: u32,
-    rank: u32,
-    dtype: DType,
+    rank: u16,
     device: u16,
+    dtype: DType,
     tracked: bool,
 }
 
@@ -189,6 +188,8 @@ pub struct Workspace {
     /// The arena indices of those that are done.
     done: Vec<u32>,
     leaves: Vec<Leaf>,
+    /// The custom ops of pending nodes.
+    customs: Vec<(u32, CustomOp)>,
     arena: Arena,
 }
 
@@ -239,7 +240,7 @@ impl Workspace {
     }
 
     fn reset(&mut self, expected: usize) {
-        let Self { key, hash: _, seen, visits, frames, todo, done, leaves, arena } = self;
+        let Self { key, hash: _, seen, visits, frames, todo, done, leaves, customs, arena } = self;
         seen.reset(expected);
         arena.equal.reset(expected);
         arena.same.reset(expected / 2);
@@ -249,6 +250,7 @@ impl Workspace {
         todo.clear();
         done.clear();
         leaves.clear();
+        customs.clear();
         arena.infos.clear();
         arena.dims.clear();
         arena.words.clear();
@@ -272,6 +274,7 @@ impl Workspace {
             todo: &mut self.todo,
             done: &mut self.done,
             leaves: &mut self.leaves,
+            customs: &mut self.customs,
             nodes: Vec::with_capacity(expected),
             builder: Builder::new(options, &mut self.arena, &mut self.key, bindings, whole),
         }
@@ -293,6 +296,7 @@ struct Walk<'a, 'o> {
     todo: &'a mut Vec<Option<Arc<Node>>>,
     done: &'a mut Vec<u32>,
     leaves: &'a mut Vec<Leaf>,
+    customs: &'a mut Vec<(u32, CustomOp)>,
     /// The node of each visit.
     nodes: Vec<Arc<Node>>,
     builder: Builder<'a, 'o>,
@@ -314,7 +318,7 @@ impl Walk<'_, '_> {
                     self.leave().map_err(CaptureFailure::Error)?;
                     continue;
                 }
-                let input = self.todo.get_mut(frame.inputs + frame.next).and_then(Option::take);
+                let input = self.todo.get_mut((frame.inputs + frame.next) as usize).and_then(Option::take);
                 frame.next += 1;
                 let Some(input) = input else { continue };
                 match self.visit_of(&input) {
@@ -334,14 +338,15 @@ impl Walk<'_, '_> {
     fn enter(&mut self, node: Arc<Node>, edges: u32) -> std::result::Result<(), CaptureFailure> {
         let visit = self.nodes.len() as u32;
         let from = self.todo.len();
-        let todo = &mut *self.todo;
-        let met = node.waiting(|inputs, custom| {
-            todo.extend(inputs.iter().cloned().map(Some));
-            custom.cloned()
-        });
-        let (arena, leaf) = match met {
-            Waits::Lent => return Err(CaptureFailure::Lent),
-            Waits::Ready(value) => {
+        let (todo, customs) = (&mut *self.todo, &mut *self.customs);
+        let pending = |inputs: &[Arc<Node>], custom: Option<&CustomOp>| {
+            inputs.iter().for_each(|input| todo.push(Some(input.clone())));
+            customs.extend(custom.map(|custom| (visit, custom.clone())));
+            None
+        };
+        let (arena, leaf) = match node.locked(pending, |value| Some(value.clone())) {
+            None => return Err(CaptureFailure::Lent),
+            Some(Some(value)) => {
                 let (index, new) = self.builder.leaf(visit, &node, &value, &self.nodes);
                 if new {
                     self.leaves.push(Leaf { index, visit, value });
@@ -349,9 +354,9 @@ impl Walk<'_, '_> {
                 self.done.push(index);
                 (index, true)
             }
-            Waits::Pending(custom) => {
-                let count = self.todo.len() - from;
-                self.frames.push(Frame { visit, inputs: from, count, next: 0, custom });
+            Some(None) => {
+                let count = (self.todo.len() - from) as u32;
+                self.frames.push(Frame { visit, inputs: from as u32, count, next: 0 });
                 (u32::MAX, false)
             }
         };
@@ -363,14 +368,15 @@ impl Walk<'_, '_> {
 
     /// All inputs of the last frame are done: its node goes to the arena.
     fn leave(&mut self) -> Result<()> {
-        let Some(Frame { visit, inputs: from, count, custom, .. }) = self.frames.pop() else {
+        let Some(Frame { visit, inputs: from, count, .. }) = self.frames.pop() else {
             return Ok(());
         };
-        let (done, node) = (self.done.len() - count, &self.nodes[visit as usize]);
+        let custom = self.customs.pop_if(|(of, _)| *of == visit).map(|(_, custom)| custom);
+        let (done, node) = (self.done.len() - count as usize, &self.nodes[visit as usize]);
         let id = self.builder.op(visit, node, custom, &self.done[done..])?;
         self.done.truncate(done);
         self.done.push(id);
-        self.todo.truncate(from);
+        self.todo.truncate(from as usize);
         self.visits[visit as usize].arena = id;
         Ok(())
     }

@@ -350,13 +350,18 @@ impl Node {
         }
     }
 
-    /// Calls `f` with the inputs, and the custom op if it is one, while the node is locked, so that `f` must not ask it for anything;
-    /// what else it is unless it is pending.
-    pub(crate) fn waiting<R>(&self, f: impl FnOnce(&[Arc<Node>], Option<&CustomOp>) -> R) -> Waits<R> {
+    /// Calls `pending` with the inputs and the custom op, if it is one, or `ready` with the value, while the node is locked, so that
+    /// neither must ask this node or another one for anything that a lock guards; `None` where the value is lent.
+    #[inline]
+    pub(crate) fn locked<R>(
+        &self,
+        pending: impl FnOnce(&[Arc<Node>], Option<&CustomOp>) -> R,
+        ready: impl FnOnce(&Value) -> R,
+    ) -> Option<R> {
         match &*self.state.lock() {
-            State::Pending(Waiting { inputs, custom }) => Waits::Pending(f(inputs, custom.as_ref())),
-            State::Ready(value) => Waits::Ready(value.clone()),
-            State::Lent => Waits::Lent,
+            State::Pending(Waiting { inputs, custom }) => Some(pending(inputs, custom.as_ref())),
+            State::Ready(value) => Some(ready(value)),
+            State::Lent => None,
         }
     }
 
@@ -465,13 +470,6 @@ impl Node {
         self.pending.set(nodes, bytes);
         (nodes, bytes)
     }
-}
-
-/// What [`Node::waiting`] found.
-pub(crate) enum Waits<R> {
-    Pending(R),
-    Ready(Value),
-    Lent,
 }
 
 /// What [`Node::look`] saw.

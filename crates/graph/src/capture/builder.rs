@@ -1,6 +1,6 @@
 //! The arena: equal nodes get equal indices, sizes become symbols, and every new node adds its words to the key.
 
-use super::key::{push, push_indices};
+use super::key::{hash, push, push_indices};
 use super::{Arena, Bindings, CaptureOptions, GNode, GOp, Graph, Info, LeafKey, LeafKind, Sym};
 use crate::custom::CustomOp;
 use crate::decompose::{decompose, is_composite, Recorder};
@@ -31,27 +31,16 @@ pub(super) struct Builder<'a, 'o> {
     current: (u32, Option<Device>),
 }
 
-/// What a node's words begin with: all that does not vary in length, and how long the rest is.
-#[derive(Clone, Copy)]
-struct Header {
-    dtype: DType,
-    device: u16,
-    tracked: bool,
-    inputs: usize,
-    scalars: usize,
+/// What a node's words begin with: all that does not vary in length, and how long the rest is. The rank of the dims that follow is
+/// added by [`with_rank`].
+#[inline(always)]
+fn header(dtype: DType, device: u16, tracked: bool, inputs: usize, scalars: usize) -> u64 {
+    (dtype as u64) | u64::from(tracked) << 8 | (scalars as u64) << 9 | u64::from(device) << 20 | (inputs as u64) << 36
 }
 
-impl Header {
-    /// `rank` is that of the dims that follow, if any do.
-    fn word(self, rank: Option<usize>) -> u64 {
-        let rank = rank.map_or(0, |r| r as u64 + 1);
-        (self.dtype as u64)
-            | u64::from(self.tracked) << 8
-            | (self.scalars as u64) << 9
-            | rank << 12
-            | u64::from(self.device) << 20
-            | (self.inputs as u64) << 36
-    }
+/// A header before dims.
+fn with_rank(header: u64, rank: usize) -> u64 {
+    header | (rank as u64 + 1) << 12
 }
 
 impl<'a, 'o> Builder<'a, 'o> {
@@ -168,11 +157,15 @@ impl<'a, 'o> Builder<'a, 'o> {
         let id = self.len() as u32;
         self.arena.same.insert(identity, id);
         let (dims, dtype, tracked) = (node.shape().dims(), node.dtype(), node.tracked());
-        let header = Header { dtype, device: self.device(node.device()), tracked, inputs: 0, scalars: 0 };
-        self.key.push(header.word(Some(dims.len())));
+        let device = self.device(node.device());
+        self.key.push(with_rank(header(dtype, device, tracked, 0, 0), dims.len()));
         // where an op has its discriminant, a leaf has a number that no discriminant is
         self.key.push(!(leaf.kind as u64 * 2 + u64::from(leaf.contiguous)));
-        self.add(visit, Some(GOp::Leaf(leaf)), header, dims, &[], 0..0, false);
+        self.push_dims(dims);
+        let (at, rank) = (self.arena.dims.len() as u32, dims.len() as u16);
+        self.arena.dims.extend_from_slice(dims);
+        let info = Info { words: (0, 0), dims: at, rank, device, dtype, tracked };
+        self.add(visit, info, &[], 0, |_| GOp::Leaf(leaf));
         (id, true)
     }
 
@@ -220,21 +213,19 @@ impl<'a, 'o> Builder<'a, 'o> {
             Some(&first) if !matches!(op, Op::ToDevice) => self.arena.infos[first as usize].device,
             _ => self.device(device),
         };
-        let header = Header { dtype: meta.dtype, device, tracked, inputs: inputs.len(), scalars: scalars.len() };
+        let header = header(meta.dtype, device, tracked, inputs.len(), scalars.len());
         let Arena { infos, words, equal, dims, .. } = &mut *self.arena;
         let from = words.len();
-        words.push(header.word(None));
+        words.push(header);
         push(words, op);
         let op_end = words.len();
         push_indices(words, inputs);
         let inputs_end = words.len();
         words.extend(scalars.iter().map(|s| s.to_bits()));
-        let mut hasher = FastHasher::default();
-        words[from..].iter().for_each(|&word| hasher.write_u64(word));
-        let hash = hasher.finish();
+        let hash = hash(&words[from..]);
         let known = |id: u32| {
-            let Info { words: at, .. } = &infos[id as usize];
-            words[at.start as usize..at.end as usize] == words[from..]
+            let (start, end) = infos[id as usize].words;
+            words[start as usize..end as usize] == words[from..]
         };
         if let Some(id) = equal.find(hash, known) {
             words.truncate(from);
@@ -242,11 +233,16 @@ impl<'a, 'o> Builder<'a, 'o> {
         }
         let id = infos.len() as u32;
         equal.insert(hash, id);
-        let range = from as u32..words.len() as u32;
+        let range = (from as u32, words.len() as u32);
         // the dims of a node that has those of its first input need no words
-        let first = inputs.first().map(|&i| &infos[i as usize]);
-        let like_first = first.is_some_and(|i| dims[i.dims as usize..][..i.rank as usize] == *meta.dims);
-        self.key.push(header.word((!like_first).then_some(meta.dims.len())));
+        let first = inputs.first().map(|&i| (infos[i as usize].dims, infos[i as usize].rank));
+        let alike = |&(at, rank): &(u32, u16)| {
+            let first = &dims[at as usize..][..usize::from(rank)];
+            first.len() == meta.dims.len() && first.iter().zip(meta.dims).all(|(a, b)| a == b)
+        };
+        let first = first.filter(alike);
+        let rank = meta.dims.len();
+        self.key.push(if first.is_some() { header } else { with_rank(header, rank) });
         let relative = op.has_sizes().then(|| self.symbolise(op));
         match &relative {
             Some(relative) => push(self.key, relative),
@@ -254,44 +250,45 @@ impl<'a, 'o> Builder<'a, 'o> {
         }
         self.key.extend_from_slice(&self.arena.words[op_end..inputs_end]);
         self.bindings.params.extend_from_slice(scalars);
-        let whole = self.graph.is_some();
-        let op = whole.then(|| GOp::Op(relative.unwrap_or_else(|| op.map_sizes(|_| Sym::ZERO))));
-        self.add(visit, op, header, meta.dims, inputs, range, like_first);
+        let at = match first {
+            Some((at, _)) => at,
+            None => {
+                self.push_dims(meta.dims);
+                let at = self.arena.dims.len() as u32;
+                self.arena.dims.extend_from_slice(meta.dims);
+                at
+            }
+        };
+        let info = Info { words: range, dims: at, rank: rank as u16, device, dtype: meta.dtype, tracked };
+        let graph_op = |_: &mut Self| GOp::Op(relative.unwrap_or_else(|| op.map_sizes(|_| Sym::ZERO)));
+        self.add(visit, info, inputs, scalars.len(), graph_op);
         id
     }
 
-    /// Adds a new node, whose params are the last ones, and the words of its dims; `op` is for the graph, if there is one.
-    #[allow(clippy::too_many_arguments)] // the parts of a node, once
-    fn add(
-        &mut self,
-        visit: u32,
-        op: Option<GOp>,
-        header: Header,
-        dims: &[usize],
-        inputs: &[u32],
-        words: std::ops::Range<u32>,
-        like_first: bool,
-    ) {
-        let Header { dtype, device, tracked, scalars, .. } = header;
-        if self.graph.is_some() || !like_first {
-            let syms: Dims<Sym> = dims.iter().map(|&d| self.shared_sym(d)).collect();
-            if !like_first {
-                let indices: SmallVec<[u32; 6]> = syms.iter().map(|s| s.0).collect();
-                push_indices(self.key, &indices);
-            }
-            if let (Some(graph), Some(op)) = (&mut self.graph, op) {
-                let params = (self.bindings.params.len() - scalars..self.bindings.params.len()).map(|p| p as u32);
-                let (inputs, params) = (inputs.into(), params.collect());
-                graph.nodes.push(GNode { op, inputs, params, dims: syms, dtype, device, tracked });
-            }
+    /// The words of dims.
+    fn push_dims(&mut self, dims: &[usize]) {
+        for pair in dims.chunks(2) {
+            let low = self.shared_sym(pair[0]).0;
+            let high = pair.get(1).map_or(0, |&size| self.shared_sym(size).0);
+            self.key.push(u64::from(high) << 32 | u64::from(low));
         }
-        let at = if like_first { inputs.first().map(|&i| self.arena.infos[i as usize].dims) } else { None };
-        let at = at.unwrap_or_else(|| {
-            self.arena.dims.extend_from_slice(dims);
-            (self.arena.dims.len() - dims.len()) as u32
-        });
-        self.arena.infos.push(Info { words, dims: at, rank: dims.len() as u32, dtype, device, tracked });
+    }
+
+    /// Adds a new node, whose params are the last ones; `op` is called if there is a graph.
+    fn add(&mut self, visit: u32, info: Info, inputs: &[u32], scalars: usize, op: impl FnOnce(&mut Self) -> GOp) {
+        self.arena.infos.push(info);
         self.bindings.recorded.push(visit);
+        if self.graph.is_none() {
+            return;
+        }
+        let Info { dims, rank, device, dtype, tracked, .. } = info;
+        let sizes = Dims::<usize>::from_slice(&self.arena.dims[dims as usize..][..usize::from(rank)]);
+        let (op, dims) = (op(self), sizes.iter().map(|&d| self.shared_sym(d)).collect());
+        let end = self.bindings.params.len();
+        let params = (end - scalars..end).map(|p| p as u32).collect();
+        if let Some(graph) = &mut self.graph {
+            graph.nodes.push(GNode { op, inputs: inputs.into(), params, dims, dtype, device, tracked });
+        }
     }
 
     /// The outputs, behind all nodes.
@@ -328,7 +325,7 @@ impl Recorder for Builder<'_, '_> {
 
     fn dims(&self, node: &u32) -> Dims {
         let info = &self.arena.infos[*node as usize];
-        Dims::from_slice(&self.arena.dims[info.dims as usize..][..info.rank as usize])
+        Dims::from_slice(&self.arena.dims[info.dims as usize..][..usize::from(info.rank)])
     }
 
     fn dtype(&self, node: &u32) -> DType {
