@@ -18,6 +18,7 @@ use parking_lot::Mutex;
 use pending::Pending;
 use smallvec::SmallVec;
 use std::any::Any;
+use std::borrow::Borrow;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
@@ -25,10 +26,13 @@ use std::sync::Arc;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId(u64);
 
+static ISSUED: AtomicU64 = AtomicU64::new(0);
+static DROPPED: AtomicU64 = AtomicU64::new(0);
+
 impl NodeId {
+    /// From 1 on.
     fn next() -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+        Self(ISSUED.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
     /// The number itself.
@@ -38,29 +42,12 @@ impl NodeId {
     }
 }
 
-static LIVE: AtomicU64 = AtomicU64::new(0);
-
 /// How many nodes of this process are alive, leaves included: what a leak shows up in.
 #[must_use]
 pub fn live_nodes() -> u64 {
-    LIVE.load(Ordering::Relaxed)
-}
-
-/// Counts the node that holds it.
-#[derive(Debug)]
-struct Alive;
-
-impl Alive {
-    fn new() -> Self {
-        LIVE.fetch_add(1, Ordering::Relaxed);
-        Self
-    }
-}
-
-impl Drop for Alive {
-    fn drop(&mut self) {
-        LIVE.fetch_sub(1, Ordering::Relaxed);
-    }
+    let dropped = DROPPED.load(Ordering::Acquire);
+    // whatever was dropped had been issued before
+    ISSUED.load(Ordering::Relaxed).saturating_sub(dropped)
 }
 
 /// A value that the executor holds in its own memory; opaque here.
@@ -127,7 +114,6 @@ pub struct Node {
     /// For the pending budget.
     pending: Pending,
     state: Mutex<State>,
-    _alive: Alive,
 }
 
 impl Node {
@@ -145,7 +131,6 @@ impl Node {
             recorded: None,
             pending: Pending::none(),
             state: Mutex::new(State::Ready(Value::Tensor(tensor))),
-            _alive: Alive::new(),
         })
     }
 
@@ -163,7 +148,6 @@ impl Node {
             recorded: None,
             pending: Pending::none(),
             state: Mutex::new(State::Ready(Value::Quantized(weight))),
-            _alive: Alive::new(),
         })
     }
 
@@ -171,44 +155,50 @@ impl Node {
     ///
     /// # Errors
     /// When shapes, dtypes or devices do not fit: the error names the op and `site`.
-    pub fn record(
+    pub fn record<N: Borrow<Arc<Self>>>(
         op: Op,
-        scalars: Scalars,
-        inputs: SmallVec<[Arc<Node>; 3]>,
+        scalars: &[f64],
+        inputs: &[N],
         device: Option<&Device>,
         site: BuildSite,
     ) -> Result<Arc<Self>> {
-        Self::record_expr(Expr { op, scalars, inputs, custom: None }, device, site)
+        Self::record_any(op, scalars, inputs, None, device, site)
     }
 
     /// Records a custom op, whose result has the shape and dtype that the caller states; both are checked when it runs.
     ///
     /// # Errors
     /// When the number of inputs is not the op's, or the inputs are on different devices.
-    pub fn record_custom(
+    pub fn record_custom<N: Borrow<Arc<Self>>>(
         custom: CustomOp,
         shape: &[usize],
         dtype: DType,
-        inputs: SmallVec<[Arc<Node>; 3]>,
+        inputs: &[N],
         site: BuildSite,
     ) -> Result<Arc<Self>> {
         let op = Op::Custom { name: custom.name(), arity: custom.arity(), shape: Dims::from_slice(shape), dtype };
         // the scalar is the op's number among the custom ops of a captured graph
-        let scalars = Scalars::from_slice(&[0.0]);
-        Self::record_expr(Expr { op, scalars, inputs, custom: Some(custom) }, None, site)
+        Self::record_any(op, &[0.0], inputs, Some(custom), None, site)
     }
 
-    fn record_expr(expr: Expr, device: Option<&Device>, site: BuildSite) -> Result<Arc<Self>> {
-        let Expr { op, scalars, inputs, custom } = expr;
+    /// Nothing is built twice or moved about on the way: recording is what every op costs.
+    fn record_any<N: Borrow<Arc<Self>>>(
+        op: Op,
+        scalars: &[f64],
+        inputs: &[N],
+        custom: Option<CustomOp>,
+        device: Option<&Device>,
+        site: BuildSite,
+    ) -> Result<Arc<Self>> {
         let meta = {
-            let metas: SmallVec<[Meta<'_>; 4]> = inputs.iter().map(|n| n.meta()).collect();
+            let metas: SmallVec<[Meta<'_>; 4]> = inputs.iter().map(|n| n.borrow().meta()).collect();
             infer(&op, &metas).map_err(|e| e.at(&site))?
         };
         if scalars.len() != op.scalar_count() {
             let detail = format!("takes {} scalars, got {}", op.scalar_count(), scalars.len());
             return Err(Error::new(op.name(), ErrorKind::Invalid(detail)).at(&site));
         }
-        if let Some(i) = inputs.iter().position(|n| n.quantized) {
+        if let Some(i) = inputs.iter().position(|n| n.borrow().quantized) {
             if op != Op::QMatmul || i != 1 {
                 let detail = "a quantised weight is read by qmatmul alone; dequantise it first".into();
                 return Err(Error::new(op.name(), ErrorKind::Unsupported(detail)).at(&site));
@@ -216,38 +206,42 @@ impl Node {
         }
         let device = match (inputs.first(), device) {
             (Some(_), Some(device)) if op == Op::ToDevice => device.clone(),
-            (Some(first), _) => first.device.clone(),
+            (Some(first), _) => first.borrow().device.clone(),
             (None, Some(device)) => device.clone(),
             (None, None) => Device::Cpu,
         };
         for (i, input) in inputs.iter().enumerate().skip(1) {
+            let input: &Arc<Self> = input.borrow();
             if !input.device.same_device(&device) {
                 let detail = format!(
                     "input 0 is on {:?}, input {i} on {:?}; move one of them first",
                     device.location(),
                     input.device.location()
                 );
-                let metas: SmallVec<[Meta<'_>; 4]> = inputs.iter().map(|n| n.meta()).collect();
+                let metas: SmallVec<[Meta<'_>; 4]> = inputs.iter().map(|n| n.borrow().meta()).collect();
                 return Err(Error::new(op.name(), ErrorKind::Device(detail)).on(&metas).at(&site));
             }
         }
         let tracked = !matches!(op, Op::Detach | Op::Compare(_) | Op::CompareScalar(_) | Op::Random { .. })
             && meta.dtype.is_float()
-            && inputs.iter().any(|n| n.tracked);
+            && inputs.iter().any(|n| n.borrow().tracked);
         let own_bytes = meta.dims.iter().product::<usize>() * meta.dtype.size_in_bytes();
-        let pending = Pending::above(inputs.iter().map(|n| &n.pending), own_bytes as u64);
+        let id = NodeId::next();
+        let pending = Pending::above(id, inputs.iter().map(|n| &n.borrow().pending), own_bytes as u64);
         Ok(Arc::new(Self {
-            id: NodeId::next(),
+            id,
             shape: Shape::from(meta.dims.as_slice()),
             dtype: meta.dtype,
             device,
             tracked,
             quantized: false,
             site,
-            recorded: Some((op, scalars)),
+            recorded: Some((op, Scalars::from_slice(scalars))),
             pending,
-            state: Mutex::new(State::Pending(Waiting { inputs, custom })),
-            _alive: Alive::new(),
+            state: Mutex::new(State::Pending(Waiting {
+                inputs: inputs.iter().map(|n| n.borrow().clone()).collect(),
+                custom,
+            })),
         }))
     }
 
@@ -256,8 +250,9 @@ impl Node {
     pub fn detached(input: &Arc<Node>, site: BuildSite) -> Arc<Self> {
         let own_bytes = input.shape.elem_count() * input.dtype.size_in_bytes();
         let inputs = SmallVec::from_iter([input.clone()]);
+        let id = NodeId::next();
         Arc::new(Self {
-            id: NodeId::next(),
+            id,
             shape: input.shape.clone(),
             dtype: input.dtype,
             device: input.device.clone(),
@@ -265,9 +260,8 @@ impl Node {
             quantized: false,
             site,
             recorded: Some((Op::Detach, Scalars::new())),
-            pending: Pending::above(std::iter::once(&input.pending), own_bytes as u64),
+            pending: Pending::above(id, std::iter::once(&input.pending), own_bytes as u64),
             state: Mutex::new(State::Pending(Waiting { inputs, custom: None })),
-            _alive: Alive::new(),
         })
     }
 
@@ -500,6 +494,7 @@ fn drop_iteratively(state: State) {
 
 impl Drop for Node {
     fn drop(&mut self) {
+        DROPPED.fetch_add(1, Ordering::Release);
         let state = std::mem::replace(self.state.get_mut(), State::Lent);
         drop_iteratively(state);
     }

@@ -4,9 +4,7 @@ use crate::case::Case;
 use crate::{opaque, Error, Result};
 use candle_core::Device;
 use candle_lazy_exec::{AttentionOptions, LazyTensor};
-use candle_lazy_graph::{
-    ArgOp, BinaryOp, BuildSite, CmpOp, Distribution, Node, Op, ReduceOp, Scalars, ScatterOp, UnaryOp,
-};
+use candle_lazy_graph::{ArgOp, BinaryOp, BuildSite, CmpOp, Distribution, Node, Op, ReduceOp, ScatterOp, UnaryOp};
 
 /// The result of a case on `x`, whose weight may be quantised.
 ///
@@ -140,8 +138,8 @@ pub fn record(op: &Op, s: &[f64], x: &[LazyTensor]) -> Result<LazyTensor> {
 
 /// An op for which there is no method: a node of the graph itself.
 fn as_node(op: &Op, s: &[f64], x: &[LazyTensor]) -> Result<LazyTensor> {
-    let inputs = x.iter().map(|t| t.node().clone()).collect();
-    let node = Node::record(op.clone(), Scalars::from_slice(s), inputs, Some(&Device::Cpu), BuildSite::here())?;
+    let inputs: Vec<_> = x.iter().map(|t| t.node()).collect();
+    let node = Node::record(op.clone(), s, &inputs, Some(&Device::Cpu), BuildSite::here())?;
     Ok(LazyTensor::from_node(node))
 }
 

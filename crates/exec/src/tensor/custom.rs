@@ -96,8 +96,8 @@ impl LazyTensor {
 
     #[track_caller]
     fn custom(op: CustomOp, shape: Shape, dtype: DType, inputs: &[&Self]) -> Result<Self> {
-        let inputs: SmallVec<[Arc<Node>; 3]> = inputs.iter().map(|t| t.node().clone()).collect();
-        let node = Node::record_custom(op, shape.dims(), dtype, inputs, BuildSite::here())?;
+        let inputs: SmallVec<[&Arc<Node>; 3]> = inputs.iter().map(|t| t.node()).collect();
+        let node = Node::record_custom(op, shape.dims(), dtype, &inputs, BuildSite::here())?;
         Self::within_budget(node)
     }
 
@@ -119,7 +119,6 @@ impl LazyTensor {
             return Self::refuse_on("qmatmul", ErrorKind::Unsupported(detail), &[self]);
         }
         let weight = Node::quantized(weight.clone(), site.clone());
-        let inputs = SmallVec::from_iter([self.node().clone(), weight]);
-        Self::record_nodes(Op::QMatmul, &[], inputs, None, site)
+        Self::record_nodes(Op::QMatmul, &[], &[self.node(), &weight], None, site)
     }
 }

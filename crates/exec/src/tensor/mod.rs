@@ -28,7 +28,7 @@ pub use random::RandomKey;
 use crate::config;
 use crate::error::Result;
 use candle_core::{DType, Device, Shape, Tensor};
-use candle_lazy_graph::{BuildSite, Node, Op, Scalars};
+use candle_lazy_graph::{BuildSite, Node, Op};
 use smallvec::SmallVec;
 use std::sync::Arc;
 
@@ -180,18 +180,18 @@ impl LazyTensor {
     #[track_caller]
     pub(crate) fn record_on(op: Op, scalars: &[f64], inputs: &[&LazyTensor], device: Option<&Device>) -> Result<Self> {
         let site = BuildSite::here();
-        let inputs: SmallVec<[Arc<Node>; 3]> = inputs.iter().map(|t| t.node.clone()).collect();
-        Self::record_nodes(op, scalars, inputs, device, site)
+        let inputs: SmallVec<[&Arc<Node>; 4]> = inputs.iter().map(|t| &t.node).collect();
+        Self::record_nodes(op, scalars, &inputs, device, site)
     }
 
     pub(crate) fn record_nodes(
         op: Op,
         scalars: &[f64],
-        inputs: SmallVec<[Arc<Node>; 3]>,
+        inputs: &[&Arc<Node>],
         device: Option<&Device>,
         site: BuildSite,
     ) -> Result<Self> {
-        Self::within_budget(Node::record(op, Scalars::from_slice(scalars), inputs, device, site)?)
+        Self::within_budget(Node::record(op, scalars, inputs, device, site)?)
     }
 
     /// A handle on a new node; evaluated at once where the pending graph passed its budget.

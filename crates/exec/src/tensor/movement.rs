@@ -50,8 +50,8 @@ impl LazyTensor {
         if let [only] = tensors {
             return Ok(only.as_ref().clone());
         }
-        let inputs: SmallVec<[Arc<Node>; 3]> = tensors.iter().map(|t| t.as_ref().node().clone()).collect();
-        Self::record_nodes(Op::Concat { dim: dim as u8 }, &[], inputs, None, BuildSite::here())
+        let inputs: SmallVec<[&Arc<Node>; 4]> = tensors.iter().map(|t| t.as_ref().node()).collect();
+        Self::record_nodes(Op::Concat { dim: dim as u8 }, &[], &inputs, None, BuildSite::here())
     }
 
     /// Tensors of one shape under a new dim `dim`.
@@ -118,8 +118,7 @@ impl LazyTensor {
     #[track_caller]
     pub fn slice_set_owned<D: Dim>(self, src: &Self, dim: D, start: usize) -> Result<Self> {
         let dim = self.dim_index(dim, "slice_set")?;
-        let inputs: SmallVec<[Arc<Node>; 3]> = SmallVec::from_iter([self.node, src.node().clone()]);
-        Self::record_nodes(Op::SliceAssign { dim: dim as u8, start }, &[], inputs, None, BuildSite::here())
+        Self::record(Op::SliceAssign { dim: dim as u8, start }, &[], &[&self, src])
     }
 
     /// This tensor with `src` written over the box that `ranges` name, one range per leading dim; the rest is taken whole.

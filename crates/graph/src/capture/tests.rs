@@ -1,11 +1,10 @@
 //! Tests of capture: merging, relative form, what is kept.
 use super::*;
 use crate::node::NodeId;
-use crate::op::{BinaryOp, Scalars, UnaryOp};
+use crate::op::{BinaryOp, UnaryOp};
 use crate::site::BuildSite;
 use crate::validate::validate;
 use candle_core::Tensor;
-use smallvec::smallvec;
 
 fn keep(_: &Op, _: DType, _: bool, _: &Device) -> bool {
     false
@@ -20,8 +19,7 @@ fn leaf(dims: &[usize]) -> Arc<Node> {
 }
 
 fn rec(op: Op, scalars: &[f64], inputs: &[&Arc<Node>]) -> Arc<Node> {
-    let inputs = inputs.iter().map(|n| (*n).clone()).collect();
-    Node::record(op, Scalars::from_slice(scalars), inputs, None, BuildSite::here()).unwrap()
+    Node::record(op, scalars, inputs, None, BuildSite::here()).unwrap()
 }
 
 fn get(roots: &[Arc<Node>]) -> Captured {
@@ -179,8 +177,7 @@ fn deep_and_wide_graphs_need_no_stack() {
         }
         assert_eq!(get(&[x]).graph.nodes.len(), 200_001);
         let wide: Vec<_> = (0..10_000).map(|i| rec(Op::Affine, &[1.0, f64::from(i)], &[&leaf(&[1])])).collect();
-        let inputs: SmallVec<[Arc<Node>; 3]> = wide.into_iter().collect();
-        let cat = Node::record(Op::Concat { dim: 0 }, smallvec![], inputs, None, BuildSite::here()).unwrap();
+        let cat = Node::record(Op::Concat { dim: 0 }, &[], &wide, None, BuildSite::here()).unwrap();
         assert_eq!(get(&[cat]).graph.nodes.len(), 20_001);
     };
     std::thread::Builder::new().stack_size(512 * 1024).spawn(run).unwrap().join().unwrap();

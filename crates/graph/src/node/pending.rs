@@ -1,20 +1,23 @@
 //! How much pending work stands at and above a node, estimated when it is recorded.
 
+use super::NodeId;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What the process has recorded so far.
-static NODES: AtomicU64 = AtomicU64::new(0);
+/// The bytes that the process has recorded so far, but for those of small nodes.
 static BYTES: AtomicU64 = AtomicU64::new(0);
+/// A node of fewer bytes is small: it counts as one of so many where nodes are not looked at one by one.
+const SMALL: u64 = 4096;
 
 /// Two upper estimates, of which the smaller one counts, since each is far off where the other is near: the sum over the inputs, which
 /// counts shared parts again and again, and all that the process has recorded since the oldest pending node above, which counts
-/// what is not above. An exact count replaces the first.
+/// what is not above, leaves among it. An exact count replaces the first.
 #[derive(Debug)]
 pub(super) struct Pending {
     nodes: AtomicU64,
     bytes: AtomicU64,
-    /// What was recorded before the oldest pending node above, and up to this one.
+    /// The number of the oldest pending node above, and the bytes that were recorded before it.
     since: (u64, u64),
+    /// The number after this node's, and the bytes up to it.
     until: (u64, u64),
 }
 
@@ -25,9 +28,15 @@ impl Pending {
     }
 
     /// Of a node that is being recorded, of so many bytes, above which stand `inputs`.
-    pub(super) fn above<'a>(inputs: impl Iterator<Item = &'a Self>, own: u64) -> Self {
-        let before = (NODES.fetch_add(1, Ordering::Relaxed), BYTES.fetch_add(own, Ordering::Relaxed));
-        let (mut nodes, mut bytes, mut since) = (1u64, own, before);
+    pub(super) fn above<'a>(id: NodeId, inputs: impl Iterator<Item = &'a Self>, own: u64) -> Self {
+        let (before, after) = if own < SMALL {
+            let bytes = BYTES.load(Ordering::Relaxed);
+            (bytes, bytes)
+        } else {
+            let bytes = BYTES.fetch_add(own, Ordering::Relaxed);
+            (bytes, bytes.wrapping_add(own))
+        };
+        let (mut nodes, mut bytes, mut since) = (1u64, own, (id.0, before));
         for input in inputs {
             let (n, b) = input.sums();
             if n > 0 {
@@ -36,8 +45,7 @@ impl Pending {
                 since = (since.0.min(input.since.0), since.1.min(input.since.1));
             }
         }
-        let until = (before.0.wrapping_add(1), before.1.wrapping_add(own));
-        Self { nodes: AtomicU64::new(nodes), bytes: AtomicU64::new(bytes), since, until }
+        Self { nodes: AtomicU64::new(nodes), bytes: AtomicU64::new(bytes), since, until: (id.0 + 1, after) }
     }
 
     fn sums(&self) -> (u64, u64) {
@@ -47,7 +55,9 @@ impl Pending {
     /// Nodes and bytes.
     pub(super) fn estimate(&self) -> (u64, u64) {
         let (nodes, bytes) = self.sums();
-        (nodes.min(self.until.0.wrapping_sub(self.since.0)), bytes.min(self.until.1.wrapping_sub(self.since.1)))
+        let (since, until) = (self.since, self.until);
+        let all = until.0.wrapping_sub(since.0);
+        (nodes.min(all), bytes.min(until.1.wrapping_sub(since.1).saturating_add(all.saturating_mul(SMALL))))
     }
 
     /// Replaces the sums: by an exact count, or by nothing where the node has become ready.

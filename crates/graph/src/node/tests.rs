@@ -1,14 +1,13 @@
 //! Tests of the implicit graph.
 use super::*;
 use crate::op::{BinaryOp, UnaryOp};
-use smallvec::smallvec;
 
 fn leaf() -> Arc<Node> {
     Node::leaf(Tensor::ones((2, 3), DType::F32, &Device::Cpu).unwrap(), BuildSite::here())
 }
 
 fn unary(x: &Arc<Node>) -> Arc<Node> {
-    Node::record(Op::Unary(UnaryOp::Neg), smallvec![], smallvec![x.clone()], None, BuildSite::here()).unwrap()
+    Node::record(Op::Unary(UnaryOp::Neg), &[], &[x], None, BuildSite::here()).unwrap()
 }
 
 #[test]
@@ -17,7 +16,7 @@ fn recording_validates_and_names_the_line() {
     let b = Node::leaf(Tensor::ones(4, DType::F32, &Device::Cpu).unwrap(), BuildSite::here());
     let line = line!() + 1;
     let site = BuildSite::here();
-    let error = Node::record(Op::Binary(BinaryOp::Add), smallvec![], smallvec![a, b], None, site).unwrap_err();
+    let error = Node::record(Op::Binary(BinaryOp::Add), &[], &[a, b], None, site).unwrap_err();
     let text = error.to_string();
     assert!(text.contains("add") && text.contains("[2, 3]") && text.contains("[4]"), "{text}");
     assert!(text.contains(&format!("tests.rs:{line}:")), "{text}");
@@ -56,8 +55,7 @@ fn long_chains_drop_on_a_small_stack() {
 #[test]
 fn pending_estimates_are_upper_ones_until_counted_exactly() {
     let add = |a: &Arc<Node>, b: &Arc<Node>| {
-        let inputs = smallvec![a.clone(), b.clone()];
-        Node::record(Op::Binary(BinaryOp::Add), smallvec![], inputs, None, BuildSite::here()).unwrap()
+        Node::record(Op::Binary(BinaryOp::Add), &[], &[a, b], None, BuildSite::here()).unwrap()
     };
     let (mut x, mut aside) = (leaf(), leaf());
     for _ in 0..10 {
@@ -82,13 +80,13 @@ fn tracked_follows_floats_and_stops_at_detach() {
     let var = candle_core::Var::ones((2, 3), DType::F32, &Device::Cpu).unwrap();
     let a = Node::leaf(var.as_tensor().clone(), BuildSite::here());
     assert!(unary(&a).tracked());
-    let cut = Node::record(Op::Detach, smallvec![], smallvec![a], None, BuildSite::here()).unwrap();
+    let cut = Node::record(Op::Detach, &[], &[a], None, BuildSite::here()).unwrap();
     assert!(!cut.tracked());
     assert!(!unary(&leaf()).tracked());
 }
 
 #[test]
 fn scalar_counts_are_checked() {
-    let error = Node::record(Op::Affine, smallvec![1.0], smallvec![leaf()], None, BuildSite::here()).unwrap_err();
+    let error = Node::record(Op::Affine, &[1.0], &[leaf()], None, BuildSite::here()).unwrap_err();
     assert!(error.to_string().contains("takes 2 scalars"), "{error}");
 }

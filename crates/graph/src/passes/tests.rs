@@ -15,8 +15,7 @@ fn leaf(dims: &[usize]) -> Arc<Node> {
 }
 
 fn rec(op: Op, scalars: &[f64], inputs: &[&Arc<Node>]) -> Arc<Node> {
-    let inputs = inputs.iter().map(|n| (*n).clone()).collect();
-    Node::record(op, Scalars::from_slice(scalars), inputs, None, BuildSite::here()).unwrap()
+    Node::record(op, scalars, inputs, None, BuildSite::here()).unwrap()
 }
 
 fn get(roots: Vec<Arc<Node>>) -> Captured {
@@ -138,12 +137,12 @@ fn random_graph(bytes: &[u8]) -> Vec<Arc<Node>> {
             10 => Op::Reduce { op: crate::op::ReduceOp::Sum, axes: 1, keepdim: k % 2 == 0 },
             _ => Op::Concat { dim: 0 },
         };
-        let inputs: SmallVec<[Arc<Node>; 3]> = match op.arity() {
-            Some(1) => SmallVec::from_iter([a]),
-            _ => SmallVec::from_iter([a, b]),
+        let inputs = match op.arity() {
+            Some(1) => vec![a],
+            _ => vec![a, b],
         };
         let scalars: Scalars = (0..op.scalar_count()).map(|i| f64::from(k) + i as f64).collect();
-        if let Ok(node) = Node::record(op, scalars, inputs, None, BuildSite::here()) {
+        if let Ok(node) = Node::record(op, &scalars, &inputs, None, BuildSite::here()) {
             pool.push(node);
         }
     }

@@ -102,7 +102,7 @@ impl Recorder for OnLazy {
             (Some(Wrong::Unwindowed), Op::CausalMask { window, .. }) => *window = None,
             _ => {}
         }
-        let node = Node::record(op, scalars, nodes.into_iter().collect(), Some(&Device::Cpu), BuildSite::here())?;
+        let node = Node::record(op, &scalars, &nodes, Some(&Device::Cpu), BuildSite::here())?;
         Ok(LazyTensor::from_node(node))
     }
 }
