@@ -15,6 +15,9 @@ pub struct EvalOptions {
     pub replay: bool,
     /// Whether the plan cache is asked and filled.
     pub cache: bool,
+    /// The most bytes that the run may need at once beside its inputs, as [`peak_bytes`](crate::run::peak_bytes) counts them: one that
+    /// needs more is an error before anything runs. `None` is the process's budget ([`set_memory_budget`]).
+    pub memory_budget: Option<u64>,
     /// Whether the graph is validated after capture and after every pass.
     pub validate: bool,
 }
@@ -30,6 +33,7 @@ impl Default for EvalOptions {
             decompose: false,
             replay: false,
             cache: true,
+            memory_budget: None,
             validate: cfg!(debug_assertions),
         }
     }
@@ -58,6 +62,8 @@ impl EvalOptions {
 
 static PENDING_NODES: AtomicU64 = AtomicU64::new(50_000);
 static PENDING_BYTES: AtomicU64 = AtomicU64::new(1 << 30);
+/// `u64::MAX` is none.
+static MEMORY: AtomicU64 = AtomicU64::new(u64::MAX);
 static BUDGET_EVALUATIONS: AtomicU64 = AtomicU64::new(0);
 
 /// Many pending nodes with less than this many bytes each are bookkeeping, such as a metric that a loop adds up.
@@ -71,6 +77,18 @@ const SMALL_BYTES: u64 = 256;
 pub fn set_pending_budget(nodes: u64, bytes: u64) {
     PENDING_NODES.store(nodes, Ordering::Relaxed);
     PENDING_BYTES.store(bytes, Ordering::Relaxed);
+}
+
+/// The most bytes that an evaluation of this process may need at once beside its inputs, unless its options say otherwise; `None` (the
+/// default) sets no limit. An evaluation that needs more is an error that names its largest result, before anything runs.
+pub fn set_memory_budget(bytes: Option<u64>) {
+    MEMORY.store(bytes.unwrap_or(u64::MAX), Ordering::Relaxed);
+}
+
+/// The process's memory budget.
+#[must_use]
+pub fn memory_budget() -> Option<u64> {
+    Some(MEMORY.load(Ordering::Relaxed)).filter(|&bytes| bytes != u64::MAX)
 }
 
 /// The pending budget: nodes and bytes.

@@ -52,6 +52,16 @@ pub enum Error {
         /// How much was asked for.
         bytes: usize,
     },
+    /// A run would need more memory than it may have. Nothing was run.
+    #[error(
+        "evaluation needs {needed} bytes at once, of which this result is the largest part; the budget is {budget}"
+    )]
+    Budget {
+        /// How much is needed.
+        needed: u64,
+        /// How much is allowed.
+        budget: u64,
+    },
     /// Checked mode: what the plan computes for a node is not what eager execution of that node gives.
     #[error(transparent)]
     Differs(Box<Difference>),
@@ -205,7 +215,12 @@ impl Error {
             Self::Run { site, .. } | Self::Panic { site, .. } | Self::At { site, .. } => Some(site),
             Self::Differs(difference) => Some(&difference.site),
             Self::Context { inner, .. } | Self::WithPath { inner, .. } => inner.site(),
-            Self::Candle(_) | Self::Memory { .. } | Self::Internal(_) | Self::Msg(_) | Self::Other(_) => None,
+            Self::Candle(_)
+            | Self::Memory { .. }
+            | Self::Budget { .. }
+            | Self::Internal(_)
+            | Self::Msg(_)
+            | Self::Other(_) => None,
         }
     }
 }

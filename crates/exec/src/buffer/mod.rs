@@ -8,6 +8,7 @@ mod huge;
 mod pool;
 
 pub use huge::vec_with_huge_pages;
+pub(crate) use pool::running;
 pub use pool::{memory_stats, set_pool_cap, trim, MemoryStats};
 
 use crate::error::{Error, Result};
@@ -110,8 +111,20 @@ impl Buffer {
     /// # Errors
     /// When the dtype has no buffers, or the system does not grant the memory.
     pub fn take(dtype: DType, len: usize) -> Result<Self> {
-        granted(dtype, len)?;
-        match pool::take(dtype, len) {
+        Self::take_any(dtype, len, None)
+    }
+
+    /// As [`Buffer::take`], in a piece of exactly so many elements, which are at least as many.
+    ///
+    /// # Errors
+    /// As [`Buffer::take`].
+    pub(crate) fn take_piece(dtype: DType, len: usize, piece: usize) -> Result<Self> {
+        Self::take_any(dtype, len, Some(piece.max(len)))
+    }
+
+    fn take_any(dtype: DType, len: usize, piece: Option<usize>) -> Result<Self> {
+        granted(dtype, piece.unwrap_or(len))?;
+        match pool::take(dtype, len, piece) {
             Some(data) => Ok(Self { data: Some(data), len }),
             None => Err(Error::Internal(format!("no buffers of dtype {}", dtype.as_str()))),
         }

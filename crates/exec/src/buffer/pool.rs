@@ -1,7 +1,9 @@
 //! One pool of buffers for the process, with a cap.
 //!
 //! A request is served by the smallest cached buffer that is large enough and wastes at most a quarter; a returned
-//! buffer that would lift the cache over the cap is freed.
+//! buffer that would lift the cache over the cap is freed. A plan asks for pieces of the sizes that it was planned with, and gets
+//! exactly those. While plans run the pool holds no more than it held plus what they need: before it asks the system it gives back what
+//! nobody uses.
 
 use super::Data;
 use candle_core::DType;
@@ -29,9 +31,36 @@ struct Pool {
     peak: u64,
     cached: u64,
     cap: Option<u64>,
+    /// How many plans run.
+    runs: u64,
+    /// How much they may hold.
+    level: u64,
 }
 
-static POOL: Mutex<Pool> = Mutex::new(Pool { free: BTreeMap::new(), active: 0, peak: 0, cached: 0, cap: None });
+static POOL: Mutex<Pool> =
+    Mutex::new(Pool { free: BTreeMap::new(), active: 0, peak: 0, cached: 0, cap: None, runs: 0, level: 0 });
+
+/// A plan that runs.
+#[derive(Debug)]
+pub(crate) struct Running(());
+
+/// Lets the pool know that a plan begins to run that needs so many bytes.
+pub(crate) fn running(needs: u64) -> Running {
+    let mut pool = POOL.lock();
+    pool.runs += 1;
+    pool.level = pool.level.max(pool.active.saturating_add(needs));
+    Running(())
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let mut pool = POOL.lock();
+        pool.runs = pool.runs.saturating_sub(1);
+        if pool.runs == 0 {
+            pool.level = 0;
+        }
+    }
+}
 
 /// Where the amount of memory cannot be read.
 const DEFAULT_CAP: u64 = 2 << 30;
@@ -39,6 +68,24 @@ const DEFAULT_CAP: u64 = 2 << 30;
 impl Pool {
     fn cap(&mut self) -> u64 {
         *self.cap.get_or_insert_with(|| total_memory().map_or(DEFAULT_CAP, |total| total / 4))
+    }
+
+    /// Takes the largest buffers that nobody uses until `bytes` more would be within what the running plans may hold.
+    fn make_room(&mut self, bytes: u64) -> Vec<Data> {
+        let mut freed = Vec::new();
+        while self.runs > 0 && self.cached > 0 && self.active + self.cached + bytes > self.level {
+            let Some(mut largest) = self.free.last_entry() else {
+                break;
+            };
+            if let Some(data) = largest.get_mut().pop() {
+                self.cached -= data.bytes() as u64;
+                freed.push(data);
+            }
+            if largest.get().is_empty() {
+                largest.remove();
+            }
+        }
+        freed
     }
 }
 
@@ -53,11 +100,13 @@ fn class(dtype: DType) -> Option<u8> {
     candle_lazy_graph::infer::DTYPES.iter().position(|d| *d == dtype).map(|i| i as u8)
 }
 
-pub(super) fn take(dtype: DType, len: usize) -> Option<Data> {
+/// Memory for `len` elements: of exactly `piece`, if that is asked for.
+pub(super) fn take(dtype: DType, len: usize, piece: Option<usize>) -> Option<Data> {
     let class = class(dtype)?;
     let cached = {
         let mut pool = POOL.lock();
-        let found = pool.free.range((class, len)..=(class, len + len / 4)).next().map(|(key, _)| *key);
+        let (least, most) = piece.map_or((len, len + len / 4), |piece| (piece, piece));
+        let found = pool.free.range((class, least)..=(class, most)).next().map(|(key, _)| *key);
         let data = found.and_then(|key| {
             let list = pool.free.get_mut(&key)?;
             let data = list.pop();
@@ -78,8 +127,11 @@ pub(super) fn take(dtype: DType, len: usize) -> Option<Data> {
         spoil(&mut data.slice_mut(len));
         return Some(data);
     }
+    let size = piece.unwrap_or(len);
+    let unused = POOL.lock().make_room(size.saturating_mul(dtype.size_in_bytes()) as u64);
     // outside the lock: the system may take its time
-    let data = Data::fresh(dtype, len)?;
+    drop(unused);
+    let data = Data::fresh(dtype, size)?;
     let mut pool = POOL.lock();
     pool.active += data.bytes() as u64;
     pool.peak = pool.peak.max(pool.active);

@@ -4,11 +4,11 @@
 //! slots are reused after the last use of what they hold.
 
 mod cache;
-mod peak;
+mod memory;
 
 pub use cache::{cache_stats, clear_cache, set_cache_capacity, CacheStats};
 pub(crate) use cache::{find, keep};
-pub(crate) use peak::peak_bytes;
+pub(crate) use memory::{needs, Memory};
 
 use candle_core::DType;
 use candle_lazy_graph::{ArgOp, Dims, Distribution, Op, ScatterOp, Sym};
@@ -215,6 +215,8 @@ pub struct Plan {
     pub outputs: Vec<Slot>,
     /// What each pass rewrote when the plan was made.
     pub passes: Vec<(&'static str, usize)>,
+    /// What the last run of it needed.
+    pub(crate) memory: memory::LastMemory,
     pub(crate) _alive: cache::Alive,
 }
 

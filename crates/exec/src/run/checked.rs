@@ -5,7 +5,7 @@
 //! below. At last the plan that `eval` would run is run too, and its results must have the bits that were judged.
 
 use super::inspect::{every_value, ready_tensor, recorded};
-use super::{execute, failure, judge, planned, publish, tensor_of, Executed, Planned};
+use super::{execute, failure, judge, planned, publish, tensor_of, Executed, Planned, Terms};
 use crate::config::EvalOptions;
 use crate::error::{Difference, Error, Result};
 use crate::report::EvalReport;
@@ -75,7 +75,9 @@ fn run_checked(roots: &[Arc<Node>], judged: &FastMap<NodeId, Tensor>) -> Result<
             leaf.exclusive = false;
         }
         let mut report = EvalReport::default();
-        let Executed::Values(values, lent) = execute(&plan, &mut bindings, roots, true, &mut report)? else {
+        let Executed::Values(values, lent) =
+            execute(&plan, &mut bindings, roots, Terms { as_tensors: true, budget: None }, &mut report)?
+        else {
             continue;
         };
         lent.finish();

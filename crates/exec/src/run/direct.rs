@@ -59,6 +59,10 @@ impl Function {
 /// The value of a pending node that is one op of f32 on ready, untracked tensors on the CPU: an elementwise one (of tensors of its own
 /// shape; where they are small, dense ones), a softmax, a norm or a gated unit, or a small LoRA. `None` if it is anything else.
 pub(crate) fn eval_direct(node: &Arc<Node>) -> Option<Result<Tensor>> {
+    // a plan knows what it needs
+    if crate::config::memory_budget().is_some() {
+        return None;
+    }
     if node.dtype() != DType::F32 || node.tracked() || !matches!(node.device(), Device::Cpu) {
         return None;
     }

@@ -42,7 +42,9 @@ fn place(step: &Step, bindings: &Bindings) -> Option<Place> {
 
 /// The error of step `i`, with the op and the user's line.
 pub(super) fn located(plan: &Plan, i: usize, bindings: &Bindings, error: Error) -> Error {
-    let (Error::Candle(_) | Error::Other(_) | Error::Internal(_) | Error::Memory { .. }) = &error else {
+    let (Error::Candle(_) | Error::Other(_) | Error::Internal(_) | Error::Memory { .. } | Error::Budget { .. }) =
+        &error
+    else {
         return error;
     };
     let Some(Place { op, operands, site, members }) = plan.steps.get(i).and_then(|step| place(step, bindings)) else {

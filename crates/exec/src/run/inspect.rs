@@ -1,6 +1,6 @@
 //! Looking at every recorded node: all of them run as outputs of one plan, and nothing is published.
 
-use super::{bind, capture_waiting, execute, slots, wait_for_lent, Executed, LENT};
+use super::{bind, capture_waiting, execute, slots, wait_for_lent, Executed, Terms, LENT};
 use crate::config::EvalOptions;
 use crate::error::{Error, Result};
 use crate::lower;
@@ -52,7 +52,13 @@ pub(super) fn every_value(recorded: &Recorded, options: &EvalOptions) -> Result<
             leaf.exclusive = false;
         }
         let plan = lower::make_plan(&graph, &bindings, options)?;
-        let Executed::Values(results, lent) = execute(&plan, &mut bindings, &nodes, true, &mut EvalReport::default())?
+        let Executed::Values(results, lent) = execute(
+            &plan,
+            &mut bindings,
+            &nodes,
+            Terms { as_tensors: true, budget: None },
+            &mut EvalReport::default(),
+        )?
         else {
             continue;
         };

@@ -5,7 +5,7 @@ use super::slots::{kernel_error, slot_tensor, with_views, SlotValue};
 use super::{candle, Engine};
 use crate::buffer::{granted, Buffer};
 use crate::error::{Error, Result};
-use crate::plan::{CandleReason, Output, Step, StepKind};
+use crate::plan::{CandleReason, Memory, Output, Step, StepKind};
 use crate::report::EvalReport;
 use candle_lazy_graph::{ArgOp, Bindings, Dims, Distribution, Op, ScatterOp, Sym};
 use candle_lazy_ops::fault;
@@ -18,7 +18,10 @@ use std::sync::Arc;
 
 struct Ctx<'a> {
     step: &'a Step,
+    /// Which step of its plan it is.
+    number: usize,
     bindings: &'a Bindings,
+    memory: &'a Memory,
 }
 
 impl Ctx<'_> {
@@ -28,6 +31,12 @@ impl Ctx<'_> {
         index
             .and_then(|p| self.bindings.params.get(p as usize).copied())
             .ok_or_else(|| Error::Internal(format!("{} lacks scalar {i}", self.step.kind.name())))
+    }
+
+    /// Memory for output `i`, of `dims`.
+    fn take(&self, i: usize, dims: &[usize]) -> Result<Buffer> {
+        let len = dims.iter().product();
+        Buffer::take_piece(self.output(i)?.dtype, len, self.memory.piece(self.number, i, len))
     }
 
     fn output(&self, i: usize) -> Result<&Output> {
@@ -42,13 +51,14 @@ impl Ctx<'_> {
 }
 
 pub(super) fn run_step(
-    step: &Step,
+    (step, number): (&Step, usize),
     bindings: &Bindings,
+    memory: &Memory,
     slots: &mut [SlotValue],
     lent: &mut Lent,
     report: &mut EvalReport,
 ) -> Result<()> {
-    let ctx = Ctx { step, bindings };
+    let ctx = Ctx { step, number, bindings, memory };
     match &step.kind {
         StepKind::View(op) => return view(&ctx, op, slots, report),
         StepKind::Candle { op, reason } => {
@@ -66,8 +76,8 @@ pub(super) fn run_step(
             let dims = bindings.dims(domain);
             let params = (0..step.params.len()).map(|i| ctx.param(i)).collect::<Result<SmallVec<[f64; 4]>>>()?;
             let mut buffers: SmallVec<[Buffer; 2]> = SmallVec::new();
-            for output in &step.outputs {
-                buffers.push(Buffer::take(output.dtype, bindings.dims(&output.dims).iter().product())?);
+            for (i, output) in step.outputs.iter().enumerate() {
+                buffers.push(ctx.take(i, &bindings.dims(&output.dims))?);
             }
             row_program(program, (&dims, *axes), &params, slots, &step.inputs, &mut buffers)?;
             for (output, buffer) in step.outputs.iter().zip(buffers) {
@@ -124,7 +134,7 @@ fn put(slots: &mut [SlotValue], output: &Output, buffer: Buffer, bindings: &Bind
 fn single_output(ctx: &Ctx<'_>, slots: &mut [SlotValue]) -> Result<()> {
     let output = ctx.output(0)?;
     let dims = ctx.bindings.dims(&output.dims);
-    let mut buffer = Buffer::take(output.dtype, dims.iter().product())?;
+    let mut buffer = ctx.take(0, &dims)?;
     with_views(slots, &ctx.step.inputs, |v| {
         let mut out = buffer.slice_mut();
         let at =
@@ -289,7 +299,7 @@ fn view(ctx: &Ctx<'_>, op: &Op<Sym>, slots: &mut [SlotValue], report: &mut EvalR
         }
         None => {
             // the strides, or Candle's views, cannot express the new shape
-            let mut buffer = Buffer::take(output.dtype, dims.iter().product())?;
+            let mut buffer = ctx.take(0, &dims)?;
             with_views(slots, &[input], |v| {
                 let Some(x) = v.first() else {
                     return Err(Error::Internal("reshape lacks its input".into()));
@@ -442,7 +452,7 @@ fn slice_assign(
         report.in_place += 1;
         return Ok(());
     }
-    let mut buffer = Buffer::take(output.dtype, dims.iter().product())?;
+    let mut buffer = ctx.take(0, &dims)?;
     with_views(slots, &[target], |v| {
         let Some(x) = v.first() else {
             return Err(Error::Internal("slice_assign lacks its input".into()));

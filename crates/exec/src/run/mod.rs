@@ -18,8 +18,8 @@ pub use checked::eval_all_checked;
 pub(crate) use direct::eval_direct;
 pub use inspect::{first_nan, first_nonfinite, NonFinite};
 
-use crate::buffer::BufferValue;
-use crate::config::EvalOptions;
+use crate::buffer::{self, BufferValue};
+use crate::config::{self, EvalOptions};
 use crate::error::{Error, Result};
 use crate::lower;
 use crate::plan::{self, Plan};
@@ -82,7 +82,7 @@ pub fn explain(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<String>
     let captured = capture_waiting(&roots, options)?;
     let graph = candle_lazy_graph::dump::dump(&captured.graph, Some(&captured.bindings));
     let plan = lower::make_plan(&captured.graph, &captured.bindings, options)?;
-    let peak = plan::peak_bytes(&plan, &captured.bindings, &vec![false; captured.bindings.leaves.len()]);
+    let peak = plan::needs(&plan, &captured.bindings).peak;
     Ok(format!("graph\n{graph}\nplan\n{plan}peak {peak} bytes\n"))
 }
 
@@ -94,6 +94,18 @@ pub fn explain(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<String>
 pub fn prepare(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<bool> {
     let roots: Vec<Arc<Node>> = tensors.iter().map(|t| t.node().clone()).collect();
     Ok(planned(&roots, options)?.hit)
+}
+
+/// The most bytes that evaluating `tensors` would hold at once beside its inputs: results, intermediate values and what kernels take for
+/// themselves, over all threads. Nothing is run. What plans and nodes are made of does not count (below a KiB per node), and what
+/// Candle's own and custom ops take inside is not known.
+///
+/// # Errors
+/// When lowering fails.
+pub fn peak_bytes(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<u64> {
+    let roots: Vec<Arc<Node>> = tensors.iter().map(|t| t.node().clone()).collect();
+    let Planned { plan, bindings, .. } = planned(&roots, options)?;
+    Ok(plan::needs(&plan, &bindings).peak)
 }
 
 fn evaluate(tensors: &[&LazyTensor], options: &EvalOptions, as_tensors: bool) -> Result<EvalReport> {
@@ -113,7 +125,8 @@ fn evaluate(tensors: &[&LazyTensor], options: &EvalOptions, as_tensors: bool) ->
         stale::bind(&plan, hit, &mut bindings);
         report.passes.clone_from(&plan.passes);
         report.steps = plan.work_steps();
-        match run_and_publish(&plan, bindings, &roots, as_tensors, &mut report)? {
+        let terms = Terms { as_tensors, budget: options.memory_budget.or_else(config::memory_budget) };
+        match run_and_publish(&plan, bindings, &roots, terms, &mut report)? {
             Ran::Done => break,
             // another run took a leaf between our capture and our run: look again
             Ran::Again => {}
@@ -289,19 +302,34 @@ enum Executed {
     Again,
 }
 
+/// How a run goes about its results and its memory.
+#[derive(Clone, Copy)]
+struct Terms {
+    /// Whether the roots become tensors.
+    as_tensors: bool,
+    /// The most bytes that it may need.
+    budget: Option<u64>,
+}
+
 /// Runs a plan. A failure gives back what was lent; success leaves that to the caller, who publishes first.
 fn execute(
     plan: &Plan,
     bindings: &mut Bindings,
     roots: &[Arc<Node>],
-    as_tensors: bool,
+    terms: Terms,
     report: &mut EvalReport,
 ) -> Result<Executed> {
+    let memory = plan::needs(plan, bindings);
+    report.peak_bytes = memory.peak;
+    if let Some(budget) = terms.budget.filter(|&budget| memory.peak > budget) {
+        let error = Error::Budget { needed: memory.peak, budget };
+        return Err(failure::located(plan, memory.largest, bindings, error));
+    }
+    let _running = buffer::running(memory.peak);
     let mut lent = Lent::default();
     let Some(mut slots) = bind::leaves(plan, bindings, &mut lent)? else {
         return Ok(Executed::Again);
     };
-    report.peak_bytes = plan::peak_bytes(plan, bindings, &lent.leaves);
     let current = Cell::new(0usize);
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         for (i, step) in plan.steps.iter().enumerate() {
@@ -311,7 +339,7 @@ fn execute(
                     lent.freed(slot, &mut slots);
                 }
             }
-            kernel::run_step(step, bindings, &mut slots, &mut lent, report)
+            kernel::run_step((step, i), bindings, &memory, &mut slots, &mut lent, report)
                 .map_err(|e| failure::located(plan, i, bindings, e))?;
             #[cfg(test)]
             hooks::after(step, &mut slots);
@@ -319,7 +347,7 @@ fn execute(
                 lent.freed(slot, &mut slots);
             }
         }
-        values(plan, bindings, &mut slots, roots, as_tensors)
+        values(plan, bindings, &mut slots, roots, terms.as_tensors)
     }));
     let outcome = match outcome {
         Ok(result) => result,
@@ -351,10 +379,10 @@ fn run_and_publish(
     plan: &Plan,
     mut bindings: Bindings,
     roots: &[Arc<Node>],
-    as_tensors: bool,
+    terms: Terms,
     report: &mut EvalReport,
 ) -> Result<Ran> {
-    match execute(plan, &mut bindings, roots, as_tensors, report)? {
+    match execute(plan, &mut bindings, roots, terms, report)? {
         Executed::Again => Ok(Ran::Again),
         Executed::Values(values, lent) => {
             publish(&bindings, values);

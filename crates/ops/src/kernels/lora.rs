@@ -16,6 +16,12 @@ use half::{bf16, f16};
 const OP: &str = "lora";
 /// Rows that are widened together for f16 and bf16.
 const ROWS: usize = 256;
+pub(crate) const PIECE_ROWS: usize = ROWS;
+
+/// The rank to which [`skinny`] pads, if it takes the rank.
+pub(crate) fn skinny_rank(r: usize) -> Option<usize> {
+    (r <= skinny::LARGEST).then(|| skinny::padded(r))
+}
 
 /// `(x·A)·B·scale`, plus `base` if there is one: x `(…, in)`, a `(in, r)`, b `(r, out)`, base and output `(…, out)`.
 ///

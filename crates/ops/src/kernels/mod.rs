@@ -7,6 +7,7 @@ mod attention;
 mod copy;
 mod dot;
 mod dots;
+pub mod extra;
 mod fresh;
 mod index;
 mod lora;

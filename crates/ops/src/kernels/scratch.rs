@@ -19,6 +19,8 @@ pub(crate) fn with<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     // a kernel within a kernel finds none and takes its own, which the outer one's replaces in the end
     let mut store = KEPT.take();
     if store.len() < len + LINE {
+        // the old memory goes before the new one comes
+        drop(store);
         store = vec![0.0; len + LINE];
     }
     let result = f(on_line(&mut store, len));

@@ -72,6 +72,20 @@ pub(crate) fn visible(p: &AttentionParams, i: usize, sq: usize, skv: usize) -> (
     (start, end)
 }
 
+/// The most bytes that attention of so many queries takes beside its result, over all threads: `(d, dv)`, and `size` of its numbers.
+pub(crate) fn extra_bytes(queries: usize, skv: usize, (d, dv): (usize, usize), size: usize) -> usize {
+    let threads = crate::kernels::team::threads();
+    let query = d.saturating_add(64);
+    let found = dv.saturating_mul(size).saturating_add(32);
+    // a thread's tile: its queries, what they found before and just now, a block of keys twice and of values
+    let tile = QUERIES * (query * size + 2 * found) + size * (BLOCK * (2 * d + dv + 1) + GROUP * dv);
+    // where segments are tasks, all tiles are held at once, and each segment's findings; there are few queries then
+    let held = queries.min((2 * threads + 1) * QUERIES);
+    let segments = skv / SEGMENT + 2;
+    let apart = held.saturating_mul(query.saturating_mul(size).saturating_add(segments.saturating_mul(found)));
+    threads.saturating_mul(tile).saturating_add(apart)
+}
+
 struct Shape {
     h: usize,
     group: usize,

@@ -69,6 +69,15 @@ impl<'a, E> Rows<'a, E> {
     }
 }
 
+/// The most bytes that copies of x to cache lines take.
+pub(crate) const ALIGNED_BYTES: usize = (ALIGNED + 2 * LANES * 8) * size_of::<f32>();
+
+/// The most bytes that one thread packs for products of so many rows of `len` elements, with either kind of right side.
+pub(crate) fn panel_bytes(rows: usize, len: usize) -> usize {
+    let few = right::few_floats(rows);
+    panel::floats(rows, len).max(few).saturating_add(2 * LANES).saturating_mul(size_of::<f32>())
+}
+
 /// out\[i\]\[j\] = x\[i\] · w\[j\], on this thread.
 pub(crate) fn dots<R: Right>(x: Rows<'_, f32>, w: R, out: &mut Grid<'_>) -> Result<()> {
     if x.len != w.len() || out.rows() != x.count || out.cols() != w.count() {

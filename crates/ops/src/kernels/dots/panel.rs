@@ -47,14 +47,35 @@ pub(super) fn block_rows(len: usize) -> usize {
     (BLOCK / len.next_multiple_of(LANES).max(LANES) / SIDE * SIDE).max(FEWEST)
 }
 
+/// How many tiles' sums are kept: between the pieces of a row only.
+fn kept(groups: usize, pieces: usize, strip: usize) -> usize {
+    if pieces > 1 {
+        groups * (strip / SIDE)
+    } else {
+        1
+    }
+}
+
+/// The numbers of both panels and of the sums.
+fn sizes(rows: usize, padded: usize, piece: usize, strip: usize, kept: usize) -> [usize; 3] {
+    [rows * padded, strip * piece, kept * SUMS]
+}
+
+/// The most numbers that [`products`] takes for a block of so many rows or fewer, with either kind of right side.
+pub(super) fn floats(rows: usize, len: usize) -> usize {
+    let (padded, rows) = (len.next_multiple_of(LANES), rows.min(block_rows(len)));
+    let pieces = pieces(padded);
+    let kept = kept(rows.div_ceil(SIDE), pieces.len(), LANES);
+    sizes(rows, padded, pieces.first().map_or(0, |p| p.len()), LANES, kept).iter().sum()
+}
+
 /// out\[i\]\[j\] = x\[i\] · w\[j\] for one block of rows; both sides have one length.
 pub(super) fn products<R: Right>(x: Rows<'_, f32>, w: R, out: &mut Grid<'_>) {
     let padded = x.len.next_multiple_of(LANES);
     let pieces = pieces(padded);
     let groups = x.count.div_ceil(SIDE);
-    // sums are kept between the pieces of a row only
-    let kept = if pieces.len() > 1 { groups * (R::STRIP / SIDE) } else { 1 };
-    let sizes = [x.count * padded, R::STRIP * pieces.first().map_or(0, |p| p.len()), kept * SUMS];
+    let kept = kept(groups, pieces.len(), R::STRIP);
+    let sizes = sizes(x.count, padded, pieces.first().map_or(0, |p| p.len()), R::STRIP, kept);
     scratch::with(sizes.iter().sum(), |store| {
         let (packed, rest) = store.split_at_mut(sizes[0]);
         let (panels, sums) = rest.split_at_mut(sizes[1]);

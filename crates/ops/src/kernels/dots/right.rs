@@ -88,6 +88,11 @@ impl<'a, E> Columns<'a, E> {
     }
 }
 
+/// The most numbers that the sums of few rows take.
+pub(super) fn few_floats(rows: usize) -> usize {
+    rows.min(<Columns<'_, f32> as Right>::PACKED_FROM) * LANES * NEAR
+}
+
 /// Columns whose sums stay near: sixteen sums each of a row of x fill a third of the first-level cache.
 const NEAR: usize = 256;
 

@@ -1,0 +1,396 @@
+//! How much memory a run needs, known before it begins, and which results follow one another in the same piece of it.
+//!
+//! Every result that a plan makes lives in a piece of memory. A piece is as large as the largest result that ever lives in it, and the
+//! next result of the same dtype moves in when the one before has been freed: the smallest free piece that is large enough, or else the
+//! largest one, which grows. The pool gives buffers of exactly a piece's size, so that a run holds the pieces and no more.
+//! What a caller gets to keep lies in a piece of exactly its size, the last to do so.
+
+use super::{Plan, Step, StepKind};
+use candle_core::DType;
+use candle_lazy_graph::{Bindings, Dims, Op, Value};
+use candle_lazy_ops::kernels::extra::{self, Operand};
+use smallvec::SmallVec;
+use std::sync::Arc;
+
+/// What a run needs.
+#[derive(Debug, Default)]
+pub(crate) struct Memory {
+    /// How many elements the piece of each result has, by step and output; 0 where the run takes none for it.
+    pieces: Vec<usize>,
+    /// Where the results of each step begin among them.
+    first: Vec<u32>,
+    /// The most bytes that the run holds at once: all pieces, and what the neediest step takes beside its result. Leaves and what plans
+    /// and nodes themselves are made of do not count.
+    pub(crate) peak: u64,
+    /// The step with the largest result.
+    pub(crate) largest: usize,
+}
+
+impl Memory {
+    /// How many elements to take for a result of `len` elements.
+    pub(crate) fn piece(&self, step: usize, output: usize, len: usize) -> usize {
+        let first = self.first.get(step).map_or(usize::MAX, |&f| f as usize);
+        self.pieces.get(first.saturating_add(output)).copied().unwrap_or(0).max(len)
+    }
+}
+
+/// The memory that running `plan` at the sizes of `bindings` needs; the last answer is kept.
+pub(crate) fn needs(plan: &Plan, bindings: &Bindings) -> Arc<Memory> {
+    let leaves = bindings.leaves.iter().zip(&plan.donatable).map(|(leaf, donatable)| match &leaf.value {
+        Value::Tensor(tensor) => LeafFacts { dense: tensor.is_contiguous(), given: false, ours: false },
+        Value::Quantized(_) => LeafFacts { dense: true, given: false, ours: false },
+        Value::Engine(value) => {
+            LeafFacts { dense: value.is_contiguous(), given: *donatable && leaf.exclusive, ours: true }
+        }
+    });
+    let leaves: SmallVec<[LeafFacts; 8]> = leaves.collect();
+    let mut kept = plan.memory.0.lock();
+    if let Some(kept) = &*kept {
+        if kept.sizes == bindings.sizes && kept.leaves == leaves {
+            return kept.memory.clone();
+        }
+    }
+    let memory = Arc::new(Planner::plan(plan, bindings, &leaves));
+    *kept = Some(Box::new(Kept { sizes: bindings.sizes.clone(), leaves, memory: memory.clone() }));
+    memory
+}
+
+/// What a run's memory depends on of a leaf.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct LeafFacts {
+    dense: bool,
+    /// Whether its memory becomes the run's.
+    given: bool,
+    /// Whether the engine made it.
+    ours: bool,
+}
+
+/// An answer, and to what.
+#[derive(Debug)]
+struct Kept {
+    sizes: Vec<usize>,
+    leaves: SmallVec<[LeafFacts; 8]>,
+    memory: Arc<Memory>,
+}
+
+/// The memory of a plan's last run. A copy of a plan begins without it.
+#[derive(Debug, Default)]
+pub(crate) struct LastMemory(parking_lot::Mutex<Option<Box<Kept>>>);
+
+impl Clone for LastMemory {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+/// Who holds a piece: Candle gives its memory back to the system, the pool keeps what it has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Holder {
+    Pool(DType),
+    Candle,
+}
+
+/// A piece of memory.
+struct Piece {
+    holder: Holder,
+    /// In elements, of Candle in bytes.
+    size: usize,
+    bytes: u64,
+}
+
+/// A result, or a leaf that was given away: its piece, and how many slots look at it.
+struct Result {
+    piece: Option<usize>,
+    slots: u32,
+}
+
+/// What a slot holds.
+#[derive(Clone, Default)]
+struct Held {
+    /// The results whose memory it may look at: those of the run and given leaves.
+    results: SmallVec<[u32; 2]>,
+    /// Whether the elements lie in row-major order without gaps.
+    dense: bool,
+    /// Whether it is a whole buffer of the engine, or what has no memory of the run's.
+    whole: bool,
+    /// Whether the engine holds the elements, not Candle.
+    ours: bool,
+    dims: Dims,
+    dtype: Option<DType>,
+}
+
+struct Planner<'a> {
+    plan: &'a Plan,
+    bindings: &'a Bindings,
+    slots: Vec<Held>,
+    results: Vec<Result>,
+    /// Which results are never freed, from a first pass.
+    stays: Option<Vec<bool>>,
+    pieces: Vec<Piece>,
+    free: Vec<usize>,
+    /// The piece of each result of each step.
+    of_step: Vec<Option<usize>>,
+    first: Vec<u32>,
+    /// Copies that live until the end.
+    copies: u64,
+    /// What the neediest step takes beside its results.
+    beside: u64,
+}
+
+impl<'a> Planner<'a> {
+    fn plan(plan: &'a Plan, bindings: &'a Bindings, leaves: &[LeafFacts]) -> Memory {
+        let mut first = Self::new(plan, bindings, leaves, None);
+        first.steps();
+        let stays = first.results.iter().map(|r| r.slots > 0).collect();
+        let mut planner = Self::new(plan, bindings, leaves, Some(stays));
+        planner.steps();
+        planner.outputs();
+        let pieces = |p: &Option<usize>| p.map_or(0, |p| planner.pieces[p].size);
+        let held: u64 = planner.pieces.iter().map(|p| p.bytes).fold(0, u64::saturating_add);
+        let size_of = |step: &Step| step.outputs.iter().map(|o| bytes_of(&bindings.dims(&o.dims), o.dtype)).max();
+        let largest = (0..plan.steps.len()).max_by_key(|&s| (size_of(&plan.steps[s]), std::cmp::Reverse(s)));
+        Memory {
+            pieces: planner.of_step.iter().map(pieces).collect(),
+            first: planner.first,
+            peak: held.saturating_add(planner.copies).saturating_add(planner.beside),
+            largest: largest.unwrap_or(0),
+        }
+    }
+
+    fn new(plan: &'a Plan, bindings: &'a Bindings, leaves: &[LeafFacts], stays: Option<Vec<bool>>) -> Self {
+        let mut slots = vec![Held::default(); plan.slots as usize];
+        let mut results = Vec::new();
+        for (i, facts) in leaves.iter().enumerate() {
+            let (Some(&Some(slot)), Some(leaf)) = (plan.leaves.get(i), bindings.leaves.get(i)) else {
+                continue;
+            };
+            let Some(held) = slots.get_mut(slot as usize) else { continue };
+            let node = bindings.nodes.get(leaf.node as usize);
+            held.dims = node.map(|n| n.shape().dims().into()).unwrap_or_default();
+            held.dtype = node.map(|n| n.dtype());
+            (held.dense, held.whole, held.ours) = (facts.dense, true, facts.ours);
+            if facts.given {
+                held.results.push(results.len() as u32);
+                results.push(Result { piece: None, slots: 1 });
+            }
+        }
+        Self {
+            plan,
+            bindings,
+            slots,
+            results,
+            stays,
+            pieces: Vec::new(),
+            free: Vec::new(),
+            of_step: Vec::new(),
+            first: Vec::with_capacity(plan.steps.len()),
+            copies: 0,
+            beside: 0,
+        }
+    }
+
+    fn steps(&mut self) {
+        let plan = self.plan;
+        for step in &plan.steps {
+            self.first.push(self.of_step.len() as u32);
+            self.beside = self.beside.max(self.beside(step));
+            for output in &step.outputs {
+                let dims = self.bindings.dims(&output.dims);
+                let mut held = Held { dense: true, whole: true, ours: true, ..Held::default() };
+                let source = step.inputs.first().and_then(|&slot| self.slots.get(slot as usize)).cloned();
+                let (piece, shared) = match (&step.kind, source) {
+                    (StepKind::View(op), Some(source)) => {
+                        let copies = may_copy(op, &source);
+                        held = Held {
+                            dense: stays_dense(op, &source),
+                            whole: same_elements(op) && source.whole,
+                            ..source
+                        };
+                        (copies.then_some(Holder::Pool(output.dtype)), std::mem::take(&mut held.results))
+                    }
+                    (StepKind::SliceAssign { .. }, Some(source)) if self.writes_in_place(step, &source) => {
+                        (None, source.results)
+                    }
+                    (StepKind::Candle { .. } | StepKind::Custom(_) | StepKind::ToDevice, _) => {
+                        self.convert_inputs(step);
+                        held.ours = false;
+                        (Some(Holder::Candle), SmallVec::new())
+                    }
+                    _ => (Some(Holder::Pool(output.dtype)), SmallVec::new()),
+                };
+                held.results = shared;
+                let len = dims.iter().fold(1usize, |n, &d| n.saturating_mul(d));
+                let piece = piece.map(|holder| {
+                    let at = self.take(holder, len, output.dtype);
+                    held.results.push(self.results.len() as u32);
+                    self.results.push(Result { piece: Some(at), slots: 0 });
+                    at
+                });
+                // a piece of Candle's is not the pool's to give
+                self.of_step.push(piece.filter(|&p| self.pieces[p].holder != Holder::Candle));
+                for &result in &held.results {
+                    self.results[result as usize].slots += 1;
+                }
+                (held.dims, held.dtype) = (dims, Some(output.dtype));
+                if let Some(slot) = self.slots.get_mut(output.slot as usize) {
+                    *slot = held;
+                }
+            }
+            for &slot in &step.free_after {
+                let held = self.slots.get_mut(slot as usize).map(std::mem::take).unwrap_or_default();
+                for result in held.results {
+                    self.release(result);
+                }
+            }
+        }
+    }
+
+    fn release(&mut self, result: u32) {
+        let result = &mut self.results[result as usize];
+        result.slots = result.slots.saturating_sub(1);
+        if let (0, Some(piece)) = (result.slots, result.piece) {
+            self.free.push(piece);
+        }
+    }
+
+    /// A piece for a result.
+    fn take(&mut self, holder: Holder, len: usize, dtype: DType) -> usize {
+        let number = self.results.len();
+        let stays = self.stays.as_ref().is_some_and(|s| s.get(number).copied().unwrap_or(true));
+        let width = dtype.size_in_bytes();
+        let size = if holder == Holder::Candle { len.saturating_mul(width) } else { len };
+        let bytes = (len as u64).saturating_mul(width as u64);
+        // what stays must not lie in a piece that is larger than itself
+        let fits = |p: &Piece| p.holder == holder && (!stays || p.size == size);
+        let fitting = self.free.iter().enumerate().filter(|(_, &p)| fits(&self.pieces[p]));
+        // the smallest that is large enough comes before all that are not, of which the largest comes first
+        let best = fitting.min_by_key(|(_, &p)| {
+            let has = self.pieces[p].size;
+            (has < size, if has < size { size - has } else { has - size })
+        });
+        match best {
+            Some((i, _)) => {
+                let at = self.free.swap_remove(i);
+                let piece = &mut self.pieces[at];
+                if piece.size < size {
+                    (piece.size, piece.bytes) = (size, bytes);
+                }
+                at
+            }
+            None => {
+                self.pieces.push(Piece { holder, size, bytes });
+                self.pieces.len() - 1
+            }
+        }
+    }
+
+    /// Whether a slice assignment will find its target whole, its own and at its end.
+    fn writes_in_place(&self, step: &Step, target: &Held) -> bool {
+        let ends = step.inputs.first().is_some_and(|slot| step.free_after.contains(slot));
+        let own = matches!(target.results.as_slice(), [only] if self.results[*only as usize].slots == 1);
+        ends && own && target.whole && target.ours && step.inputs.first() != step.inputs.get(1)
+    }
+
+    /// Candle's ops take tensors: a buffer that is shared or not whole is copied into one, which its slot then holds.
+    fn convert_inputs(&mut self, step: &Step) {
+        for &slot in &step.inputs {
+            let Some(held) = self.slots.get_mut(slot as usize) else { continue };
+            let own = matches!(held.results.as_slice(), [only] if self.results[*only as usize].slots == 1);
+            if held.ours && !(own && held.whole) {
+                self.copies = self.copies.saturating_add(held.dtype.map_or(0, |dtype| bytes_of(&held.dims, dtype)));
+                (held.whole, held.dense) = (true, true);
+            }
+            held.ours = false;
+        }
+    }
+
+    /// Results that are views of others, or are shared, are copied into tensors.
+    fn outputs(&mut self) {
+        for &slot in &self.plan.outputs {
+            let Some(held) = self.slots.get(slot as usize) else { continue };
+            let own = matches!(held.results.as_slice(), [only] if self.results[*only as usize].slots == 1);
+            if held.ours && !(own && held.whole) {
+                self.copies = self.copies.saturating_add(held.dtype.map_or(0, |dtype| bytes_of(&held.dims, dtype)));
+            }
+        }
+    }
+
+    /// What a step takes beside its results.
+    fn beside(&self, step: &Step) -> u64 {
+        let operand = |i: usize| {
+            let held = step.inputs.get(i).and_then(|&slot| self.slots.get(slot as usize))?;
+            Some(Operand { dims: &held.dims, dtype: held.dtype?, dense: held.dense })
+        };
+        let result = || step.outputs.first().map_or(0, |o| bytes_of(&self.bindings.dims(&o.dims), o.dtype));
+        let of = |i: usize, j: usize| Some((operand(i)?, operand(j)?));
+        let bytes = match &step.kind {
+            StepKind::Row { program, domain, axes } => Some(program.scratch_bytes(&self.bindings.dims(domain), *axes)),
+            StepKind::Matmul => of(0, 1).map(|(a, b)| extra::matmul(&a, &b)),
+            // a product that a bias is added to is a buffer of its own
+            StepKind::Linear => of(0, 1).map(|(x, w)| {
+                let product = if step.inputs.len() > 2 { result() as usize } else { 0 };
+                extra::linear(&x, &w).saturating_add(product)
+            }),
+            StepKind::Lora => of(0, 1).and_then(|(x, a)| Some(extra::lora(&x, &a, &operand(2)?, operand(3).as_ref()))),
+            StepKind::Attention { .. } => of(0, 2).map(|(q, v)| extra::attention(&q, &v)),
+            StepKind::Rope { .. } => of(0, 1).map(|(x, cos)| extra::rope(&x, &cos)),
+            StepKind::IndexSelect { dim } => of(0, 1).map(|(x, ids)| {
+                let left = x.dims.iter().take(usize::from(*dim)).fold(1usize, |n, &d| n.saturating_mul(d));
+                extra::indices(&ids).saturating_add(left.saturating_mul(24))
+            }),
+            StepKind::Gather { .. } => operand(1).map(|ids| extra::indices(&ids)),
+            StepKind::Scatter { .. } | StepKind::IndexAdd { .. } => {
+                of(0, 1).and_then(|(x, ids)| Some(extra::scatter(&x, &ids, &operand(2)?)))
+            }
+            StepKind::CausalMask { .. } => {
+                let dims = step.outputs.first().map(|o| self.bindings.dims(&o.dims)).unwrap_or_default();
+                Some(bytes_of(&dims, DType::F32) as usize)
+            }
+            // what Candle's ops take is not known; a copy of each operand is the least that some do
+            StepKind::Candle { .. } | StepKind::Custom(_) | StepKind::ToDevice => {
+                let operands = (0..step.inputs.len()).filter_map(&operand);
+                let copies = operands.map(|o| bytes_of(o.dims, o.dtype)).fold(0, u64::saturating_add);
+                Some(copies.saturating_add(result()) as usize)
+            }
+            StepKind::View(_)
+            | StepKind::ArgReduce { .. }
+            | StepKind::Arange
+            | StepKind::Random { .. }
+            | StepKind::Concat { .. }
+            | StepKind::SliceAssign { .. }
+            | StepKind::Full
+            | StepKind::Cast
+            | StepKind::Copy => None,
+        };
+        bytes.unwrap_or(0) as u64
+    }
+}
+
+/// Whether a view of this value may have to be a copy instead.
+fn may_copy<S>(op: &Op<S>, source: &Held) -> bool {
+    match op {
+        Op::Reshape { .. } => !source.dense,
+        // Candle's tensors have no steps
+        Op::Stride { .. } => !source.ours,
+        _ => false,
+    }
+}
+
+/// Whether a view of a dense value is dense for sure.
+fn stays_dense<S>(op: &Op<S>, source: &Held) -> bool {
+    match op {
+        Op::Reshape { .. } | Op::Detach => source.dense,
+        Op::Narrow { dim, .. } => source.dense && source.dims.iter().take(usize::from(*dim)).all(|&d| d == 1),
+        _ => false,
+    }
+}
+
+/// Whether a view shows all elements in their order.
+fn same_elements<S>(op: &Op<S>) -> bool {
+    matches!(op, Op::Reshape { .. } | Op::Detach)
+}
+
+fn bytes_of(dims: &[usize], dtype: DType) -> u64 {
+    let count = dims.iter().fold(1u64, |n, &d| n.saturating_mul(d as u64));
+    count.saturating_mul(dtype.size_in_bytes() as u64)
+}

@@ -1,0 +1,124 @@
+//! How much memory kernels take beside their results: upper bounds in bytes, over all threads, from what is known before they run.
+//!
+//! What a thread keeps between kernels counts for each of them. Tables of a few words per task or per row of a batch are left out.
+
+use super::attention::extra_bytes as attention_bytes;
+use super::dots::{panel_bytes, ALIGNED_BYTES};
+use super::lora::{skinny_rank, PIECE_ROWS};
+use super::team;
+use candle_core::DType;
+
+/// An operand, as far as a kernel's need of memory depends on it.
+#[derive(Debug, Clone)]
+pub struct Operand<'a> {
+    /// The shape.
+    pub dims: &'a [usize],
+    /// The dtype.
+    pub dtype: DType,
+    /// Whether the elements lie in row-major order without gaps.
+    pub dense: bool,
+}
+
+impl Operand<'_> {
+    fn elements(&self) -> usize {
+        self.dims.iter().fold(1, |n, &d| n.saturating_mul(d))
+    }
+
+    /// Dim `i` from the right; 1 where there is none.
+    fn last(&self, i: usize) -> usize {
+        self.dims.len().checked_sub(i + 1).map_or(1, |at| self.dims[at])
+    }
+
+    /// Of a dense copy in f32, or f64 if that is the dtype.
+    fn wide_bytes(&self) -> usize {
+        self.elements().saturating_mul(if self.dtype == DType::F64 { 8 } else { 4 })
+    }
+}
+
+/// Whether products of the dtype are inner products on the operands themselves.
+fn direct(dtype: DType) -> bool {
+    dtype == DType::F32
+}
+
+/// What the `gemm` crate packs: at most both sides, and tiles of the caches for each thread.
+fn packed(m: usize, k: usize, n: usize, size: usize) -> usize {
+    let sides = m.saturating_add(n).saturating_mul(k).saturating_mul(size);
+    sides.saturating_add(sides / 4).saturating_add(team::threads() << 21)
+}
+
+/// Of [`matmul`](super::matmul): `b` as the op takes it, (…, k, n).
+#[must_use]
+pub fn matmul(a: &Operand<'_>, b: &Operand<'_>) -> usize {
+    let (k, n) = (a.last(0), b.last(0));
+    let rows = a.elements() / k.max(1);
+    if a.dtype == DType::F64 {
+        return packed(rows, k, n, 8);
+    }
+    // the product's rows in f32 where they are rounded behind it, and of broadcast batches those of all
+    let batches = (b.elements() / k.saturating_mul(n).max(1)).max(1);
+    let sums = if direct(a.dtype) { 0 } else { rows.max(a.last(1).saturating_mul(batches)).saturating_mul(n) * 4 };
+    let left = if direct(a.dtype) && a.dense { 0 } else { a.wide_bytes() };
+    let right = if b.dense { 0 } else { k.saturating_mul(n).saturating_mul(4) };
+    sums.saturating_add(left).saturating_add(right).saturating_add(inner(rows, k))
+}
+
+/// Of inner products of rows with `k` elements, with either kind of right side.
+fn inner(rows: usize, k: usize) -> usize {
+    panel_bytes(rows, k).saturating_mul(team::threads()).saturating_add(ALIGNED_BYTES)
+}
+
+/// Of `x·wᵀ`, with `w` (n, k).
+#[must_use]
+pub fn linear(x: &Operand<'_>, w: &Operand<'_>) -> usize {
+    let turned = [w.last(0), w.last(1)];
+    matmul(x, &Operand { dims: &turned, dtype: w.dtype, dense: w.dense })
+}
+
+/// Of [`lora`](super::lora): `a` (k, r), `b` (r, n).
+#[must_use]
+pub fn lora(x: &Operand<'_>, a: &Operand<'_>, b: &Operand<'_>, base: Option<&Operand<'_>>) -> usize {
+    let (k, r, n) = (x.last(0), a.last(0), b.last(0));
+    let rows = x.elements() / k.max(1);
+    let size = if x.dtype == DType::F64 { 8 } else { 4 };
+    let skinny = x.dtype != DType::F64 && skinny_rank(r).is_some();
+    let padded = skinny_rank(r).unwrap_or(0).saturating_mul(k) * 4;
+    let products = if skinny { 0 } else { packed(rows, k, r, size).max(packed(rows, r, n, size)) };
+    if matches!(x.dtype, DType::F16 | DType::BF16) {
+        let piece = rows.min(PIECE_ROWS).saturating_mul(k.saturating_add(r).saturating_add(n)) * 4;
+        let weights = a.wide_bytes().saturating_add(b.wide_bytes());
+        let base = base.map_or(0, Operand::wide_bytes);
+        return padded.saturating_add(weights).saturating_add(base).saturating_add(piece).saturating_add(products);
+    }
+    let middle = if skinny { padded } else { rows.saturating_mul(r).saturating_mul(size) };
+    let copies = [x, a, b].iter().filter(|o| !o.dense).map(|o| o.wide_bytes()).fold(0, usize::saturating_add);
+    middle.saturating_add(copies).saturating_add(products)
+}
+
+/// Of [`attention`](super::attention()): q (b, h, sq, d), v (b, hk, skv, dv).
+#[must_use]
+pub fn attention(q: &Operand<'_>, v: &Operand<'_>) -> usize {
+    let size = if q.dtype == DType::F64 { 8 } else { 4 };
+    attention_bytes(q.elements() / q.last(0).max(1), v.last(1), (q.last(0), v.last(0)), size)
+}
+
+/// Of [`rope`](super::rope): x (b, h, s, d).
+#[must_use]
+pub fn rope(x: &Operand<'_>, cos: &Operand<'_>) -> usize {
+    let batches = if cos.dims.len() == 3 { cos.dims[0] } else { 1 };
+    let table = batches.saturating_mul(x.last(1)).saturating_mul(cos.last(0));
+    table.saturating_mul(if x.dtype == DType::F64 { 16 } else { 8 })
+}
+
+/// Of ops that read indices: themselves as i64, then as what they mean.
+#[must_use]
+pub fn indices(ids: &Operand<'_>) -> usize {
+    ids.elements().saturating_mul(24)
+}
+
+/// Of ops that write by index: the indices, and of 16-bit floats that are added up both sides in f32.
+#[must_use]
+pub fn scatter(x: &Operand<'_>, ids: &Operand<'_>, src: &Operand<'_>) -> usize {
+    let wide =
+        if matches!(x.dtype, DType::F16 | DType::BF16) { x.wide_bytes().saturating_add(src.wide_bytes()) } else { 0 };
+    indices(ids).saturating_add(wide)
+}
