@@ -266,7 +266,7 @@ impl<'a> Planner<'a> {
         // the smallest that is large enough comes before all that are not, of which the largest comes first
         let best = fitting.min_by_key(|(_, &p)| {
             let has = self.pieces[p].size;
-            (has < size, if has < size { size - has } else { has - size })
+            (has < size, size.abs_diff(has))
         });
         match best {
             Some((i, _)) => {

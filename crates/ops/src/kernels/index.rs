@@ -89,18 +89,17 @@ pub(crate) fn read_ids(op: &'static str, ids: &View<'_>, size: usize) -> Result<
     };
     let mut flat = vec![0i64; ids.layout.elem_count()];
     super::cast(ids, &mut SliceMut::I64(&mut flat))?;
-    flat.into_iter()
-        .enumerate()
-        .map(|(position, index)| {
-            if index == max || fault::active("index_select.zeros") && position == 0 {
-                return Ok(None);
-            }
-            match usize::try_from(index) {
-                Ok(i) if i < size => Ok(Some(i)),
-                _ => Err(Error::IndexOutOfRange { op, index, size, position }),
-            }
-        })
-        .collect()
+    // collecting would grow by doubling
+    let mut read = Vec::with_capacity(flat.len());
+    for (position, index) in flat.into_iter().enumerate() {
+        let zero = index == max || fault::active("index_select.zeros") && position == 0;
+        read.push(match usize::try_from(index) {
+            _ if zero => None,
+            Ok(i) if i < size => Some(i),
+            _ => return Err(Error::IndexOutOfRange { op, index, size, position }),
+        });
+    }
+    Ok(read)
 }
 
 fn select<E: Element>(

@@ -281,9 +281,13 @@ fn inner<E: Narrow>(
     let n = w.count();
     // a fault: the last row is missing
     let am = Matrix { rows: am.rows - fault::one_if("dots.last_row"), ..am };
-    let direct = am.col_stride == 1 || am.cols == 1;
-    if let (true, Some((a, out))) = (direct, E::as_f32(a, out)) {
-        let x = Rows::new(a.get(am.offset..).unwrap_or_default(), am.rows, am.row_stride, am.cols)?;
+    if let Some((a, out)) = E::as_f32(a, out) {
+        let x = if am.col_stride == 1 || am.cols == 1 {
+            Rows::new(a.get(am.offset..).unwrap_or_default(), am.rows, am.row_stride, am.cols)?
+        } else {
+            widen_matrix(a, am, wide);
+            Rows::new(wide, am.rows, am.cols, am.cols)?
+        };
         dots_parallel(x, w, Grid::new(out, am.rows, n, n)?)?;
         damage(out);
         return Ok(());
