@@ -56,6 +56,7 @@ pub(super) fn row_step(graph: &Graph, units: &Units, unit: usize, group: &Group)
         inputs: emitter.inputs,
         outputs,
         params: emitter.params,
+        boundaries: SmallVec::new(),
         free_after: SmallVec::new(),
         origin: members.last().map_or(0, |&id| origin(graph, id)),
         ops: members.iter().filter_map(|&id| graph.nodes[id as usize].op()).map(Op::name).collect(),

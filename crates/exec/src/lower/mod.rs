@@ -5,12 +5,14 @@
 //! 3. `emit`: a group becomes one row program.
 //! 4. Slots follow from liveness.
 
+mod boundary;
 #[cfg(feature = "testing")]
 mod broken;
 mod choose;
 mod emit;
 mod units;
 
+pub use boundary::Boundary;
 pub use choose::{expands, Choice};
 pub(crate) use emit::{binary, unary};
 
@@ -55,10 +57,20 @@ fn lower(graph: &Graph, options: &EvalOptions) -> Result<Plan> {
 
 /// A step whose slots are still node indices.
 fn step_of(graph: &Graph, choices: &[Choice], units: &Units, unit: usize) -> Result<Step> {
-    match units.get(unit) {
-        Unit::Row(group) => emit::row_step(graph, units, unit, group),
-        Unit::Single(node) => single_step(graph, choices, *node),
+    let (mut step, members) = match units.get(unit) {
+        Unit::Row(group) => (emit::row_step(graph, units, unit, group)?, group.members.as_slice()),
+        Unit::Single(node) => (single_step(graph, choices, *node)?, std::slice::from_ref(node)),
+    };
+    // what views show costs nothing, so there is nothing to explain
+    if !matches!(step.kind, StepKind::View(_)) {
+        for &input in &step.inputs {
+            let reader = members.iter().find(|&&m| graph.nodes[m as usize].inputs.contains(&input));
+            if let (Some(&reader), Some(_)) = (reader, units.unit_of(input)) {
+                step.boundaries.push((input, units.boundary(graph, choices, input, reader)));
+            }
+        }
     }
+    Ok(step)
 }
 
 fn single_step(graph: &Graph, choices: &[Choice], id: u32) -> Result<Step> {
@@ -75,6 +87,7 @@ fn single_step(graph: &Graph, choices: &[Choice], id: u32) -> Result<Step> {
         inputs: node.inputs.iter().copied().collect(),
         outputs: smallvec![output(id, node)],
         params: node.params.iter().copied().collect(),
+        boundaries: SmallVec::new(),
         free_after: SmallVec::new(),
         origin: origin(graph, id),
         ops: smallvec![op.name()],
@@ -192,7 +205,7 @@ fn assign_slots(graph: &Graph, mut steps: Vec<Step>) -> Plan {
                 plan.donatable[leaf] = true;
             }
         }
-        for slot in &mut step.inputs {
+        for slot in step.inputs.iter_mut().chain(step.boundaries.iter_mut().map(|(slot, _)| slot)) {
             *slot = slot_of[*slot as usize].unwrap_or(0);
         }
         let makes: SmallVec<[u32; 2]> = step.outputs.iter().map(|o| o.slot).collect();

@@ -133,3 +133,62 @@ fn groups_that_grew_late_never_wait_for_each_other() {
     // units that wait for each other would be in no plan
     assert_eq!(plan.steps.iter().map(|s| s.ops.len()).sum::<usize>(), 8, "{plan}");
 }
+
+#[test]
+fn a_plan_says_why_steps_are_not_one() {
+    let (x, w) = (leaf(&[8, 8]), leaf(&[8, 8]));
+    let f64s = LazyTensor::from(Tensor::ones((8, 8), DType::F64, &Device::Cpu).unwrap());
+    let chain = |mut t: LazyTensor, n: usize| {
+        for _ in 0..n {
+            t = (t + 1.5).unwrap();
+        }
+        t
+    };
+    let many = |count: usize| {
+        let mut t = x.clone();
+        for i in 0..count {
+            t = (t * (&leaf(&[8, 8]) * i as f64).unwrap()).unwrap();
+        }
+        t
+    };
+    let between = {
+        let e = x.exp().unwrap();
+        let turned = e.matmul(&w).unwrap();
+        (e + turned).unwrap()
+    };
+    let var = candle_core::Var::ones((8, 8), DType::F32, &Device::Cpu).unwrap();
+    let tracked = LazyTensor::from(var.as_tensor().clone()).exp().unwrap();
+    let cases = [
+        ((x.exp().unwrap().matmul(&w).unwrap() + 1.0).unwrap(), vec![Boundary::Kernel("matmul")]),
+        (x.exp().unwrap().t().unwrap().exp().unwrap(), vec![Boundary::View("permute")]),
+        (chain(x.clone(), 100), vec![Boundary::Full]),
+        (f64s.ge(0.5).unwrap().where_cond(&x, &w).unwrap(), vec![Boundary::Classes]),
+        (x.sum(1).unwrap().exp().unwrap(), vec![Boundary::Gone]),
+        (x.softmax(0).unwrap().softmax(1).unwrap(), vec![Boundary::OtherRows]),
+        (x.sum_keepdim(1).unwrap().sum_keepdim(0).unwrap(), vec![Boundary::OtherShape]),
+        (leaf(&[8, 1]).exp().unwrap().broadcast_add(&leaf(&[8, 4])).unwrap(), vec![Boundary::OtherShape]),
+        (leaf(&[8, 1]).sum_keepdim(1).unwrap().sum_keepdim(1).unwrap(), vec![Boundary::Again]),
+        (many(30), vec![Boundary::Inputs]),
+        (between, vec![Boundary::Between]),
+        (tracked.detach().exp().unwrap(), vec![Boundary::Candle("detach")]),
+    ];
+    for (t, want) in &cases {
+        let plan = plan_of(&[t]);
+        let found: Vec<Boundary> = plan.steps.iter().flat_map(|s| s.boundaries.iter().map(|(_, why)| *why)).collect();
+        for why in want {
+            assert!(found.contains(why), "{why:?} is missing: {found:?}\n{plan}");
+            assert!(plan.to_string().contains(&why.to_string()), "{plan}");
+        }
+        // every value that one step makes and another reads has its reason, and leaves have none
+        let made: Vec<u32> = plan.steps.iter().flat_map(|s| s.outputs.iter().map(|o| o.slot)).collect();
+        for (i, step) in plan.steps.iter().enumerate().filter(|(_, s)| !matches!(s.kind, StepKind::View(_))) {
+            for slot in &step.inputs {
+                let writer = plan.steps[..i].iter().rev().any(|s| s.outputs.iter().any(|o| o.slot == *slot));
+                let leaf = plan.leaves.contains(&Some(*slot)) && !made.contains(slot);
+                assert!(leaf || !writer || step.boundaries.iter().any(|(s, _)| s == slot), "step {i}:\n{plan}");
+            }
+        }
+    }
+    let options = EvalOptions { fuse: false, ..EvalOptions::default() };
+    assert!(explain(&[&(x.exp().unwrap() + 1.0).unwrap()], &options).unwrap().contains(&Boundary::Off.to_string()));
+}

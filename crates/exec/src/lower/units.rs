@@ -4,16 +4,17 @@
 //! input when its own domain is the same, or when it works on the group's per-row values, and when no path leaves the
 //! group and comes back. Rounding happens at every recorded op, so what a group holds never changes a bit of a result.
 
+use super::boundary::Boundary;
 use super::choose::{row_class, Choice};
-use candle_lazy_graph::{Dims, GNode, Graph, Op, Sym};
+use candle_lazy_graph::{Dims, FastMap, GNode, Graph, Op, OpClass, Sym};
 use candle_lazy_ops::fault;
 use candle_lazy_ops::row::Class;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 /// Beyond this many inputs or ops a group costs more registers than fusing saves.
-const MAX_INPUTS: usize = 16;
-const MAX_MEMBERS: usize = 48;
+pub(super) const MAX_INPUTS: usize = 16;
+pub(super) const MAX_MEMBERS: usize = 48;
 
 /// Whether a value has one element per element of the domain or one per row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +63,8 @@ pub(super) struct Units {
     /// For each node the first member of the earliest unit that has members both before it and from it on: what lies before
     /// the node may depend on it through such a unit only.
     reach: Vec<u32>,
+    /// Why a reader did not join, or take in, the group of what it reads.
+    refused: FastMap<(u32, u32), Boundary>,
 }
 
 /// What an op needs of the group it is in.
@@ -97,6 +100,7 @@ pub(super) fn form(graph: &Graph, choices: &[Choice], fuse: bool) -> Units {
         marks: Vec::new(),
         walk: 0,
         reach: (0..graph.nodes.len() as u32).collect(),
+        refused: FastMap::default(),
     };
     for (id, choice) in choices.iter().enumerate() {
         let id = id as u32;
@@ -176,17 +180,46 @@ impl Units {
         // the youngest group first: it is the likeliest to hold what the op continues
         for &unit in candidates.iter().rev() {
             match joined {
-                None => {
-                    if let Some(result) = self.fits(graph, unit, id) {
+                None => match self.fits(graph, unit, id) {
+                    Ok(result) => {
                         self.per_row[id as usize] = result;
                         self.add(graph, unit, id);
                         joined = Some(unit);
                     }
+                    Err(why) => self.refuse(graph, unit, id, why),
+                },
+                Some(into) => {
+                    if let Err(why) = self.merge(graph, unit, into, id) {
+                        self.refuse(graph, unit, id, why);
+                    }
                 }
-                Some(into) => self.merge(graph, unit, into, id),
             }
         }
         joined.is_some()
+    }
+
+    /// Notes why `id` and the members of `unit` that it reads are not one.
+    fn refuse(&mut self, graph: &Graph, unit: usize, id: u32, why: Boundary) {
+        for &input in &graph.nodes[id as usize].inputs {
+            if self.of[input as usize] == Some(unit) {
+                self.refused.insert((input, id), why);
+            }
+        }
+    }
+
+    /// Why `reader`, which reads `node`, is in another unit.
+    pub(super) fn boundary(&self, graph: &Graph, choices: &[Choice], node: u32, reader: u32) -> Boundary {
+        for id in [reader, node] {
+            let Some(op) = graph.nodes[id as usize].op() else { continue };
+            match choices[id as usize] {
+                Choice::Kernel if op.class() == OpClass::View => return Boundary::View(op.name()),
+                Choice::Kernel => return Boundary::Kernel(op.name()),
+                Choice::Candle(_) => return Boundary::Candle(op.name()),
+                Choice::Leaf | Choice::Row => {}
+            }
+        }
+        // groups are asked for in the order of their readers; none was asked for where fusion is off
+        self.refused.get(&(node, reader)).copied().unwrap_or(Boundary::Off)
     }
 
     fn add(&mut self, graph: &Graph, unit: usize, id: u32) {
@@ -203,16 +236,20 @@ impl Units {
     }
 
     /// Whether `id` can be a member of `unit`, and as what.
-    fn fits(&mut self, graph: &Graph, unit: usize, id: u32) -> Option<PerRow> {
-        let group = self.group(unit)?;
+    fn fits(&mut self, graph: &Graph, unit: usize, id: u32) -> Result<PerRow, Boundary> {
+        // candidates are units of row ops
+        let group = self.group(unit).ok_or(Boundary::Kernel("step"))?;
         let node = &graph.nodes[id as usize];
-        if group.members.len() >= MAX_MEMBERS || row_class(graph, node) != Some(group.class) {
-            return None;
+        if group.members.len() >= MAX_MEMBERS {
+            return Err(Boundary::Full);
+        }
+        if row_class(graph, node) != Some(group.class) {
+            return Err(Boundary::Classes);
         }
         let need = need(graph, node);
         let inside: Vec<u32> = node.inputs.iter().copied().filter(|&i| self.of[i as usize] == Some(unit)).collect();
         if inside.iter().any(|&i| self.per_row[i as usize] == PerRow::Gone) && !fault::active("units.gone") {
-            return None;
+            return Err(Boundary::Gone);
         }
         let axes_agree = match (group.axes, need.axes) {
             (Some(a), Some(b)) => a == b || fault::active("units.axes"),
@@ -232,30 +269,36 @@ impl Units {
             && inside.iter().all(|&i| self.per_row[i as usize] == PerRow::Kept)
         {
             PerRow::Kept
+        } else if same && !axes_agree {
+            return Err(Boundary::OtherRows);
+        } else if same {
+            return Err(Boundary::Again);
         } else {
-            return None;
+            return Err(Boundary::OtherShape);
         };
         let mut members = group.members.clone();
         members.push(id);
         // the borrow of the group ends here
-        self.closed(graph, &members, &[unit], id).then_some(result)
+        self.closed(graph, &members, &[unit], id).map(|()| result)
     }
 
     /// Moves the members of `from` into `into` if they can be one program.
-    fn merge(&mut self, graph: &Graph, from: usize, into: usize, id: u32) {
+    fn merge(&mut self, graph: &Graph, from: usize, into: usize, id: u32) -> Result<(), Boundary> {
         let (Some(a), Some(b)) = (self.group(from), self.group(into)) else {
-            return;
+            return Err(Boundary::Kernel("step"));
         };
         let axes_agree = match (a.axes, b.axes) {
             (Some(x), Some(y)) => x == y || fault::active("units.merged_axes"),
             _ => true,
         };
-        let fits = a.class == b.class
-            && a.domain == b.domain
-            && axes_agree
-            && a.members.len() + b.members.len() <= MAX_MEMBERS;
-        if !fits {
-            return;
+        let refusals = [
+            (a.class != b.class, Boundary::Classes),
+            (a.domain != b.domain, Boundary::OtherShape),
+            (!axes_agree, Boundary::OtherRows),
+            (a.members.len() + b.members.len() > MAX_MEMBERS, Boundary::Full),
+        ];
+        if let Some((_, why)) = refusals.into_iter().find(|(refused, _)| *refused) {
+            return Err(why);
         }
         // the reader of both must be able to read what it now finds inside; and if one group reads the other, its members
         // were refused there one by one
@@ -271,9 +314,10 @@ impl Units {
         members.sort_unstable();
         let axes = a.axes.or(b.axes);
         let gone = gone && !fault::active("units.merged_gone");
-        if gone || !self.closed(graph, &members, &[from, into], id) {
-            return;
+        if gone {
+            return Err(Boundary::Gone);
         }
+        self.closed(graph, &members, &[from, into], id)?;
         for &m in &members {
             self.of[m as usize] = Some(into);
         }
@@ -285,11 +329,12 @@ impl Units {
             group.axes = axes;
         }
         self.units[from] = None;
+        Ok(())
     }
 
     /// Whether `members` (of the units in `own`, and `id`) can run as one: not too many inputs, and none that depends on
     /// the members themselves.
-    fn closed(&mut self, graph: &Graph, members: &[u32], own: &[usize], id: u32) -> bool {
+    fn closed(&mut self, graph: &Graph, members: &[u32], own: &[usize], id: u32) -> Result<(), Boundary> {
         let mut outside: Vec<u32> = Vec::new();
         for &m in members {
             for &input in &graph.nodes[m as usize].inputs {
@@ -299,7 +344,7 @@ impl Units {
                 }
             }
             if outside.len() > MAX_INPUTS {
-                return false;
+                return Err(Boundary::Inputs);
             }
         }
         let first = self.independent_before(members.iter().copied().min().unwrap_or(0));
@@ -311,7 +356,7 @@ impl Units {
                 if fault::active("units.cycle") {
                     continue;
                 }
-                return false;
+                return Err(Boundary::Between);
             }
             if std::mem::replace(&mut self.marks[unit], self.walk) == self.walk {
                 continue;
@@ -323,7 +368,7 @@ impl Units {
                 }
             }
         }
-        true
+        Ok(())
     }
 
     /// A unit whose first member is `first` has members before and after each of the nodes `from..=to`.

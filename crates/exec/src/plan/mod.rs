@@ -10,6 +10,7 @@ pub use cache::{cache_stats, clear_cache, set_cache_capacity, CacheStats};
 pub(crate) use cache::{find, keep};
 pub(crate) use memory::{needs, Memory};
 
+use crate::lower::Boundary;
 use candle_core::DType;
 use candle_lazy_graph::{ArgOp, Dims, Distribution, Op, ScatterOp, Sym};
 use candle_lazy_ops::row::RowProgram;
@@ -190,6 +191,8 @@ pub struct Step {
     pub outputs: SmallVec<[Output; 2]>,
     /// Its scalars, as indices into the run's parameters.
     pub params: SmallVec<[u32; 4]>,
+    /// For each input that another step makes, why the two are not one.
+    pub boundaries: SmallVec<[(Slot, Boundary); 2]>,
     /// The slots whose values nobody needs after this step.
     pub free_after: SmallVec<[Slot; 4]>,
     /// The recorded node that an error names.
@@ -244,6 +247,9 @@ impl fmt::Display for Plan {
                 write!(f, "  then free {}", slots(&step.free_after))?;
             }
             writeln!(f)?;
+            for (slot, why) in &step.boundaries {
+                writeln!(f, "    not one with ${slot}: {why}")?;
+            }
         }
         writeln!(f, "return {}", slots(&self.outputs))
     }
