@@ -5,14 +5,12 @@
 //! 3. `emit`: a group becomes one row program.
 //! 4. Slots follow from liveness.
 
-mod boundary;
 #[cfg(feature = "testing")]
 mod broken;
 mod choose;
 mod emit;
 mod units;
 
-pub use boundary::Boundary;
 pub use choose::{expands, Choice};
 pub(crate) use emit::{binary, unary};
 

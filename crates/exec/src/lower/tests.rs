@@ -1,5 +1,6 @@
 //! Tests of lowering: what fuses, what does not, and that slots are reused and never too early.
 use super::*;
+use crate::plan::Boundary;
 use crate::run::{explain, peak_bytes};
 use crate::tensor::LazyTensor;
 use candle_core::{DType, Device, Tensor};

@@ -4,17 +4,13 @@
 //! input when its own domain is the same, or when it works on the group's per-row values, and when no path leaves the
 //! group and comes back. Rounding happens at every recorded op, so what a group holds never changes a bit of a result.
 
-use super::boundary::Boundary;
 use super::choose::{row_class, Choice};
+use crate::plan::{Boundary, MAX_INPUTS, MAX_MEMBERS};
 use candle_lazy_graph::{Dims, FastMap, GNode, Graph, Op, OpClass, Sym};
 use candle_lazy_ops::fault;
 use candle_lazy_ops::row::Class;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
-
-/// Beyond this many inputs or ops a group costs more registers than fusing saves.
-pub(super) const MAX_INPUTS: usize = 16;
-pub(super) const MAX_MEMBERS: usize = 48;
 
 /// Whether a value has one element per element of the domain or one per row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

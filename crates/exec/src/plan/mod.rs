@@ -3,14 +3,16 @@
 //! A plan holds symbols, never sizes or numbers; [`crate::run`] binds them. A slot is a place for one value at a time:
 //! slots are reused after the last use of what they hold.
 
+mod boundary;
 mod cache;
 mod memory;
 
+pub use boundary::Boundary;
+pub(crate) use boundary::{MAX_INPUTS, MAX_MEMBERS};
 pub use cache::{cache_stats, clear_cache, set_cache_capacity, CacheStats};
 pub(crate) use cache::{find, keep};
 pub(crate) use memory::{needs, Memory};
 
-use crate::lower::Boundary;
 use candle_core::DType;
 use candle_lazy_graph::{ArgOp, Dims, Distribution, Op, ScatterOp, Sym};
 use candle_lazy_ops::row::RowProgram;

@@ -1,7 +1,11 @@
 //! Why two steps are not one.
 
-use super::units::{MAX_INPUTS, MAX_MEMBERS};
 use std::fmt;
+
+/// Beyond this many inputs or ops a row program costs more registers than fusing saves.
+pub(crate) const MAX_INPUTS: usize = 16;
+/// See [`MAX_INPUTS`].
+pub(crate) const MAX_MEMBERS: usize = 48;
 
 /// Why an op does not run in one row program with an op whose result it reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
