@@ -27,7 +27,7 @@ pub(crate) use right::{Columns, Right};
 /// Lanes of a sum.
 const LANES: usize = 16;
 /// What a thread reads from memory and multiplies in a nanosecond, roughly: they decide how many threads share a product.
-const BYTES_PER_NS: usize = 25;
+const BYTES_PER_NS: usize = 15;
 const MACS_PER_NS: usize = 40;
 /// The least time that a task is worth.
 const TASK_NS: usize = 10_000;
