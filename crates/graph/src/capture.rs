@@ -136,8 +136,9 @@ pub fn capture(roots: &[Arc<Node>], options: &CaptureOptions<'_>) -> std::result
 struct Visit {
     /// Its index in the arena, once it is there.
     arena: u32,
-    /// How many captured nodes have it as an input.
+    /// How many captured nodes have it as an input, and the last of them.
     edges: u32,
+    reader: u32,
     leaf: bool,
     published: bool,
 }
@@ -207,8 +208,8 @@ struct Arena {
 
 /// An estimate counts shared nodes more than once: room is made for so many nodes at most.
 const EXPECTED: u64 = 2048;
-/// A workspace that had to grow for more nodes than these does not keep its memory.
-const KEPT: usize = 1 << 16;
+/// A workspace whose lists had to grow for more than these does not keep them.
+const KEPT: usize = 1 << 18;
 
 impl Workspace {
     /// The bindings of `roots`, and nothing but the key of their graph, which [`Workspace::words`] then are. As [`capture()`].
@@ -221,7 +222,9 @@ impl Workspace {
         options: &CaptureOptions<'_>,
     ) -> std::result::Result<Bindings, CaptureFailure> {
         let walked = self.walk(roots, options, false);
-        if self.seen.capacity() > KEPT {
+        let arena = &self.arena;
+        let lists = [self.seen.capacity(), arena.equal.capacity(), self.todo.capacity(), arena.words.capacity()];
+        if lists.into_iter().any(|capacity| capacity > KEPT) {
             *self = Self { key: std::mem::take(&mut self.key), hash: self.hash, ..Self::default() };
         }
         walked.map(|(bindings, _)| bindings)
@@ -244,6 +247,10 @@ impl Workspace {
         seen.reset(expected);
         arena.equal.reset(expected);
         arena.same.reset(expected / 2);
+        // what the caller of the last capture looked at
+        if key.capacity() > KEPT {
+            *key = Vec::new();
+        }
         key.clear();
         visits.clear();
         frames.clear();
@@ -312,7 +319,7 @@ impl Walk<'_, '_> {
             if root.is_ready() || self.visit_of(root).is_some() {
                 continue;
             }
-            self.enter(root.clone(), 0)?;
+            self.enter(root.clone(), None)?;
             while let Some(frame) = self.frames.last_mut() {
                 if frame.next == frame.count {
                     self.leave().map_err(CaptureFailure::Error)?;
@@ -320,14 +327,16 @@ impl Walk<'_, '_> {
                 }
                 let input = self.todo.get_mut((frame.inputs + frame.next) as usize).and_then(Option::take);
                 frame.next += 1;
+                let reader = frame.visit;
                 let Some(input) = input else { continue };
                 match self.visit_of(&input) {
                     Some(known) => {
                         let visit = &mut self.visits[known as usize];
                         visit.edges += 1;
+                        visit.reader = reader;
                         self.done.push(visit.arena);
                     }
-                    None => self.enter(input, 1)?,
+                    None => self.enter(input, Some(reader))?,
                 }
             }
         }
@@ -335,7 +344,7 @@ impl Walk<'_, '_> {
     }
 
     /// First visit of a node: a leaf is done at once, a pending node becomes a frame.
-    fn enter(&mut self, node: Arc<Node>, edges: u32) -> std::result::Result<(), CaptureFailure> {
+    fn enter(&mut self, node: Arc<Node>, reader: Option<u32>) -> std::result::Result<(), CaptureFailure> {
         let visit = self.nodes.len() as u32;
         let from = self.todo.len();
         let (todo, customs) = (&mut *self.todo, &mut *self.customs);
@@ -362,7 +371,8 @@ impl Walk<'_, '_> {
         };
         self.seen.insert(node.id().get(), visit);
         self.nodes.push(node);
-        self.visits.push(Visit { arena, edges, leaf, published: false });
+        let (edges, reader) = (u32::from(reader.is_some()), reader.unwrap_or(u32::MAX));
+        self.visits.push(Visit { arena, edges, reader, leaf, published: false });
         Ok(())
     }
 
@@ -389,6 +399,8 @@ impl Walk<'_, '_> {
                 outputs.add(v, &mut visits[v as usize]);
             }
         }
+        // where another thread has published a node meanwhile, its edges are gone, and what is held looks as if it was not: it will be
+        // computed again when it is asked for
         for (v, (visit, node)) in visits.iter_mut().zip(&nodes).enumerate() {
             if !visit.leaf && Arc::strong_count(node) > 1 + visit.edges as usize {
                 outputs.add(v as u32, visit);
@@ -400,8 +412,11 @@ impl Walk<'_, '_> {
         bindings.leaves = leaves
             .drain(..)
             .map(|Leaf { index, visit, value }| {
-                let (edges, node) = (visits[visit as usize].edges, &nodes[visit as usize]);
-                LeafBinding { index, node: visit, value, exclusive: edges == 1 && Arc::strong_count(node) <= 2 }
+                let (of, node) = (&visits[visit as usize], &nodes[visit as usize]);
+                let alone = of.edges == 1 && Arc::strong_count(node) <= 2;
+                // a reader that still waits held its edge when the count was taken: the other reference is that edge
+                let exclusive = alone && nodes.get(of.reader as usize).is_some_and(|reader| reader.is_pending());
+                LeafBinding { index, node: visit, value, exclusive }
             })
             .collect();
         bindings.nodes = nodes;

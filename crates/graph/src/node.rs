@@ -313,6 +313,12 @@ impl Node {
         matches!(*self.state.lock(), State::Ready(_))
     }
 
+    /// Whether the node waits for its inputs.
+    #[must_use]
+    pub fn is_pending(&self) -> bool {
+        matches!(*self.state.lock(), State::Pending(_))
+    }
+
     /// The value, if the node is ready.
     #[must_use]
     pub fn value(&self) -> Option<Value> {

@@ -10,7 +10,8 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_lazy_exec::buffer::trim;
 use candle_lazy_exec::run::peak_bytes;
-use candle_lazy_exec::{eval_all_with, AttentionOptions, EvalOptions, LazyTensor};
+use candle_lazy_exec::{eval_all_with, materialize, AttentionOptions, EvalOptions, LazyTensor};
+use candle_lazy_ops::kernels::with_threads;
 use candle_lazy_parity::alloc::{self, CountingAlloc};
 use std::sync::Arc;
 
@@ -109,6 +110,7 @@ fn products() -> Vec<(String, Graph)> {
 
 fn graphs() -> Vec<(String, Graph)> {
     let mut graphs = products();
+    graphs.extend(of_the_engine());
     let mut add = |name: &str, graph: Graph| graphs.push((name.into(), graph));
     let x = f32s(&[1000, 1000]);
     let y = x.clone();
@@ -179,6 +181,75 @@ fn graphs() -> Vec<(String, Graph)> {
     graphs
 }
 
+/// Graphs over values that the engine holds, of which some may be written in place, some look as if they might, and some are views.
+fn of_the_engine() -> Vec<(String, Graph)> {
+    let mut graphs: Vec<(String, Graph)> = Vec::new();
+    let mut add = |name: &str, graph: Graph| graphs.push((name.into(), graph));
+    let x = f32s(&[800, 1000]);
+    let held = move || {
+        let a = x.exp().unwrap();
+        materialize(&[&a]).unwrap();
+        a
+    };
+    let make = held.clone();
+    let part = f32s(&[10, 1000]);
+    let src = part.clone();
+    add("a value given away", Box::new(move || vec![make().slice_set_owned(&src, 0, 3).unwrap()]));
+    let (make, src) = (held, part.clone());
+    add(
+        "a value that a view shares",
+        Box::new(move || {
+            let a = make();
+            let v = a.narrow(0, 0, 700).unwrap();
+            materialize(&[&v]).unwrap();
+            // `v` stays: it is a root
+            vec![a.slice_set_owned(&src, 0, 3).unwrap(), (v + 1.0).unwrap()]
+        }),
+    );
+    let src = part.clone();
+    let y = f32s(&[800, 1000]);
+    add(
+        "a view given away",
+        Box::new(move || {
+            let v = y.exp().unwrap().narrow(0, 0, 700).unwrap();
+            materialize(&[&v]).unwrap();
+            vec![v.slice_set_owned(&src, 0, 3).unwrap()]
+        }),
+    );
+    let (y, src) = (f32s(&[800, 1000]), part);
+    add(
+        "two nodes with one value",
+        Box::new(move || {
+            let (a, b) = (y.exp().unwrap(), y.exp().unwrap());
+            materialize(&[&a, &b]).unwrap();
+            vec![a.slice_set_owned(&src, 0, 3).unwrap(), b.neg().unwrap()]
+        }),
+    );
+    let (x, w, bias) = (f32s(&[900, 600]), f32s(&[700, 600]), f32s(&[700]));
+    let v = f32s(&[900, 16]);
+    add(
+        "a product that is turned for the next",
+        Box::new(move || {
+            let h = x.linear(&w, Some(&bias)).unwrap();
+            vec![h.t().unwrap().matmul(&v).unwrap()]
+        }),
+    );
+    graphs
+}
+
+/// Graphs that were planned and run on one thread before.
+fn with_one_thread_first() -> Vec<(String, Graph)> {
+    // rows so long that what a thread packs is not kept
+    let (x, w) = (f32s(&[16, 40_000]), f32s(&[128, 40_000]));
+    let graph = move || vec![x.linear(&w, None).unwrap().gelu().unwrap()];
+    let alone = graph.clone();
+    with_threads(1, move || {
+        let roots = alone();
+        eval_all_with(&[&roots[0]], &EvalOptions { validate: false, ..EvalOptions::default() }).unwrap();
+    });
+    vec![("one thread first".into(), Box::new(graph))]
+}
+
 /// A number of KiB of `/proc/self/status`, in bytes.
 fn status(what: &str) -> Option<u64> {
     let text = std::fs::read_to_string("/proc/self/status").ok()?;
@@ -189,11 +260,13 @@ fn status(what: &str) -> Option<u64> {
 #[test]
 fn no_run_takes_more_than_was_planned() {
     assert!(alloc::is_counting());
-    let options = EvalOptions { validate: false, ..EvalOptions::default() };
-    let mut tightest = f64::INFINITY;
-    for (name, graph) in graphs() {
-        // the first time with a new plan and threads without memory, the second time as it goes on
-        for time in 0..2 {
+    let (mut tight, mut all) = (0, 0);
+    // what one thread needs is less than what all do, and is not taken for it
+    for (name, graph) in graphs().into_iter().chain(with_one_thread_first()) {
+        // with a new plan and threads without memory, as it goes on, and with products that add their bias themselves
+        for (time, skipped) in [(0, None), (1, None), (2, Some("split_bias"))] {
+            let skip_passes = skipped.into_iter().collect();
+            let options = EvalOptions { validate: false, skip_passes, ..EvalOptions::default() };
             let roots = graph();
             let roots: Vec<&LazyTensor> = roots.iter().collect();
             let planned = peak_bytes(&roots, &options).unwrap();
@@ -216,10 +289,11 @@ fn no_run_takes_more_than_was_planned() {
                     "{name}, time {time}: {grown} more resident, {planned} planned"
                 );
             }
-            tightest = tightest.min(planned as f64 / measured.max(1) as f64);
+            all += 1;
+            tight += usize::from(planned as f64 <= 1.5 * measured as f64);
             println!("{name}: {measured} of {planned}");
             drop(values);
         }
     }
-    assert!(tightest < 1.3, "a bound that nothing comes near bounds nothing: {tightest}");
+    assert!(2 * tight > all, "a bound that few come near bounds little: {tight} of {all} within half as much again");
 }

@@ -48,7 +48,7 @@ pub(crate) struct Running(());
 pub(crate) fn running(needs: u64) -> Running {
     let mut pool = POOL.lock();
     pool.runs += 1;
-    pool.level = pool.level.max(pool.active.saturating_add(needs));
+    pool.level = pool.level.max((pool.active + pool.cached).saturating_add(needs));
     Running(())
 }
 
@@ -70,7 +70,7 @@ impl Pool {
         *self.cap.get_or_insert_with(|| total_memory().map_or(DEFAULT_CAP, |total| total / 4))
     }
 
-    /// Takes the largest buffers that nobody uses until `bytes` more would be within what the running plans may hold.
+    /// Takes buffers that nobody uses, from the largest of a dtype on, until `bytes` more would be within what the running plans may hold.
     fn make_room(&mut self, bytes: u64) -> Vec<Data> {
         let mut freed = Vec::new();
         while self.runs > 0 && self.cached > 0 && self.active + self.cached + bytes > self.level {

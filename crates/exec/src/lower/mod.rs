@@ -61,7 +61,10 @@ fn step_of(graph: &Graph, choices: &[Choice], units: &Units, unit: usize) -> Res
     };
     // what views show costs nothing, so there is nothing to explain
     if !matches!(step.kind, StepKind::View(_)) {
-        for &input in &step.inputs {
+        for (i, &input) in step.inputs.iter().enumerate() {
+            if step.inputs[..i].contains(&input) {
+                continue;
+            }
             let reader = members.iter().find(|&&m| graph.nodes[m as usize].inputs.contains(&input));
             if let (Some(&reader), Some(_)) = (reader, units.unit_of(input)) {
                 step.boundaries.push((input, units.boundary(graph, choices, input, reader)));

@@ -169,6 +169,13 @@ fn a_plan_says_why_steps_are_not_one() {
         (x.sum_keepdim(1).unwrap().sum_keepdim(0).unwrap(), vec![Boundary::OtherShape]),
         (leaf(&[8, 1]).exp().unwrap().broadcast_add(&leaf(&[8, 4])).unwrap(), vec![Boundary::OtherShape]),
         (leaf(&[8, 1]).sum_keepdim(1).unwrap().sum_keepdim(1).unwrap(), vec![Boundary::Again]),
+        (
+            {
+                let a = leaf(&[8, 1]).sum_keepdim(1).unwrap();
+                (&a + a.sum_keepdim(1).unwrap()).unwrap()
+            },
+            vec![Boundary::Again],
+        ),
         (many(30), vec![Boundary::Inputs]),
         (between, vec![Boundary::Between]),
         (tracked.detach().exp().unwrap(), vec![Boundary::Candle("detach")]),
@@ -183,6 +190,8 @@ fn a_plan_says_why_steps_are_not_one() {
         // every value that one step makes and another reads has its reason, and leaves have none
         let made: Vec<u32> = plan.steps.iter().flat_map(|s| s.outputs.iter().map(|o| o.slot)).collect();
         for (i, step) in plan.steps.iter().enumerate().filter(|(_, s)| !matches!(s.kind, StepKind::View(_))) {
+            let named: std::collections::BTreeSet<u32> = step.boundaries.iter().map(|(slot, _)| *slot).collect();
+            assert_eq!(named.len(), step.boundaries.len(), "a reason is given once:\n{plan}");
             for slot in &step.inputs {
                 let writer = plan.steps[..i].iter().rev().any(|s| s.outputs.iter().any(|o| o.slot == *slot));
                 let leaf = plan.leaves.contains(&Some(*slot)) && !made.contains(slot);

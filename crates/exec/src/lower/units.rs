@@ -303,15 +303,20 @@ impl Units {
         let gone = graph.nodes[id as usize]
             .inputs
             .iter()
-            .any(|&i| self.of[i as usize] == Some(from) && self.per_row[i as usize] == PerRow::Gone)
-            || a.members.iter().any(|&m| reads(m, into))
-            || b.members.iter().any(|&m| m != id && reads(m, from));
+            .any(|&i| self.of[i as usize] == Some(from) && self.per_row[i as usize] == PerRow::Gone);
+        let of_a = a.members.iter().filter(|&&m| reads(m, into));
+        let mut readers = of_a.chain(b.members.iter().filter(|&&m| m != id && reads(m, from)));
+        // what a member of one was told when it asked to join the other
+        let told = readers.next().map(|&m| {
+            let inputs = &graph.nodes[m as usize].inputs;
+            inputs.iter().find_map(|&i| self.refused.get(&(i, m)).copied()).unwrap_or(Boundary::Between)
+        });
         let mut members: Vec<u32> = a.members.iter().chain(&b.members).copied().collect();
         members.sort_unstable();
         let axes = a.axes.or(b.axes);
-        let gone = gone && !fault::active("units.merged_gone");
-        if gone {
-            return Err(Boundary::Gone);
+        let why = told.or(gone.then_some(Boundary::Gone)).filter(|_| !fault::active("units.merged_gone"));
+        if let Some(why) = why {
+            return Err(why);
         }
         self.closed(graph, &members, &[from, into], id)?;
         for &m in &members {

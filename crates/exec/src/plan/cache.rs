@@ -2,7 +2,7 @@
 
 use super::Plan;
 use crate::config::{EvalOptions, OptionsKey};
-use candle_lazy_graph::{FastMap, GraphKey, Workspace};
+use candle_lazy_graph::{FastMap, GraphKey};
 use candle_lazy_ops::fault;
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -119,9 +119,9 @@ impl Cache {
     }
 }
 
-/// The cached plan of the graph whose key `workspace` holds.
-pub(crate) fn find(workspace: &Workspace, options: &EvalOptions) -> Option<Arc<Plan>> {
-    let wanted = Wanted { hash: workspace.hash(), words: workspace.words(), options: &options.key() };
+/// The cached plan of the graph whose key these words are.
+pub(crate) fn find(hash: u64, words: &[u64], options: &EvalOptions) -> Option<Arc<Plan>> {
+    let wanted = Wanted { hash, words, options: &options.key() };
     with_cache(|c| {
         let plan = c.find(wanted)?;
         c.hits += 1;

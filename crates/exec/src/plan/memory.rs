@@ -6,9 +6,10 @@
 //! What a caller gets to keep lies in a piece of exactly its size, the last to do so.
 
 use super::{Plan, Step, StepKind};
+use crate::buffer::BufferValue;
 use candle_core::DType;
-use candle_lazy_graph::{Bindings, Dims, Op, Value};
-use candle_lazy_ops::kernels::extra::{self, Operand};
+use candle_lazy_graph::{Bindings, Dims, Op, OpClass, Value};
+use candle_lazy_ops::kernels::extra::{self, Extra, Operand};
 use smallvec::SmallVec;
 use std::sync::Arc;
 
@@ -36,22 +37,27 @@ impl Memory {
 
 /// The memory that running `plan` at the sizes of `bindings` needs; the last answer is kept.
 pub(crate) fn needs(plan: &Plan, bindings: &Bindings) -> Arc<Memory> {
+    let threads = candle_lazy_ops::kernels::threads();
     let leaves = bindings.leaves.iter().zip(&plan.donatable).map(|(leaf, donatable)| match &leaf.value {
         Value::Tensor(tensor) => LeafFacts { dense: tensor.is_contiguous(), given: false, ours: false },
         Value::Quantized(_) => LeafFacts { dense: true, given: false, ours: false },
         Value::Engine(value) => {
-            LeafFacts { dense: value.is_contiguous(), given: *donatable && leaf.exclusive, ours: true }
+            // written in place if it is a whole buffer that only its node holds, and this binding of it
+            let own =
+                |v: &BufferValue| v.is_whole() && Arc::strong_count(&v.buffer) == 1 && Arc::strong_count(value) <= 2;
+            let own = value.as_any().downcast_ref::<BufferValue>().is_some_and(own);
+            LeafFacts { dense: value.is_contiguous(), given: *donatable && leaf.exclusive && own, ours: true }
         }
     });
     let leaves: SmallVec<[LeafFacts; 8]> = leaves.collect();
     let mut kept = plan.memory.0.lock();
     if let Some(kept) = &*kept {
-        if kept.sizes == bindings.sizes && kept.leaves == leaves {
+        if kept.threads == threads && kept.sizes == bindings.sizes && kept.leaves == leaves {
             return kept.memory.clone();
         }
     }
     let memory = Arc::new(Planner::plan(plan, bindings, &leaves));
-    *kept = Some(Box::new(Kept { sizes: bindings.sizes.clone(), leaves, memory: memory.clone() }));
+    *kept = Some(Box::new(Kept { threads, sizes: bindings.sizes.clone(), leaves, memory: memory.clone() }));
     memory
 }
 
@@ -68,6 +74,8 @@ struct LeafFacts {
 /// An answer, and to what.
 #[derive(Debug)]
 struct Kept {
+    /// How many threads kernels may use.
+    threads: usize,
     sizes: Vec<usize>,
     leaves: SmallVec<[LeafFacts; 8]>,
     memory: Arc<Memory>,
@@ -131,10 +139,12 @@ struct Planner<'a> {
     /// The piece of each result of each step.
     of_step: Vec<Option<usize>>,
     first: Vec<u32>,
+    /// How many bytes each step takes for its results.
+    taken: Vec<u64>,
     /// Copies that live until the end.
     copies: u64,
-    /// What the neediest step takes beside its results.
-    beside: u64,
+    /// The most that a step takes beside its results: what threads keep for the next, and what they do not.
+    beside: Extra,
 }
 
 impl<'a> Planner<'a> {
@@ -147,12 +157,12 @@ impl<'a> Planner<'a> {
         planner.outputs();
         let pieces = |p: &Option<usize>| p.map_or(0, |p| planner.pieces[p].size);
         let held: u64 = planner.pieces.iter().map(|p| p.bytes).fold(0, u64::saturating_add);
-        let size_of = |step: &Step| step.outputs.iter().map(|o| bytes_of(&bindings.dims(&o.dims), o.dtype)).max();
-        let largest = (0..plan.steps.len()).max_by_key(|&s| (size_of(&plan.steps[s]), std::cmp::Reverse(s)));
+        // of those that take memory; the first of equal ones
+        let largest = (0..plan.steps.len()).max_by_key(|&s| (planner.taken[s], std::cmp::Reverse(s)));
         Memory {
             pieces: planner.of_step.iter().map(pieces).collect(),
             first: planner.first,
-            peak: held.saturating_add(planner.copies).saturating_add(planner.beside),
+            peak: held.saturating_add(planner.copies).saturating_add(planner.beside.bytes()),
             largest: largest.unwrap_or(0),
         }
     }
@@ -184,8 +194,9 @@ impl<'a> Planner<'a> {
             free: Vec::new(),
             of_step: Vec::new(),
             first: Vec::with_capacity(plan.steps.len()),
+            taken: Vec::with_capacity(plan.steps.len()),
             copies: 0,
-            beside: 0,
+            beside: Extra::default(),
         }
     }
 
@@ -193,7 +204,13 @@ impl<'a> Planner<'a> {
         let plan = self.plan;
         for step in &plan.steps {
             self.first.push(self.of_step.len() as u32);
+            self.taken.push(0);
             self.beside = self.beside.max(self.beside(step));
+            if matches!(step.kind, StepKind::Linear) && step.inputs.len() > 2 {
+                // a product that a bias is added to is a buffer of its own, which the pool keeps
+                let product = step.outputs.first().map_or(0, |o| bytes_of(&self.bindings.dims(&o.dims), o.dtype));
+                self.copies = self.copies.saturating_add(product);
+            }
             for output in &step.outputs {
                 let dims = self.bindings.dims(&output.dims);
                 let mut held = Held { dense: true, whole: true, ours: true, ..Held::default() };
@@ -214,6 +231,8 @@ impl<'a> Planner<'a> {
                     (StepKind::Candle { .. } | StepKind::Custom(_) | StepKind::ToDevice, _) => {
                         self.convert_inputs(step);
                         held.ours = false;
+                        // Candle's views have strides, and a custom op's result may
+                        held.dense = matches!(&step.kind, StepKind::Candle { op, .. } if op.class() != OpClass::View);
                         (Some(Holder::Candle), SmallVec::new())
                     }
                     _ => (Some(Holder::Pool(output.dtype)), SmallVec::new()),
@@ -221,6 +240,9 @@ impl<'a> Planner<'a> {
                 held.results = shared;
                 let len = dims.iter().fold(1usize, |n, &d| n.saturating_mul(d));
                 let piece = piece.map(|holder| {
+                    if let Some(taken) = self.taken.last_mut() {
+                        *taken = taken.saturating_add(bytes_of(&dims, output.dtype));
+                    }
                     let at = self.take(holder, len, output.dtype);
                     held.results.push(self.results.len() as u32);
                     self.results.push(Result { piece: Some(at), slots: 0 });
@@ -316,7 +338,7 @@ impl<'a> Planner<'a> {
     }
 
     /// What a step takes beside its results.
-    fn beside(&self, step: &Step) -> u64 {
+    fn beside(&self, step: &Step) -> Extra {
         let operand = |i: usize| {
             let held = step.inputs.get(i).and_then(|&slot| self.slots.get(slot as usize))?;
             Some(Operand { dims: &held.dims, dtype: held.dtype?, dense: held.dense })
@@ -324,33 +346,31 @@ impl<'a> Planner<'a> {
         let result = || step.outputs.first().map_or(0, |o| bytes_of(&self.bindings.dims(&o.dims), o.dtype));
         let of = |i: usize, j: usize| Some((operand(i)?, operand(j)?));
         let bytes = match &step.kind {
-            StepKind::Row { program, domain, axes } => Some(program.scratch_bytes(&self.bindings.dims(domain), *axes)),
+            StepKind::Row { program, domain, axes } => {
+                Some(Extra::kept(program.scratch_bytes(&self.bindings.dims(domain), *axes)))
+            }
             StepKind::Matmul => of(0, 1).map(|(a, b)| extra::matmul(&a, &b)),
-            // a product that a bias is added to is a buffer of its own
-            StepKind::Linear => of(0, 1).map(|(x, w)| {
-                let product = if step.inputs.len() > 2 { result() as usize } else { 0 };
-                extra::linear(&x, &w).saturating_add(product)
-            }),
+            StepKind::Linear => of(0, 1).map(|(x, w)| extra::linear(&x, &w)),
             StepKind::Lora => of(0, 1).and_then(|(x, a)| Some(extra::lora(&x, &a, &operand(2)?, operand(3).as_ref()))),
             StepKind::Attention { .. } => of(0, 2).map(|(q, v)| extra::attention(&q, &v)),
             StepKind::Rope { .. } => of(0, 1).map(|(x, cos)| extra::rope(&x, &cos)),
             StepKind::IndexSelect { dim } => of(0, 1).map(|(x, ids)| {
                 let left = x.dims.iter().take(usize::from(*dim)).fold(1usize, |n, &d| n.saturating_mul(d));
-                extra::indices(&ids).saturating_add(left.saturating_mul(24))
+                Extra::passing(extra::indices(&ids).saturating_add(left.saturating_mul(24)))
             }),
-            StepKind::Gather { .. } => operand(1).map(|ids| extra::indices(&ids)),
+            StepKind::Gather { .. } => operand(1).map(|ids| Extra::passing(extra::indices(&ids))),
             StepKind::Scatter { .. } | StepKind::IndexAdd { .. } => {
                 of(0, 1).and_then(|(x, ids)| Some(extra::scatter(&x, &ids, &operand(2)?)))
             }
             StepKind::CausalMask { .. } => {
                 let dims = step.outputs.first().map(|o| self.bindings.dims(&o.dims)).unwrap_or_default();
-                Some(bytes_of(&dims, DType::F32) as usize)
+                Some(Extra::passing(bytes_of(&dims, DType::F32) as usize))
             }
             // what Candle's ops take is not known; a copy of each operand is the least that some do
             StepKind::Candle { .. } | StepKind::Custom(_) | StepKind::ToDevice => {
                 let operands = (0..step.inputs.len()).filter_map(&operand);
                 let copies = operands.map(|o| bytes_of(o.dims, o.dtype)).fold(0, u64::saturating_add);
-                Some(copies.saturating_add(result()) as usize)
+                Some(Extra::passing(copies.saturating_add(result()) as usize))
             }
             StepKind::View(_)
             | StepKind::ArgReduce { .. }
@@ -362,7 +382,7 @@ impl<'a> Planner<'a> {
             | StepKind::Cast
             | StepKind::Copy => None,
         };
-        bytes.unwrap_or(0) as u64
+        bytes.unwrap_or_default()
     }
 }
 

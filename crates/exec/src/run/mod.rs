@@ -188,22 +188,33 @@ thread_local! {
 /// The plan of what `roots` need: the cached one of their key, or a new one, for which they are captured again as a graph.
 fn planned(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Planned> {
     if options.cache {
-        let mut workspace = WORKSPACE.take().unwrap_or_default();
-        let bindings = waiting(options, |how| workspace.key(roots, how));
-        let found = bindings.map(|bindings| plan::find(&workspace, options).map(|plan| (plan, bindings)));
-        WORKSPACE.set(Some(workspace));
-        if let Some((plan, bindings)) = found? {
-            if options.validate {
-                capture_waiting(roots, options)?;
-            }
-            return Ok(Planned { plan, bindings, hit: true });
+        if let Some(hit) = cached(roots, options)? {
+            return Ok(hit);
         }
     }
     let Captured { graph, key, bindings } = capture_waiting(roots, options)?;
+    if options.cache && options.validate {
+        if let Some(plan) = plan::find(key.hash(), key.words(), options) {
+            return Ok(Planned { plan, bindings, hit: true });
+        }
+    }
     // two threads may make the same plan, and the first one stays
     let plan = Arc::new(lower::make_plan(&graph, &bindings, options)?);
     let plan = if options.cache { plan::keep(key, options, plan) } else { plan };
     Ok(Planned { plan, bindings, hit: false })
+}
+
+/// The cached plan; what is validated has to be captured as a graph, and asks for its plan with that.
+fn cached(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Option<Planned>> {
+    if options.validate {
+        return Ok(None);
+    }
+    let mut workspace = WORKSPACE.take().unwrap_or_default();
+    let bindings = waiting(options, |how| workspace.key(roots, how));
+    let plan = bindings.is_ok().then(|| plan::find(workspace.hash(), workspace.words(), options)).flatten();
+    WORKSPACE.set(Some(workspace));
+    let bindings = bindings?;
+    Ok(plan.map(|plan| Planned { plan, bindings, hit: true }))
 }
 
 /// Captures a graph, and validates it where the options ask for that.

@@ -96,11 +96,15 @@ fn the_second_evaluation_at_another_size_hits_the_cache_and_equals_a_fresh_plan(
     run(11, 13, 1.5, &EvalOptions::default());
     let before = cache_stats();
     for (rows, cols) in [(2, 3), (17, 40), (100, 7)] {
-        let (got, report) = run(rows, cols, rows as f64, &EvalOptions::default());
-        assert!(report.cache_hit, "{rows} x {cols}");
-        assert_eq!(got, run(rows, cols, rows as f64, &cold).0);
+        // a graph that is validated is captured whole and asks for its plan with that; else its key alone does
+        for validate in [true, false] {
+            let options = EvalOptions { validate, ..EvalOptions::default() };
+            let (got, report) = run(rows, cols, rows as f64, &options);
+            assert!(report.cache_hit, "{rows} x {cols}, validate {validate}");
+            assert_eq!(got, run(rows, cols, rows as f64, &cold).0);
+        }
     }
-    assert!(cache_stats().hits >= before.hits + 3);
+    assert!(cache_stats().hits >= before.hits + 6);
     // a dim of one broadcasts: another plan
     assert!(!run(1, 13, 1.5, &EvalOptions::default()).1.cache_hit || before.plans > 1);
 }

@@ -293,7 +293,7 @@ impl<'a, 'o> Builder<'a, 'o> {
 
     /// The outputs, behind all nodes.
     pub(super) fn outputs(&mut self, outputs: &[u32]) {
-        // as many outputs as nodes: see `Header`, which a number with this bit cannot be
+        // a word that no header is: there the number of inputs ends below this bit
         self.key.push(1 << 63 | outputs.len() as u64);
         push_indices(self.key, outputs);
         for device in &self.bindings.devices {

@@ -1,12 +1,47 @@
 //! How much memory kernels take beside their results: upper bounds in bytes, over all threads, from what is known before they run.
 //!
-//! What a thread keeps between kernels counts for each of them. Tables of a few words per task or per row of a batch are left out.
+//! Tables of a few words per task or per row of a batch are left out.
 
 use super::attention::extra_bytes as attention_bytes;
 use super::dots::{panel_bytes, ALIGNED_BYTES};
 use super::lora::{skinny_rank, PIECE_ROWS};
 use super::team;
 use candle_core::DType;
+
+/// What a kernel takes beside its result.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Extra {
+    /// What its threads keep for the next kernel, which may take more or less.
+    pub kept: usize,
+    /// What is given back when it ends.
+    pub passing: usize,
+}
+
+impl Extra {
+    /// So much that is kept.
+    #[must_use]
+    pub fn kept(bytes: usize) -> Self {
+        Self { kept: bytes, passing: 0 }
+    }
+
+    /// So much that is given back.
+    #[must_use]
+    pub fn passing(bytes: usize) -> Self {
+        Self { kept: 0, passing: bytes }
+    }
+
+    /// What two kernels take one after the other.
+    #[must_use]
+    pub fn max(self, other: Self) -> Self {
+        Self { kept: self.kept.max(other.kept), passing: self.passing.max(other.passing) }
+    }
+
+    /// Both.
+    #[must_use]
+    pub fn bytes(self) -> u64 {
+        self.kept as u64 + self.passing as u64
+    }
+}
 
 /// An operand, as far as a kernel's need of memory depends on it.
 #[derive(Debug, Clone)]
@@ -48,18 +83,18 @@ fn packed(m: usize, k: usize, n: usize, size: usize) -> usize {
 
 /// Of [`matmul`](super::matmul): `b` as the op takes it, (…, k, n).
 #[must_use]
-pub fn matmul(a: &Operand<'_>, b: &Operand<'_>) -> usize {
+pub fn matmul(a: &Operand<'_>, b: &Operand<'_>) -> Extra {
     let (k, n) = (a.last(0), b.last(0));
     let rows = a.elements() / k.max(1);
     if a.dtype == DType::F64 {
-        return packed(rows, k, n, 8);
+        return Extra::passing(packed(rows, k, n, 8));
     }
     // the product's rows in f32 where they are rounded behind it, and of broadcast batches those of all
     let batches = (b.elements() / k.saturating_mul(n).max(1)).max(1);
     let sums = if direct(a.dtype) { 0 } else { rows.max(a.last(1).saturating_mul(batches)).saturating_mul(n) * 4 };
     let left = if direct(a.dtype) && a.dense { 0 } else { a.wide_bytes() };
     let right = if b.dense { 0 } else { k.saturating_mul(n).saturating_mul(4) };
-    sums.saturating_add(left).saturating_add(right).saturating_add(inner(rows, k))
+    Extra { kept: inner(rows, k), passing: sums.saturating_add(left).saturating_add(right) }
 }
 
 /// Of inner products of rows with `k` elements, with either kind of right side.
@@ -69,14 +104,14 @@ fn inner(rows: usize, k: usize) -> usize {
 
 /// Of `x·wᵀ`, with `w` (n, k).
 #[must_use]
-pub fn linear(x: &Operand<'_>, w: &Operand<'_>) -> usize {
+pub fn linear(x: &Operand<'_>, w: &Operand<'_>) -> Extra {
     let turned = [w.last(0), w.last(1)];
     matmul(x, &Operand { dims: &turned, dtype: w.dtype, dense: w.dense })
 }
 
 /// Of [`lora`](super::lora): `a` (k, r), `b` (r, n).
 #[must_use]
-pub fn lora(x: &Operand<'_>, a: &Operand<'_>, b: &Operand<'_>, base: Option<&Operand<'_>>) -> usize {
+pub fn lora(x: &Operand<'_>, a: &Operand<'_>, b: &Operand<'_>, base: Option<&Operand<'_>>) -> Extra {
     let (k, r, n) = (x.last(0), a.last(0), b.last(0));
     let rows = x.elements() / k.max(1);
     let size = if x.dtype == DType::F64 { 8 } else { 4 };
@@ -87,26 +122,27 @@ pub fn lora(x: &Operand<'_>, a: &Operand<'_>, b: &Operand<'_>, base: Option<&Ope
         let piece = rows.min(PIECE_ROWS).saturating_mul(k.saturating_add(r).saturating_add(n)) * 4;
         let weights = a.wide_bytes().saturating_add(b.wide_bytes());
         let base = base.map_or(0, Operand::wide_bytes);
-        return padded.saturating_add(weights).saturating_add(base).saturating_add(piece).saturating_add(products);
+        let rest = base.saturating_add(piece).saturating_add(products);
+        return Extra::passing(padded.saturating_add(weights).saturating_add(rest));
     }
     let middle = if skinny { padded } else { rows.saturating_mul(r).saturating_mul(size) };
     let copies = [x, a, b].iter().filter(|o| !o.dense).map(|o| o.wide_bytes()).fold(0, usize::saturating_add);
-    middle.saturating_add(copies).saturating_add(products)
+    Extra::passing(middle.saturating_add(copies).saturating_add(products))
 }
 
 /// Of [`attention`](super::attention()): q (b, h, sq, d), v (b, hk, skv, dv).
 #[must_use]
-pub fn attention(q: &Operand<'_>, v: &Operand<'_>) -> usize {
+pub fn attention(q: &Operand<'_>, v: &Operand<'_>) -> Extra {
     let size = if q.dtype == DType::F64 { 8 } else { 4 };
-    attention_bytes(q.elements() / q.last(0).max(1), v.last(1), (q.last(0), v.last(0)), size)
+    Extra::passing(attention_bytes(q.elements() / q.last(0).max(1), v.last(1), (q.last(0), v.last(0)), size))
 }
 
 /// Of [`rope`](super::rope): x (b, h, s, d).
 #[must_use]
-pub fn rope(x: &Operand<'_>, cos: &Operand<'_>) -> usize {
+pub fn rope(x: &Operand<'_>, cos: &Operand<'_>) -> Extra {
     let batches = if cos.dims.len() == 3 { cos.dims[0] } else { 1 };
     let table = batches.saturating_mul(x.last(1)).saturating_mul(cos.last(0));
-    table.saturating_mul(if x.dtype == DType::F64 { 16 } else { 8 })
+    Extra::passing(table.saturating_mul(if x.dtype == DType::F64 { 16 } else { 8 }))
 }
 
 /// Of ops that read indices: themselves as i64, then as what they mean.
@@ -117,8 +153,8 @@ pub fn indices(ids: &Operand<'_>) -> usize {
 
 /// Of ops that write by index: the indices, and of 16-bit floats that are added up both sides in f32.
 #[must_use]
-pub fn scatter(x: &Operand<'_>, ids: &Operand<'_>, src: &Operand<'_>) -> usize {
+pub fn scatter(x: &Operand<'_>, ids: &Operand<'_>, src: &Operand<'_>) -> Extra {
     let wide =
         if matches!(x.dtype, DType::F16 | DType::BF16) { x.wide_bytes().saturating_add(src.wide_bytes()) } else { 0 };
-    indices(ids).saturating_add(wide)
+    Extra::passing(indices(ids).saturating_add(wide))
 }
