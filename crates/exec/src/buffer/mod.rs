@@ -114,7 +114,7 @@ impl Buffer {
         Self::take_any(dtype, len, None)
     }
 
-    /// As [`Buffer::take`], in a piece of exactly so many elements, which are at least as many.
+    /// As [`Buffer::take`], in a piece of exactly so many elements, or of `len` if those are fewer.
     ///
     /// # Errors
     /// As [`Buffer::take`].

@@ -103,6 +103,7 @@ fn class(dtype: DType) -> Option<u8> {
 /// Memory for `len` elements: of exactly `piece`, if that is asked for.
 pub(super) fn take(dtype: DType, len: usize, piece: Option<usize>) -> Option<Data> {
     let class = class(dtype)?;
+    let size = piece.unwrap_or(len);
     let cached = {
         let mut pool = POOL.lock();
         let (least, most) = piece.map_or((len, len + len / 4), |piece| (piece, piece));
@@ -121,16 +122,16 @@ pub(super) fn take(dtype: DType, len: usize, piece: Option<usize>) -> Option<Dat
             pool.active += bytes;
             pool.peak = pool.peak.max(pool.active);
         }
-        data
+        data.ok_or_else(|| pool.make_room(size.saturating_mul(dtype.size_in_bytes()) as u64))
     };
-    if let Some(mut data) = cached {
-        spoil(&mut data.slice_mut(len));
-        return Some(data);
-    }
-    let size = piece.unwrap_or(len);
-    let unused = POOL.lock().make_room(size.saturating_mul(dtype.size_in_bytes()) as u64);
     // outside the lock: the system may take its time
-    drop(unused);
+    match cached {
+        Ok(mut data) => {
+            spoil(&mut data.slice_mut(len));
+            return Some(data);
+        }
+        Err(unused) => drop(unused),
+    }
     let data = Data::fresh(dtype, size)?;
     let mut pool = POOL.lock();
     pool.active += data.bytes() as u64;

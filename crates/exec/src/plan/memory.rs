@@ -28,10 +28,10 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    /// How many elements to take for a result of `len` elements.
-    pub(crate) fn piece(&self, step: usize, output: usize, len: usize) -> usize {
+    /// How many elements the piece of a result has; 0 where the run takes none for it.
+    pub(crate) fn piece(&self, step: usize, output: usize) -> usize {
         let first = self.first.get(step).map_or(usize::MAX, |&f| f as usize);
-        self.pieces.get(first.saturating_add(output)).copied().unwrap_or(0).max(len)
+        self.pieces.get(first.saturating_add(output)).copied().unwrap_or(0)
     }
 }
 
@@ -205,18 +205,20 @@ impl<'a> Planner<'a> {
         for step in &plan.steps {
             self.first.push(self.of_step.len() as u32);
             self.taken.push(0);
-            self.beside = self.beside.max(self.beside(step));
+            // the first pass asks only what stays
+            if self.stays.is_some() {
+                self.beside = self.beside.max(self.beside(step));
+            }
             if matches!(step.kind, StepKind::Linear) && step.inputs.len() > 2 {
                 // a product that a bias is added to is a buffer of its own, which the pool keeps
-                let product = step.outputs.first().map_or(0, |o| bytes_of(&self.bindings.dims(&o.dims), o.dtype));
-                self.copies = self.copies.saturating_add(product);
+                self.copies = self.copies.saturating_add(self.result_bytes(step));
             }
             for output in &step.outputs {
                 let dims = self.bindings.dims(&output.dims);
                 let mut held = Held { dense: true, whole: true, ours: true, ..Held::default() };
-                let source = step.inputs.first().and_then(|&slot| self.slots.get(slot as usize)).cloned();
-                let (piece, shared) = match (&step.kind, source) {
-                    (StepKind::View(op), Some(source)) => {
+                let (piece, shared) = match &step.kind {
+                    StepKind::View(op) => {
+                        let source = self.source(step).cloned().unwrap_or_default();
                         let copies = may_copy(op, &source);
                         held = Held {
                             dense: stays_dense(op, &source),
@@ -225,10 +227,10 @@ impl<'a> Planner<'a> {
                         };
                         (copies.then_some(Holder::Pool(output.dtype)), std::mem::take(&mut held.results))
                     }
-                    (StepKind::SliceAssign { .. }, Some(source)) if self.writes_in_place(step, &source) => {
-                        (None, source.results)
+                    StepKind::SliceAssign { .. } if self.writes_in_place(step) => {
+                        (None, self.source(step).map(|source| source.results.clone()).unwrap_or_default())
                     }
-                    (StepKind::Candle { .. } | StepKind::Custom(_) | StepKind::ToDevice, _) => {
+                    StepKind::Candle { .. } | StepKind::Custom(_) | StepKind::ToDevice => {
                         self.convert_inputs(step);
                         held.ours = false;
                         // Candle's views have strides, and a custom op's result may
@@ -306,20 +308,43 @@ impl<'a> Planner<'a> {
         }
     }
 
+    /// What a step's first input holds.
+    fn source(&self, step: &Step) -> Option<&Held> {
+        self.slots.get(*step.inputs.first()? as usize)
+    }
+
+    /// Whether a slot alone holds a whole buffer of the run's, which may then be written or become a tensor.
+    fn owns(&self, held: &Held) -> bool {
+        held.whole && matches!(held.results.as_slice(), [only] if self.results[*only as usize].slots == 1)
+    }
+
     /// Whether a slice assignment will find its target whole, its own and at its end.
-    fn writes_in_place(&self, step: &Step, target: &Held) -> bool {
+    fn writes_in_place(&self, step: &Step) -> bool {
         let ends = step.inputs.first().is_some_and(|slot| step.free_after.contains(slot));
-        let own = matches!(target.results.as_slice(), [only] if self.results[*only as usize].slots == 1);
-        ends && own && target.whole && target.ours && step.inputs.first() != step.inputs.get(1)
+        let own = self.source(step).is_some_and(|target| target.ours && self.owns(target));
+        ends && own && step.inputs.first() != step.inputs.get(1)
+    }
+
+    /// The bytes of the copy that a slot needs to become a tensor of Candle's: none where its buffer can move.
+    fn tensor_copy(&self, slot: u32) -> u64 {
+        match self.slots.get(slot as usize) {
+            Some(held) if held.ours && !self.owns(held) => held.dtype.map_or(0, |dtype| bytes_of(&held.dims, dtype)),
+            _ => 0,
+        }
+    }
+
+    /// The bytes of a step's first result.
+    fn result_bytes(&self, step: &Step) -> u64 {
+        step.outputs.first().map_or(0, |o| bytes_of(&self.bindings.dims(&o.dims), o.dtype))
     }
 
     /// Candle's ops take tensors: a buffer that is shared or not whole is copied into one, which its slot then holds.
     fn convert_inputs(&mut self, step: &Step) {
         for &slot in &step.inputs {
+            let copies = self.slots.get(slot as usize).is_some_and(|held| held.ours && !self.owns(held));
+            self.copies = self.copies.saturating_add(self.tensor_copy(slot));
             let Some(held) = self.slots.get_mut(slot as usize) else { continue };
-            let own = matches!(held.results.as_slice(), [only] if self.results[*only as usize].slots == 1);
-            if held.ours && !(own && held.whole) {
-                self.copies = self.copies.saturating_add(held.dtype.map_or(0, |dtype| bytes_of(&held.dims, dtype)));
+            if copies {
                 (held.whole, held.dense) = (true, true);
             }
             held.ours = false;
@@ -328,13 +353,8 @@ impl<'a> Planner<'a> {
 
     /// Results that are views of others, or are shared, are copied into tensors.
     fn outputs(&mut self) {
-        for &slot in &self.plan.outputs {
-            let Some(held) = self.slots.get(slot as usize) else { continue };
-            let own = matches!(held.results.as_slice(), [only] if self.results[*only as usize].slots == 1);
-            if held.ours && !(own && held.whole) {
-                self.copies = self.copies.saturating_add(held.dtype.map_or(0, |dtype| bytes_of(&held.dims, dtype)));
-            }
-        }
+        let copies = self.plan.outputs.iter().map(|&slot| self.tensor_copy(slot));
+        self.copies = copies.fold(self.copies, u64::saturating_add);
     }
 
     /// What a step takes beside its results.
@@ -343,7 +363,6 @@ impl<'a> Planner<'a> {
             let held = step.inputs.get(i).and_then(|&slot| self.slots.get(slot as usize))?;
             Some(Operand { dims: &held.dims, dtype: held.dtype?, dense: held.dense })
         };
-        let result = || step.outputs.first().map_or(0, |o| bytes_of(&self.bindings.dims(&o.dims), o.dtype));
         let of = |i: usize, j: usize| Some((operand(i)?, operand(j)?));
         let bytes = match &step.kind {
             StepKind::Row { program, domain, axes } => {
@@ -370,7 +389,7 @@ impl<'a> Planner<'a> {
             StepKind::Candle { .. } | StepKind::Custom(_) | StepKind::ToDevice => {
                 let operands = (0..step.inputs.len()).filter_map(&operand);
                 let copies = operands.map(|o| bytes_of(o.dims, o.dtype)).fold(0, u64::saturating_add);
-                Some(Extra::passing(copies.saturating_add(result()) as usize))
+                Some(Extra::passing(copies.saturating_add(self.result_bytes(step)) as usize))
             }
             StepKind::View(_)
             | StepKind::ArgReduce { .. }
@@ -399,7 +418,7 @@ fn may_copy<S>(op: &Op<S>, source: &Held) -> bool {
 /// Whether a view of a dense value is dense for sure.
 fn stays_dense<S>(op: &Op<S>, source: &Held) -> bool {
     match op {
-        Op::Reshape { .. } | Op::Detach => source.dense,
+        op if same_elements(op) => source.dense,
         Op::Narrow { dim, .. } => source.dense && source.dims.iter().take(usize::from(*dim)).all(|&d| d == 1),
         _ => false,
     }

@@ -75,8 +75,7 @@ fn run_checked(roots: &[Arc<Node>], judged: &FastMap<NodeId, Tensor>) -> Result<
             leaf.exclusive = false;
         }
         let mut report = EvalReport::default();
-        let Executed::Values(values, lent) =
-            execute(&plan, &mut bindings, roots, Terms { as_tensors: true, budget: None }, &mut report)?
+        let Executed::Values(values, lent) = execute(&plan, &mut bindings, roots, Terms::INSPECTION, &mut report)?
         else {
             continue;
         };

@@ -52,13 +52,8 @@ pub(super) fn every_value(recorded: &Recorded, options: &EvalOptions) -> Result<
             leaf.exclusive = false;
         }
         let plan = lower::make_plan(&graph, &bindings, options)?;
-        let Executed::Values(results, lent) = execute(
-            &plan,
-            &mut bindings,
-            &nodes,
-            Terms { as_tensors: true, budget: None },
-            &mut EvalReport::default(),
-        )?
+        let Executed::Values(results, lent) =
+            execute(&plan, &mut bindings, &nodes, Terms::INSPECTION, &mut EvalReport::default())?
         else {
             continue;
         };

@@ -36,7 +36,7 @@ impl Ctx<'_> {
     /// Memory for output `i`, of `dims`.
     fn take(&self, i: usize, dims: &[usize]) -> Result<Buffer> {
         let len = dims.iter().product();
-        Buffer::take_piece(self.output(i)?.dtype, len, self.memory.piece(self.number, i, len))
+        Buffer::take_piece(self.output(i)?.dtype, len, self.memory.piece(self.number, i))
     }
 
     fn output(&self, i: usize) -> Result<&Output> {

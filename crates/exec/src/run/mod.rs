@@ -187,7 +187,8 @@ thread_local! {
 
 /// The plan of what `roots` need: the cached one of their key, or a new one, for which they are captured again as a graph.
 fn planned(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Planned> {
-    if options.cache {
+    // what is validated is captured as a graph first
+    if options.cache && !options.validate {
         if let Some(hit) = cached(roots, options)? {
             return Ok(hit);
         }
@@ -204,11 +205,8 @@ fn planned(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Planned> {
     Ok(Planned { plan, bindings, hit: false })
 }
 
-/// The cached plan; what is validated has to be captured as a graph, and asks for its plan with that.
+/// The cached plan of the key of `roots`, and what to bind to it.
 fn cached(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Option<Planned>> {
-    if options.validate {
-        return Ok(None);
-    }
     let mut workspace = WORKSPACE.take().unwrap_or_default();
     let bindings = waiting(options, |how| workspace.key(roots, how));
     let plan = bindings.is_ok().then(|| plan::find(workspace.hash(), workspace.words(), options)).flatten();
@@ -320,6 +318,11 @@ struct Terms {
     as_tensors: bool,
     /// The most bytes that it may need.
     budget: Option<u64>,
+}
+
+impl Terms {
+    /// For tools that look at a graph: tensors, whatever they need.
+    const INSPECTION: Self = Self { as_tensors: true, budget: None };
 }
 
 /// Runs a plan. A failure gives back what was lent; success leaves that to the caller, who publishes first.

@@ -161,11 +161,9 @@ impl<'a, 'o> Builder<'a, 'o> {
         self.key.push(with_rank(header(dtype, device, tracked, 0, 0), dims.len()));
         // where an op has its discriminant, a leaf has a number that no discriminant is
         self.key.push(!(leaf.kind as u64 * 2 + u64::from(leaf.contiguous)));
-        self.push_dims(dims);
-        let (at, rank) = (self.arena.dims.len() as u32, dims.len() as u16);
-        self.arena.dims.extend_from_slice(dims);
+        let (at, rank) = (self.push_dims(dims), dims.len() as u16);
         let info = Info { words: (0, 0), dims: at, rank, device, dtype, tracked };
-        self.add(visit, info, &[], 0, |_| GOp::Leaf(leaf));
+        self.add(visit, info, &[], 0, || GOp::Leaf(leaf));
         (id, true)
     }
 
@@ -252,30 +250,28 @@ impl<'a, 'o> Builder<'a, 'o> {
         self.bindings.params.extend_from_slice(scalars);
         let at = match first {
             Some((at, _)) => at,
-            None => {
-                self.push_dims(meta.dims);
-                let at = self.arena.dims.len() as u32;
-                self.arena.dims.extend_from_slice(meta.dims);
-                at
-            }
+            None => self.push_dims(meta.dims),
         };
         let info = Info { words: range, dims: at, rank: rank as u16, device, dtype: meta.dtype, tracked };
-        let graph_op = |_: &mut Self| GOp::Op(relative.unwrap_or_else(|| op.map_sizes(|_| Sym::ZERO)));
+        let graph_op = || GOp::Op(relative.unwrap_or_else(|| op.map_sizes(|_| Sym::ZERO)));
         self.add(visit, info, inputs, scalars.len(), graph_op);
         id
     }
 
-    /// The words of dims.
-    fn push_dims(&mut self, dims: &[usize]) {
+    /// Adds the words of dims to the key, and the dims to the arena: says where they lie there.
+    fn push_dims(&mut self, dims: &[usize]) -> u32 {
         for pair in dims.chunks(2) {
             let low = self.shared_sym(pair[0]).0;
             let high = pair.get(1).map_or(0, |&size| self.shared_sym(size).0);
             self.key.push(u64::from(high) << 32 | u64::from(low));
         }
+        let at = self.arena.dims.len() as u32;
+        self.arena.dims.extend_from_slice(dims);
+        at
     }
 
     /// Adds a new node, whose params are the last ones; `op` is called if there is a graph.
-    fn add(&mut self, visit: u32, info: Info, inputs: &[u32], scalars: usize, op: impl FnOnce(&mut Self) -> GOp) {
+    fn add(&mut self, visit: u32, info: Info, inputs: &[u32], scalars: usize, op: impl FnOnce() -> GOp) {
         self.arena.infos.push(info);
         self.bindings.recorded.push(visit);
         if self.graph.is_none() {
@@ -283,7 +279,7 @@ impl<'a, 'o> Builder<'a, 'o> {
         }
         let Info { dims, rank, device, dtype, tracked, .. } = info;
         let sizes = Dims::<usize>::from_slice(&self.arena.dims[dims as usize..][..usize::from(rank)]);
-        let (op, dims) = (op(self), sizes.iter().map(|&d| self.shared_sym(d)).collect());
+        let (op, dims) = (op(), sizes.iter().map(|&d| self.shared_sym(d)).collect());
         let end = self.bindings.params.len();
         let params = (end - scalars..end).map(|p| p as u32).collect();
         if let Some(graph) = &mut self.graph {

@@ -4,8 +4,9 @@
 
 use super::attention::extra_bytes as attention_bytes;
 use super::dots::{panel_bytes, ALIGNED_BYTES};
-use super::lora::{skinny_rank, PIECE_ROWS};
+use super::lora::{skinny_rank, ROWS};
 use super::team;
+use crate::view::count;
 use candle_core::DType;
 
 /// What a kernel takes beside its result.
@@ -56,7 +57,7 @@ pub struct Operand<'a> {
 
 impl Operand<'_> {
     fn elements(&self) -> usize {
-        self.dims.iter().fold(1, |n, &d| n.saturating_mul(d))
+        count(self.dims)
     }
 
     /// Dim `i` from the right; 1 where there is none.
@@ -119,7 +120,7 @@ pub fn lora(x: &Operand<'_>, a: &Operand<'_>, b: &Operand<'_>, base: Option<&Ope
     let padded = skinny_rank(r).unwrap_or(0).saturating_mul(k) * 4;
     let products = if skinny { 0 } else { packed(rows, k, r, size).max(packed(rows, r, n, size)) };
     if matches!(x.dtype, DType::F16 | DType::BF16) {
-        let piece = rows.min(PIECE_ROWS).saturating_mul(k.saturating_add(r).saturating_add(n)) * 4;
+        let piece = rows.min(ROWS).saturating_mul(k.saturating_add(r).saturating_add(n)) * 4;
         let weights = a.wide_bytes().saturating_add(b.wide_bytes());
         let base = base.map_or(0, Operand::wide_bytes);
         let rest = base.saturating_add(piece).saturating_add(products);

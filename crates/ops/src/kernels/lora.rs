@@ -15,8 +15,7 @@ use half::{bf16, f16};
 
 const OP: &str = "lora";
 /// Rows that are widened together for f16 and bf16.
-const ROWS: usize = 256;
-pub(crate) const PIECE_ROWS: usize = ROWS;
+pub(crate) const ROWS: usize = 256;
 
 /// The rank to which [`skinny`] pads, if it takes the rank.
 pub(crate) fn skinny_rank(r: usize) -> Option<usize> {

@@ -69,8 +69,8 @@ impl<'a, E> Rows<'a, E> {
     }
 }
 
-/// The most bytes that copies of x to cache lines take.
-pub(crate) const ALIGNED_BYTES: usize = (ALIGNED + 2 * LANES * 8) * size_of::<f32>();
+/// The most bytes that copies of x to cache lines take: up to seven rows that are padded to lines, and a line to begin on.
+pub(crate) const ALIGNED_BYTES: usize = (ALIGNED + 8 * LANES) * size_of::<f32>();
 
 /// The most bytes that one thread packs for products of so many rows of `len` elements, with either kind of right side.
 pub(crate) fn panel_bytes(rows: usize, len: usize) -> usize {
