@@ -325,6 +325,71 @@ const PROGRAMS: &[(&str, Write)] = &[
         let y = d.op(Op::Glu { act: Silu }, &[], &[g, u])?;
         Ok(vec![d.unary(Sigmoid, y)?, x])
     }),
+    ("projections of one input", |d| {
+        let (x, b) = (d.leaf(&[2, 3, 8]), d.leaf(&[6]));
+        let (wq, wk, wv) = (d.leaf(&[6, 8]), d.leaf(&[4, 8]), d.leaf(&[8, 4]));
+        let q = d.op(Op::Linear { bias: true }, &[], &[x, wq, b])?;
+        let k = d.op(Op::Linear { bias: false }, &[], &[x, wk])?;
+        let v = d.op(Op::Matmul, &[], &[x, wv])?;
+        let (q, k) = (d.affine(q, 0.5, 0.25)?, d.reshape(k, &[2, 3, 2, 2])?);
+        Ok(vec![q, d.permute(k, &[0, 2, 1, 3])?, v])
+    }),
+    ("a gated unit between products", |d| {
+        let (x, w1, w2) = (d.leaf(&[2, 3, 8]), d.leaf(&[6, 8]), d.leaf(&[6, 8]));
+        let (b, turned, down) = (d.leaf(&[6]), d.leaf(&[3, 2, 6]), d.leaf(&[5, 6]));
+        let gate = d.op(Op::Linear { bias: false }, &[], &[x, w1])?;
+        let up = d.op(Op::Linear { bias: true }, &[], &[x, w2, b])?;
+        let h = d.op(Op::Glu { act: Silu }, &[], &[gate, up])?;
+        let turned = d.permute(turned, &[1, 0, 2])?;
+        let h = d.binary(Add, h, turned)?;
+        Ok(vec![d.op(Op::Linear { bias: false }, &[], &[h, down])?])
+    }),
+    ("a product that two steps read", |d| {
+        let (x, w) = (d.leaf(&[3, 8]), d.leaf(&[4, 8]));
+        let p = d.op(Op::Linear { bias: false }, &[], &[x, w])?;
+        let turned = d.permute(p, &[1, 0])?;
+        Ok(vec![d.affine(p, 2.0, 1.0)?, d.unary(Neg, turned)?])
+    }),
+    ("products of two left sides in one sum", |d| {
+        let (x, y, w1, w2) = (d.leaf(&[3, 8]), d.leaf(&[3, 8]), d.leaf(&[4, 8]), d.leaf(&[4, 8]));
+        let a = d.op(Op::Linear { bias: false }, &[], &[x, w1])?;
+        let b = d.op(Op::Linear { bias: false }, &[], &[y, w2])?;
+        Ok(vec![d.binary(Sub, a, b)?])
+    }),
+    ("a product that waits for another of its input", |d| {
+        let (x, w1, w2, w3) = (d.leaf(&[4, 8]), d.leaf(&[4, 8]), d.leaf(&[4, 8]), d.leaf(&[4, 4]));
+        let h = d.op(Op::Linear { bias: false }, &[], &[x, w1])?;
+        let e = d.unary(Tanh, h)?;
+        let turned = d.permute(e, &[1, 0])?;
+        let gate = d.op(Op::Linear { bias: false }, &[], &[turned, w3])?;
+        let gate = d.reduce(ReduceOp::Max, gate, 0b10, true)?;
+        let y = d.op(Op::Linear { bias: false }, &[], &[x, w2])?;
+        let y = d.binary(Add, y, h)?;
+        let gate = d.op(Op::Broadcast { shape: Dims::from_slice(&[4, 4]) }, &[], &[gate])?;
+        Ok(vec![d.binary(Mul, y, gate)?])
+    }),
+    ("a product that is added to another of its input", |d| {
+        let (x, w1, w2) = (d.leaf(&[3, 8]), d.leaf(&[4, 8]), d.leaf(&[4, 8]));
+        let h = d.op(Op::Linear { bias: false }, &[], &[x, w1])?;
+        let y = d.op(Op::Linear { bias: false }, &[], &[x, w2])?;
+        Ok(vec![d.binary(Sub, y, h)?, h])
+    }),
+    ("rows of a product that are reduced", |d| {
+        let (x, w) = (d.leaf(&[3, 8]), d.leaf(&[4, 8]));
+        let p = d.op(Op::Linear { bias: false }, &[], &[x, w])?;
+        let y = d.affine(p, 0.5, 0.0)?;
+        Ok(vec![d.softmax(y, 1)?])
+    }),
+    ("a product in chunks of columns", |d| {
+        let (x, w, b) = (d.leaf(&[1100, 8]), d.leaf(&[70, 8]), d.leaf(&[70]));
+        let y = d.op(Op::Linear { bias: true }, &[], &[x, w, b])?;
+        Ok(vec![d.unary(Tanh, y)?])
+    }),
+    ("a product in blocks of rows", |d| {
+        let (x, w, residual) = (d.leaf(&[140, 1024]), d.leaf(&[5, 1024]), d.leaf(&[140, 5]));
+        let y = d.op(Op::Linear { bias: false }, &[], &[x, w])?;
+        Ok(vec![d.binary(Add, y, residual)?])
+    }),
 ];
 
 /// Computes a program in a mode and judges it. `None` where the mode says nothing about programs.

@@ -3,10 +3,11 @@
 //! Each recorded op rounds to its own dtype; inside a composite nothing is rounded. That makes a result independent of
 //! what was fused: the same bits with one op per program or with forty.
 
+use super::heads::Products;
 use super::units::{Group, PerRow, Units};
 use super::{origin, output};
 use crate::error::{Error, Result};
-use crate::plan::{Step, StepKind};
+use crate::plan::{EpilogueStep, HeadStep, Output, SourceStep, Step, StepKind};
 use candle_core::DType;
 use candle_lazy_graph::{BinaryOp, CmpOp, FastMap, Graph, Op, ReduceOp, Sym, UnaryOp};
 use candle_lazy_ops::fault;
@@ -24,7 +25,22 @@ struct Emitter<'a> {
     params: SmallVec<[u32; 4]>,
 }
 
-pub(super) fn row_step(graph: &Graph, units: &Units, unit: usize, group: &Group) -> Result<Step> {
+/// A group's program, and what it is bound to: inputs and scalars as node and scalar numbers.
+struct Emitted {
+    program: Box<RowProgram>,
+    inputs: SmallVec<[u32; 4]>,
+    params: SmallVec<[u32; 4]>,
+    outputs: SmallVec<[Output; 2]>,
+}
+
+/// The members in their order.
+fn ordered(group: &Group) -> Vec<u32> {
+    let mut members = group.members.clone();
+    members.sort_unstable();
+    members
+}
+
+fn emit_group(graph: &Graph, units: &Units, unit: usize, group: &Group) -> Result<Emitted> {
     let mut emitter = Emitter {
         graph,
         units,
@@ -35,8 +51,7 @@ pub(super) fn row_step(graph: &Graph, units: &Units, unit: usize, group: &Group)
         inputs: SmallVec::new(),
         params: SmallVec::new(),
     };
-    let mut members = group.members.clone();
-    members.sort_unstable();
+    let members = ordered(group);
     for &id in &members {
         let reg = emitter.node(id)?;
         emitter.regs.insert(id, reg);
@@ -51,17 +66,75 @@ pub(super) fn row_step(graph: &Graph, units: &Units, unit: usize, group: &Group)
         }
     }
     let program = emitter.builder.finish().map_err(|e| Error::Internal(format!("row program: {e}")))?;
-    Ok(Step {
-        kind: StepKind::Row { program: Box::new(program), domain: group.domain.clone(), axes: group.axes.unwrap_or(0) },
-        inputs: emitter.inputs,
-        outputs,
-        params: emitter.params,
+    Ok(Emitted { program: Box::new(program), inputs: emitter.inputs, params: emitter.params, outputs })
+}
+
+/// A step of these recorded ops, the last of which an error names.
+fn step(graph: &Graph, members: &[u32], kind: StepKind, emitted: (SmallVec<[u32; 4]>, SmallVec<[u32; 4]>)) -> Step {
+    let (inputs, params) = emitted;
+    Step {
+        kind,
+        inputs,
+        outputs: SmallVec::new(),
+        params,
         boundaries: SmallVec::new(),
         free_after: SmallVec::new(),
         origin: members.last().map_or(0, |&id| origin(graph, id)),
         ops: members.iter().filter_map(|&id| graph.nodes[id as usize].op()).map(Op::name).collect(),
         origins: members.iter().map(|&id| origin(graph, id)).collect(),
-    })
+    }
+}
+
+pub(super) fn row_step(graph: &Graph, units: &Units, unit: usize, group: &Group) -> Result<Step> {
+    let Emitted { program, inputs, params, outputs } = emit_group(graph, units, unit, group)?;
+    let kind = StepKind::Row { program, domain: group.domain.clone(), axes: group.axes.unwrap_or(0) };
+    Ok(Step { outputs, ..step(graph, &ordered(group), kind, (inputs, params)) })
+}
+
+pub(super) fn products_step(graph: &Graph, units: &Units, unit: usize, products: &Products) -> Result<Step> {
+    let mut inputs: SmallVec<[u32; 4]> = SmallVec::new();
+    let mut number = |id: u32| match inputs.iter().position(|&i| i == id) {
+        Some(at) => at as u32,
+        None => {
+            inputs.push(id);
+            inputs.len() as u32 - 1
+        }
+    };
+    let (mut params, mut outputs) = (SmallVec::<[u32; 4]>::new(), SmallVec::<[Output; 2]>::new());
+    let mut heads = Vec::with_capacity(products.heads.len());
+    for head in &products.heads {
+        let mut rights = SmallVec::new();
+        for &product in &head.products {
+            let node = &graph.nodes[product as usize];
+            let [x, w] = node.inputs.as_slice() else { return Err(missing(product)) };
+            // the left side is the first input of all
+            number(*x);
+            rights.push((number(*w), matches!(node.op(), Some(Op::Linear { .. }))));
+        }
+        let first = head.products.first().ok_or_else(|| Error::Internal("a head without a product".into()))?;
+        let node = &graph.nodes[*first as usize];
+        let epilogue = match &head.epilogue {
+            None => {
+                outputs.push(output(*first, node));
+                None
+            }
+            Some(group) => {
+                let emitted = emit_group(graph, units, unit, group)?;
+                let source = |id: &u32| match head.products.iter().position(|p| p == id) {
+                    Some(product) => SourceStep::Product(product as u32),
+                    None => SourceStep::Input(number(*id)),
+                };
+                let sources = emitted.inputs.iter().map(source).collect();
+                let own = params.len()..params.len() + emitted.params.len();
+                params.extend(emitted.params);
+                outputs.extend(emitted.outputs);
+                Some(EpilogueStep { program: emitted.program, inputs: sources, params: own })
+            }
+        };
+        heads.push(HeadStep { dims: node.dims.clone(), rights, epilogue });
+    }
+    let kind = StepKind::Products { heads };
+    Ok(Step { outputs, ..step(graph, &products.members, kind, (inputs, params)) })
 }
 
 fn missing(id: u32) -> Error {
@@ -71,7 +144,8 @@ fn missing(id: u32) -> Error {
 impl Emitter<'_> {
     /// The register of an input: a member's, or a load.
     fn input(&mut self, id: u32, per_row: bool) -> Result<Reg> {
-        if self.units.unit_of(id) == Some(self.unit) {
+        // of a step's members the products are no registers: an epilogue loads them
+        if self.units.unit_of(id) == Some(self.unit) && self.group.members.contains(&id) {
             return self.regs.get(&id).copied().ok_or_else(|| missing(id));
         }
         let number = match self.inputs.iter().position(|&i| i == id) {

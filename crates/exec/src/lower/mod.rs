@@ -2,13 +2,15 @@
 //!
 //! 1. `choose`: each op gets a kernel, by predicates on op, dtypes, device and tracking, before anything runs.
 //! 2. `units`: ops that row programs serve are grouped; everything else stands alone.
-//! 3. `emit`: a group becomes one row program.
-//! 4. Slots follow from liveness.
+//! 3. `heads`: products take in the group that follows them, and other products of the same left side.
+//! 4. `emit`: a group becomes one row program.
+//! 5. Slots follow from liveness.
 
 #[cfg(feature = "testing")]
 mod broken;
 mod choose;
 mod emit;
+mod heads;
 mod units;
 
 pub use choose::{expands, Choice};
@@ -57,6 +59,7 @@ fn lower(graph: &Graph, options: &EvalOptions) -> Result<Plan> {
 fn step_of(graph: &Graph, choices: &[Choice], units: &Units, unit: usize) -> Result<Step> {
     let (mut step, members) = match units.get(unit) {
         Unit::Row(group) => (emit::row_step(graph, units, unit, group)?, group.members.as_slice()),
+        Unit::Products(products) => (emit::products_step(graph, units, unit, products)?, products.members.as_slice()),
         Unit::Single(node) => (single_step(graph, choices, *node)?, std::slice::from_ref(node)),
     };
     // what views show costs nothing, so there is nothing to explain

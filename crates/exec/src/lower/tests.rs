@@ -31,7 +31,41 @@ fn a_transformer_block_fuses_around_its_products() {
     let y = (down + &x).unwrap().layer_norm(None, None, 1e-5).unwrap();
     drop((h, gate, up));
     let plan = plan_of(&[&y]);
-    assert_eq!(row_steps(&plan), [vec!["rms_norm"], vec!["add", "glu"], vec!["add", "layer_norm"]], "{plan}");
+    assert_eq!(row_steps(&plan), [vec!["rms_norm"], vec!["add", "layer_norm"]], "{plan}");
+    assert_eq!(products(&plan), [(vec!["linear", "linear", "add", "glu"], 1)], "{plan}");
+    let biased = x.linear(&leaf(&[16, 8]), Some(&leaf(&[16]))).unwrap().gelu_erf().unwrap();
+    let plan = plan_of(&[&(biased * 0.5).unwrap()]);
+    assert_eq!(products(&plan), [(vec!["linear", "add", "gelu_erf", "affine"], 1)], "{plan}");
+}
+
+/// The ops and the number of heads of each step of products.
+fn products(plan: &Plan) -> Vec<(Vec<&'static str>, usize)> {
+    let of = |step: &Step| match &step.kind {
+        StepKind::Products { heads } => Some((step.ops.to_vec(), heads.len())),
+        _ => None,
+    };
+    plan.steps.iter().filter_map(of).collect()
+}
+
+#[test]
+fn products_of_one_left_side_are_one_step() {
+    let x = leaf(&[2, 5, 8]);
+    let bias = leaf(&[8]);
+    let of = |n: usize, bias: Option<&LazyTensor>| x.linear(&leaf(&[n, 8]), bias).unwrap();
+    let (q, k, v) = (of(8, Some(&bias)), of(4, None), of(4, None));
+    let q = q.reshape((2, 5, 2, 4)).unwrap().transpose(1, 2).unwrap();
+    let plan = plan_of(&[&q, &k, &v]);
+    assert_eq!(products(&plan), [(vec!["linear", "add", "linear", "linear"], 3)], "{plan}");
+    // what needs another's result is no part of its step, nor is what comes much later
+    let h = x.linear(&leaf(&[8, 8]), None).unwrap();
+    let gate = h.exp().unwrap().t().unwrap().contiguous().unwrap();
+    let gated = x.linear(&leaf(&[8, 8]), None).unwrap().broadcast_mul(&gate.sum_all().unwrap()).unwrap();
+    let plan = plan_of(&[&gated]);
+    assert_eq!(products(&plan), [(vec!["linear", "mul"], 1)], "{plan}");
+    let far = (0..20).fold(h, |far, _| far.softmax(1).unwrap().softmax(2).unwrap());
+    let late = x.linear(&leaf(&[8, 8]), None).unwrap();
+    let plan = plan_of(&[&far, &late]);
+    assert_eq!(products(&plan), [], "{plan}");
 }
 
 #[test]
@@ -58,7 +92,8 @@ fn no_program_needs_its_own_result() {
     let y = (a.matmul(&a).unwrap() + &a).unwrap();
     drop(a);
     let plan = plan_of(&[&y]);
-    assert_eq!(row_steps(&plan), [vec!["exp"], vec!["add"]], "{plan}");
+    assert_eq!(row_steps(&plan), [vec!["exp"]], "{plan}");
+    assert_eq!(products(&plan), [(vec!["matmul", "add"], 1)], "{plan}");
 }
 
 #[test]
@@ -154,8 +189,13 @@ fn a_plan_says_why_steps_are_not_one() {
     };
     let between = {
         let e = x.exp().unwrap();
-        let turned = e.matmul(&w).unwrap();
-        (e + turned).unwrap()
+        let turned = e.sum(0).unwrap();
+        (e + turned.exp().unwrap().broadcast_as((8, 8)).unwrap()).unwrap()
+    };
+    let product = || x.matmul(&w).unwrap();
+    let twice = {
+        let p = product();
+        (p.t().unwrap().matmul(&w).unwrap() + (p + 1.0).unwrap()).unwrap()
     };
     let var = candle_core::Var::ones((8, 8), DType::F32, &Device::Cpu).unwrap();
     let tracked = LazyTensor::from(var.as_tensor().clone()).exp().unwrap();
@@ -178,6 +218,14 @@ fn a_plan_says_why_steps_are_not_one() {
         ),
         (many(30), vec![Boundary::Inputs]),
         (between, vec![Boundary::Between]),
+        (product().softmax(1).unwrap(), vec![Boundary::Reduces]),
+        (twice, vec![Boundary::Shared]),
+        ((product() + w.matmul(&x).unwrap()).unwrap(), vec![Boundary::OtherLeft]),
+        (f64s.matmul(&f64s).unwrap().exp().unwrap(), vec![Boundary::Kernel("matmul")]),
+        (
+            (product().broadcast_as((3, 8, 8)).unwrap() + leaf(&[3, 8, 8])).unwrap(),
+            vec![Boundary::View("broadcast_as")],
+        ),
         (tracked.detach().exp().unwrap(), vec![Boundary::Candle("detach")]),
     ];
     for (t, want) in &cases {

@@ -5,6 +5,7 @@
 //! group and comes back. Rounding happens at every recorded op, so what a group holds never changes a bit of a result.
 
 use super::choose::{row_class, Choice};
+use super::heads::Products;
 use crate::plan::{Boundary, MAX_INPUTS, MAX_MEMBERS};
 use candle_lazy_graph::{Dims, FastMap, GNode, Graph, Op, OpClass, Sym};
 use candle_lazy_ops::fault;
@@ -43,13 +44,14 @@ impl Group {
 #[derive(Debug)]
 pub(super) enum Unit {
     Row(Group),
+    Products(Products),
     Single(u32),
 }
 
 #[derive(Debug)]
 pub(super) struct Units {
-    units: Vec<Option<Unit>>,
-    of: Vec<Option<usize>>,
+    pub(super) units: Vec<Option<Unit>>,
+    pub(super) of: Vec<Option<usize>>,
     pub(super) per_row: Vec<PerRow>,
     /// Nodes that something outside their unit reads.
     needed: Vec<bool>,
@@ -60,7 +62,7 @@ pub(super) struct Units {
     /// the node may depend on it through such a unit only.
     reach: Vec<u32>,
     /// Why a reader did not join, or take in, the group of what it reads.
-    refused: FastMap<(u32, u32), Boundary>,
+    pub(super) refused: FastMap<(u32, u32), Boundary>,
 }
 
 /// What an op needs of the group it is in.
@@ -110,6 +112,9 @@ pub(super) fn form(graph: &Graph, choices: &[Choice], fuse: bool) -> Units {
             }
         }
     }
+    if fuse {
+        units.join_products(graph, choices);
+    }
     for (user, node) in graph.nodes.iter().enumerate() {
         for &input in &node.inputs {
             if units.of[input as usize] != units.of[user] {
@@ -157,7 +162,7 @@ impl Units {
     fn group(&self, unit: usize) -> Option<&Group> {
         match self.units.get(unit)?.as_ref()? {
             Unit::Row(group) => Some(group),
-            Unit::Single(_) => None,
+            Unit::Single(_) | Unit::Products(_) => None,
         }
     }
 
@@ -205,6 +210,9 @@ impl Units {
 
     /// Why `reader`, which reads `node`, is in another unit.
     pub(super) fn boundary(&self, graph: &Graph, choices: &[Choice], node: u32, reader: u32) -> Boundary {
+        if let Some(&why) = self.refused.get(&(node, reader)) {
+            return why;
+        }
         for id in [reader, node] {
             let Some(op) = graph.nodes[id as usize].op() else { continue };
             match choices[id as usize] {
@@ -214,8 +222,8 @@ impl Units {
                 Choice::Leaf | Choice::Row => {}
             }
         }
-        // groups are asked for in the order of their readers; none was asked for where fusion is off
-        self.refused.get(&(node, reader)).copied().unwrap_or(Boundary::Off)
+        // no group was asked for where fusion is off
+        Boundary::Off
     }
 
     fn add(&mut self, graph: &Graph, unit: usize, id: u32) {
@@ -335,7 +343,7 @@ impl Units {
 
     /// Whether `members` (of the units in `own`, and `id`) can run as one: not too many inputs, and none that depends on
     /// the members themselves.
-    fn closed(&mut self, graph: &Graph, members: &[u32], own: &[usize], id: u32) -> Result<(), Boundary> {
+    pub(super) fn closed(&mut self, graph: &Graph, members: &[u32], own: &[usize], id: u32) -> Result<(), Boundary> {
         let mut outside: Vec<u32> = Vec::new();
         for &m in members {
             for &input in &graph.nodes[m as usize].inputs {
@@ -373,7 +381,7 @@ impl Units {
     }
 
     /// A unit whose first member is `first` has members before and after each of the nodes `from..=to`.
-    fn spans(&mut self, first: u32, from: u32, to: u32) {
+    pub(super) fn spans(&mut self, first: u32, from: u32, to: u32) {
         for reach in self.reach.iter_mut().take(to as usize + 1).skip(from as usize) {
             *reach = (*reach).min(first);
         }
@@ -391,9 +399,10 @@ impl Units {
         bound
     }
 
-    fn members(&self, unit: usize) -> &[u32] {
+    pub(super) fn members(&self, unit: usize) -> &[u32] {
         match self.units.get(unit).and_then(Option::as_ref) {
             Some(Unit::Row(group)) => &group.members,
+            Some(Unit::Products(products)) => &products.members,
             Some(Unit::Single(node)) => std::slice::from_ref(node),
             None => &[],
         }

@@ -33,6 +33,12 @@ pub enum Boundary {
     OtherShape,
     /// The program would have more inputs than one may.
     Inputs,
+    /// The reader reduces rows, and a product is made in parts of them.
+    Reduces,
+    /// Another step reads the product too.
+    Shared,
+    /// The reader follows a product of another left side.
+    OtherLeft,
     /// Something between them is not part of the program, and waits for it.
     Between,
 }
@@ -51,6 +57,9 @@ impl fmt::Display for Boundary {
             Self::Again => write!(f, "a value per row is reduced again"),
             Self::OtherShape => write!(f, "they run over different shapes"),
             Self::Inputs => write!(f, "more than {MAX_INPUTS} inputs"),
+            Self::Reduces => write!(f, "the reader reduces rows, which a product makes in parts"),
+            Self::Shared => write!(f, "another step reads it too"),
+            Self::OtherLeft => write!(f, "the reader is one with a product of another left side"),
             Self::Between => write!(f, "what lies between them is not fused, and waits for the first"),
         }
     }

@@ -5,11 +5,11 @@
 //! largest one, which grows. The pool gives buffers of exactly a piece's size, so that a run holds the pieces and no more.
 //! What a caller gets to keep lies in a piece of exactly its size, the last to do so.
 
-use super::{Plan, Step, StepKind};
+use super::{Plan, SourceStep, Step, StepKind};
 use crate::buffer::BufferValue;
 use candle_core::DType;
 use candle_lazy_graph::{Bindings, Dims, Op, OpClass, Value};
-use candle_lazy_ops::kernels::extra::{self, Extra, Operand};
+use candle_lazy_ops::kernels::extra::{self, Extra, HeadNeeds, Operand};
 use smallvec::SmallVec;
 use std::sync::Arc;
 
@@ -370,6 +370,20 @@ impl<'a> Planner<'a> {
             }
             StepKind::Matmul => of(0, 1).map(|(a, b)| extra::matmul(&a, &b)),
             StepKind::Linear => of(0, 1).map(|(x, w)| extra::linear(&x, &w)),
+            StepKind::Products { heads } => operand(0).map(|x| {
+                let needs = heads.iter().map(|head| HeadNeeds {
+                    cols: head.dims.last().map_or(1, |&n| self.bindings.size(n)),
+                    rights: head.rights.iter().filter_map(|&(w, _)| operand(w as usize)).collect(),
+                    epilogue: head.epilogue.as_ref().map(|e| {
+                        let read = e.inputs.iter().filter_map(|source| match source {
+                            SourceStep::Product(_) => None,
+                            SourceStep::Input(i) => operand(*i as usize),
+                        });
+                        (&*e.program, read.collect())
+                    }),
+                });
+                extra::products(&x, &needs.collect::<Vec<_>>())
+            }),
             StepKind::Lora => of(0, 1).and_then(|(x, a)| Some(extra::lora(&x, &a, &operand(2)?, operand(3).as_ref()))),
             StepKind::Attention { .. } => of(0, 2).map(|(q, v)| extra::attention(&q, &v)),
             StepKind::Rope { .. } => of(0, 1).map(|(x, cos)| extra::rope(&x, &cos)),

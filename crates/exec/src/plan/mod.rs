@@ -42,6 +42,37 @@ pub enum CandleReason {
     Fallback,
 }
 
+/// Products that are made together.
+#[derive(Debug, Clone)]
+pub struct HeadStep {
+    /// The shape of a product.
+    pub dims: Dims<Sym>,
+    /// Each right side: which input of the step, and whether it lies (out, in).
+    pub rights: SmallVec<[(u32, bool); 2]>,
+    /// What follows.
+    pub epilogue: Option<EpilogueStep>,
+}
+
+/// An elementwise program that follows products.
+#[derive(Debug, Clone)]
+pub struct EpilogueStep {
+    /// The program.
+    pub program: Box<RowProgram>,
+    /// What each of its inputs is.
+    pub inputs: SmallVec<[SourceStep; 4]>,
+    /// Which of the step's scalars are its own.
+    pub params: std::ops::Range<usize>,
+}
+
+/// What an epilogue reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SourceStep {
+    /// A product of its head.
+    Product(u32),
+    /// An input of the step.
+    Input(u32),
+}
+
 /// What a step does.
 #[derive(Debug, Clone)]
 pub enum StepKind {
@@ -60,6 +91,11 @@ pub enum StepKind {
     Matmul,
     /// x·wᵀ.
     Linear,
+    /// Products of the first input with weights, and what follows each of them element by element.
+    Products {
+        /// What is made, in the order of the outputs.
+        heads: Vec<HeadStep>,
+    },
     /// Two skinny products, scaled, onto a base if there is one.
     Lora,
     /// Rotary position embedding.
@@ -158,7 +194,7 @@ impl StepKind {
             Self::View(op) => op.name(),
             Self::Row { .. } => "row",
             Self::Matmul => "matmul",
-            Self::Linear => "linear",
+            Self::Linear | Self::Products { .. } => "linear",
             Self::Lora => "lora",
             Self::Rope { .. } => "rope",
             Self::Attention { .. } => "attention",

@@ -1,5 +1,7 @@
 //! One step: the kernel it names, on the values in its slots.
 
+mod heads;
+
 use super::bind::Lent;
 use super::slots::{kernel_error, slot_tensor, with_views, SlotValue};
 use super::{candle, Engine};
@@ -80,6 +82,12 @@ pub(super) fn run_step(
                 buffers.push(ctx.take(i, &bindings.dims(&output.dims))?);
             }
             row_program(program, (&dims, *axes), &params, slots, &step.inputs, &mut buffers)?;
+            for (output, buffer) in step.outputs.iter().zip(buffers) {
+                put(slots, output, buffer, bindings);
+            }
+        }
+        StepKind::Products { heads } => {
+            let buffers = heads::run(&ctx, heads, slots)?;
             for (output, buffer) in step.outputs.iter().zip(buffers) {
                 put(slots, output, buffer, bindings);
             }
@@ -218,6 +226,7 @@ fn single_output(ctx: &Ctx<'_>, slots: &mut [SlotValue]) -> Result<()> {
             StepKind::Copy => kernels::copy_into(at(0)?, &mut out, &Strided::contiguous(&dims)).map_err(kernel_error),
             StepKind::View(_)
             | StepKind::Row { .. }
+            | StepKind::Products { .. }
             | StepKind::SliceAssign { .. }
             | StepKind::ToDevice
             | StepKind::Custom(_)

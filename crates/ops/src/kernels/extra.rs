@@ -3,9 +3,11 @@
 //! Tables of a few words per task or per row of a batch are left out.
 
 use super::attention::extra_bytes as attention_bytes;
-use super::dots::{panel_bytes, ALIGNED_BYTES};
+use super::dots::{panel_bytes, part_rows, ALIGNED_BYTES, FEW_ROWS, LINE_BYTES};
 use super::lora::{skinny_rank, ROWS};
+use super::products::kept_products;
 use super::team;
+use crate::row::RowProgram;
 use crate::view::count;
 use candle_core::DType;
 
@@ -14,6 +16,8 @@ use candle_core::DType;
 pub struct Extra {
     /// What its threads keep for the next kernel, which may take more or less.
     pub kept: usize,
+    /// The same of kernels that run within it, who keep their own.
+    pub within: usize,
     /// What is given back when it ends.
     pub passing: usize,
 }
@@ -22,25 +26,29 @@ impl Extra {
     /// So much that is kept.
     #[must_use]
     pub fn kept(bytes: usize) -> Self {
-        Self { kept: bytes, passing: 0 }
+        Self { kept: bytes, ..Self::default() }
     }
 
     /// So much that is given back.
     #[must_use]
     pub fn passing(bytes: usize) -> Self {
-        Self { kept: 0, passing: bytes }
+        Self { passing: bytes, ..Self::default() }
     }
 
     /// What two kernels take one after the other.
     #[must_use]
     pub fn max(self, other: Self) -> Self {
-        Self { kept: self.kept.max(other.kept), passing: self.passing.max(other.passing) }
+        Self {
+            kept: self.kept.max(other.kept),
+            within: self.within.max(other.within),
+            passing: self.passing.max(other.passing),
+        }
     }
 
-    /// Both.
+    /// All of it.
     #[must_use]
     pub fn bytes(self) -> u64 {
-        self.kept as u64 + self.passing as u64
+        self.kept as u64 + self.within as u64 + self.passing as u64
     }
 }
 
@@ -58,6 +66,13 @@ pub struct Operand<'a> {
 impl Operand<'_> {
     fn elements(&self) -> usize {
         count(self.dims)
+    }
+
+    /// Whether broadcast to (lead…, n) it is rows at one distance, or the same row everywhere.
+    fn is_rows(&self, lead: &[usize]) -> bool {
+        let own = self.dims.split_last().map_or(&[][..], |(_, own)| own);
+        let missing = lead.len().saturating_sub(own.len());
+        self.dense && (own.iter().all(|&d| d == 1) || missing == 0 && own == lead)
     }
 
     /// Dim `i` from the right; 1 where there is none.
@@ -95,7 +110,7 @@ pub fn matmul(a: &Operand<'_>, b: &Operand<'_>) -> Extra {
     let sums = if direct(a.dtype) { 0 } else { rows.max(a.last(1).saturating_mul(batches)).saturating_mul(n) * 4 };
     let left = if direct(a.dtype) && a.dense { 0 } else { a.wide_bytes() };
     let right = if b.dense { 0 } else { k.saturating_mul(n).saturating_mul(4) };
-    Extra { kept: inner(rows, k), passing: sums.saturating_add(left).saturating_add(right) }
+    Extra { passing: sums.saturating_add(left).saturating_add(right), ..Extra::kept(inner(rows, k)) }
 }
 
 /// Of inner products of rows with `k` elements, with either kind of right side.
@@ -108,6 +123,65 @@ fn inner(rows: usize, k: usize) -> usize {
 pub fn linear(x: &Operand<'_>, w: &Operand<'_>) -> Extra {
     let turned = [w.last(0), w.last(1)];
     matmul(x, &Operand { dims: &turned, dtype: w.dtype, dense: w.dense })
+}
+
+/// A head of [`products`](super::products()), as far as memory depends on it.
+#[derive(Debug, Clone)]
+pub struct HeadNeeds<'a> {
+    /// Columns of its products.
+    pub cols: usize,
+    /// Its right sides.
+    pub rights: Vec<Operand<'a>>,
+    /// The program of its epilogue, and what that reads beside products.
+    pub epilogue: Option<(&'a RowProgram, Vec<Operand<'a>>)>,
+}
+
+/// Of [`products`](super::products()).
+#[must_use]
+pub fn products(x: &Operand<'_>, heads: &[HeadNeeds<'_>]) -> Extra {
+    let left = if direct(x.dtype) && x.dense { 0 } else { x.wide_bytes() };
+    let mut all = Extra::passing(left);
+    for head in heads {
+        let Extra { kept, within, passing } = of_head(x, head);
+        // a thread's parts come one after the other; copies of operands are there from the beginning
+        all = Extra {
+            kept: all.kept.max(kept),
+            within: all.within.max(within),
+            passing: all.passing.saturating_add(passing),
+        };
+    }
+    all
+}
+
+fn of_head(x: &Operand<'_>, head: &HeadNeeds<'_>) -> Extra {
+    let (k, n) = (x.last(0), head.cols);
+    let m = x.elements() / k.max(1);
+    let copied = head.rights.iter().filter(|w| !w.dense).map(|w| w.wide_bytes()).fold(0, usize::saturating_add);
+    let threads = team::threads();
+    // a part's rows where they are packed, or where they are few
+    let rows = part_rows(m, k, true).max(FEW_ROWS).min(m);
+    let sides = head.rights.len().max(1);
+    let tile = kept_products(rows, sides, n);
+    let rounded = if direct(x.dtype) { 0 } else { tile.saturating_mul(2) };
+    let (mut passing, mut of_thread) = (copied, rounded);
+    let mut program_bytes = 0;
+    if let Some((program, operands)) = &head.epilogue {
+        let lead = x.dims.split_last().map_or(&[][..], |(_, lead)| lead);
+        let copies = operands.iter().filter(|o| !o.is_rows(lead)).count();
+        passing = passing.saturating_add(m.saturating_mul(n).saturating_mul(4 * copies));
+        let result = tile / sides;
+        of_thread = of_thread.saturating_add(program.outputs().len().saturating_mul(result).saturating_mul(4));
+        // its parts are whole tasks of the team: no thread shares its own
+        program_bytes = program.scratch_bytes(&[result.max(1)], 0);
+    }
+    let own = tile.saturating_mul(4).saturating_add(panel_bytes(rows, k)).saturating_add(LINE_BYTES);
+    let within = panel_bytes(rows, k).saturating_add(program_bytes).saturating_mul(threads);
+    Extra {
+        kept: own.saturating_mul(threads).saturating_add(ALIGNED_BYTES),
+        // the caller, who copies x to cache lines first, is one kernel deeper
+        within: within.saturating_add(own),
+        passing: passing.saturating_add(of_thread.saturating_mul(threads)),
+    }
 }
 
 /// Of [`lora`](super::lora): `a` (k, r), `b` (r, n).

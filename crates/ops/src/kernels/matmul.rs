@@ -65,6 +65,11 @@ impl Matrix {
         Matrix { offset, rows, cols, row_stride: cols, col_stride: 1 }
     }
 
+    /// Whether its rows or its columns are runs of elements.
+    pub(crate) fn has_runs(&self) -> bool {
+        self.row_stride == 1 || self.rows == 1 || self.col_stride == 1 || self.cols == 1
+    }
+
     /// Whether every element stands within `len`.
     fn fits(&self, len: usize) -> bool {
         if self.rows == 0 || self.cols == 0 {

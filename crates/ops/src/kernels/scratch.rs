@@ -9,15 +9,29 @@ const LINE: usize = LINE_BYTES / size_of::<f32>();
 /// No more numbers than these are kept: two MiB, enough for the panels of all but very long rows.
 const MOST: usize = 1 << 19;
 
+/// So many kernels within one another find memory: copies of x, a product in parts, and what follows it element by element.
+const DEPTH: usize = 3;
+
 thread_local! {
-    static KEPT: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    static KEPT: [Cell<Vec<f32>>; DEPTH] = const { [const { Cell::new(Vec::new()) }; DEPTH] };
+    /// How many kernels of this thread have memory at the moment.
+    static INSIDE: Cell<usize> = const { Cell::new(0) };
 }
 
 /// Calls `f` with `len` numbers that start on a cache line; they hold what the last kernel left there. The thread keeps the memory up
-/// to two MiB: new pages for each call cost more than many a product.
+/// to two MiB, and as much again for a kernel within: new pages for each call cost more than many a product.
 pub(crate) fn with<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
-    // a kernel within a kernel finds none and takes its own, which the outer one's replaces in the end
-    let mut store = KEPT.take();
+    /// A kernel that panics has no memory any more either.
+    struct Inside(usize);
+    impl Drop for Inside {
+        fn drop(&mut self) {
+            INSIDE.set(self.0);
+        }
+    }
+    let inside = Inside(INSIDE.get());
+    INSIDE.set(inside.0 + 1);
+    // deeper ones take their own, which goes with them
+    let mut store = KEPT.with(|kept| kept.get(inside.0).map(Cell::take)).unwrap_or_default();
     if store.len() < len + LINE {
         // the old memory goes before the new one comes
         drop(store);
@@ -25,7 +39,7 @@ pub(crate) fn with<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     }
     let result = f(on_line(&mut store, len));
     if store.len() <= MOST {
-        KEPT.set(store);
+        KEPT.with(|kept| kept.get(inside.0).map(|kept| kept.set(store)));
     }
     result
 }
@@ -44,7 +58,7 @@ mod tests {
     fn no_more_than_two_mib_are_kept() {
         with(2 * MOST, |all| assert_eq!(all.len(), 2 * MOST));
         with(10, |_| ());
-        let kept = KEPT.take().len();
+        let kept = KEPT.with(|kept| kept[0].take()).len();
         assert!((10..=MOST).contains(&kept), "{kept}");
     }
 

@@ -246,6 +246,11 @@ impl RowProgram {
         elements.saturating_mul(self.prepared.cost)
     }
 
+    /// About how many nanoseconds one thread needs for so many elements.
+    pub(crate) fn cost_ns(&self, elements: usize) -> usize {
+        self.work(elements) / WORK_PER_NS
+    }
+
     /// An upper bound, in bytes, on the scratch that a run over this space allocates, over all threads of the current pool.
     pub fn scratch_bytes(&self, dims: &[usize], row_axes: u32) -> usize {
         let n: usize =

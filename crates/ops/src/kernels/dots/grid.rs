@@ -6,21 +6,21 @@ use std::marker::PhantomData;
 /// `rows × cols` numbers, rows `pitch` apart. Two grids made by [`Grid::split_cols`] interleave in memory but share no
 /// number, nor do those of [`Grid::split_rows`].
 #[derive(Debug)]
-pub(crate) struct Grid<'a> {
-    data: *mut f32,
+pub(crate) struct Grid<'a, T = f32> {
+    data: *mut T,
     rows: usize,
     cols: usize,
     pitch: usize,
-    own: PhantomData<&'a mut [f32]>,
+    own: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: a grid is the only way to its numbers, as a `&mut [f32]` would be: `new` borrows the slice for `'a`, and `split_cols`
+// SAFETY: a grid is the only way to its numbers, as a `&mut [T]` would be: `new` borrows the slice for `'a`, and `split_cols`
 // and `split_rows` consume the grid that they share out.
-unsafe impl Send for Grid<'_> {}
+unsafe impl<T: Send> Send for Grid<'_, T> {}
 
-impl<'a> Grid<'a> {
+impl<'a, T: Copy> Grid<'a, T> {
     /// The grid at the start of `data`.
-    pub(crate) fn new(data: &'a mut [f32], rows: usize, cols: usize, pitch: usize) -> Result<Self> {
+    pub(crate) fn new(data: &'a mut [T], rows: usize, cols: usize, pitch: usize) -> Result<Self> {
         let end = rows.checked_sub(1).map_or(Some(0), |last| last.checked_mul(pitch)?.checked_add(cols));
         if cols > pitch || end.is_none_or(|end| end > data.len()) {
             return Err(Error::shape("matmul", format!("{rows} x {cols}, rows {pitch} apart, in {}", data.len())));
@@ -37,12 +37,12 @@ impl<'a> Grid<'a> {
     }
 
     /// The same grid while this one waits.
-    pub(crate) fn borrow(&mut self) -> Grid<'_> {
+    pub(crate) fn borrow(&mut self) -> Grid<'_, T> {
         Grid { own: PhantomData, ..*self }
     }
 
     /// The columns before `at`, and the others.
-    pub(crate) fn split_cols(self, at: usize) -> (Grid<'a>, Grid<'a>) {
+    pub(crate) fn split_cols(self, at: usize) -> (Grid<'a, T>, Grid<'a, T>) {
         let at = at.min(self.cols);
         // SAFETY: column `at` of the first row is within the data, or one behind its end where there is no such column; without
         // rows the pointer is never followed.
@@ -54,7 +54,7 @@ impl<'a> Grid<'a> {
     }
 
     /// The rows before `at`, and the others.
-    pub(crate) fn split_rows(self, at: usize) -> (Grid<'a>, Grid<'a>) {
+    pub(crate) fn split_rows(self, at: usize) -> (Grid<'a, T>, Grid<'a, T>) {
         let at = at.min(self.rows);
         // SAFETY: row `at` begins within the data, or there is none; then the pointer is never followed.
         let below = if at == self.rows { self.data } else { unsafe { self.data.add(at * self.pitch) } };
@@ -66,7 +66,7 @@ impl<'a> Grid<'a> {
 
     /// Writes numbers from row `i`, column `j` on, as many as the row has room for.
     #[inline(always)]
-    pub(crate) fn put(&mut self, i: usize, j: usize, numbers: &[f32]) {
+    pub(crate) fn put(&mut self, i: usize, j: usize, numbers: &[T]) {
         if i >= self.rows || j >= self.cols {
             return;
         }
@@ -74,6 +74,18 @@ impl<'a> Grid<'a> {
         // SAFETY: row `i` and columns `j..j + n` are within the grid, which `new` showed to be within its data; nothing else can
         // reach them, and `numbers` is not among them, being another borrow.
         unsafe { std::ptr::copy_nonoverlapping(numbers.as_ptr(), self.data.add(i * self.pitch + j), n) }
+    }
+
+    /// Columns `from..from + count` of all rows, where they lie behind one another: of a single row, or where that is all there is.
+    pub(crate) fn run(&mut self, from: usize, count: usize) -> Option<&mut [T]> {
+        let within = from.checked_add(count).is_some_and(|end| end <= self.cols);
+        let whole = from == 0 && count == self.cols && self.cols == self.pitch;
+        if !within || self.rows == 0 || self.rows > 1 && !whole {
+            return None;
+        }
+        // SAFETY: the columns are within the first row, or they are all columns of rows without gaps; `new` showed either to be within the
+        // data, which nothing else can reach while this grid is borrowed.
+        Some(unsafe { std::slice::from_raw_parts_mut(self.data.add(from), self.rows * count) })
     }
 }
 
@@ -108,6 +120,25 @@ mod tests {
         none.put(0, 0, &[9.0]);
         assert_eq!((all.rows(), none.rows()), (2, 0));
         assert_eq!(data, [1.0, 0.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0]);
+    }
+
+    #[test]
+    fn runs_are_what_lies_together() {
+        let mut data = [0u8; 12];
+        let mut grid = Grid::new(&mut data, 3, 4, 4).unwrap();
+        assert!(grid.run(0, 3).is_none());
+        assert!(grid.run(1, 4).is_none());
+        assert_eq!(grid.run(0, 4).map(|all| all.len()), Some(12));
+        let (mut first, mut others) = grid.split_rows(1);
+        first.run(1, 2).unwrap().copy_from_slice(&[1, 2]);
+        assert!(first.run(1, 4).is_none());
+        assert!(first.run(usize::MAX, 2).is_none());
+        others.run(0, 4).unwrap().fill(3);
+        let (mut left, mut none) = others.split_cols(2);
+        assert!(left.run(0, 2).is_none());
+        assert!(none.borrow().split_rows(0).0.run(0, 2).is_none());
+        assert!(none.run(0, 2).is_none());
+        assert_eq!(data, [0, 1, 2, 0, 3, 3, 3, 3, 3, 3, 3, 3]);
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod narrow;
 mod panel;
 mod portable;
 mod right;
+mod side;
 
 use super::{scratch, team};
 use crate::error::{Error, Result};
@@ -23,6 +24,7 @@ pub(crate) use grid::Grid;
 pub(crate) use narrow::Narrow;
 use parking_lot::Mutex;
 pub(crate) use right::{Columns, Right};
+pub(crate) use side::{Left, Side};
 
 /// Lanes of a sum.
 const LANES: usize = 16;
@@ -38,7 +40,9 @@ const BLOCK_BYTES: usize = 1 << 18;
 /// More elements of x than these are not copied to cache lines: it would take long, and memory.
 const ALIGNED: usize = 1 << 16;
 /// Bytes of a cache line.
-const LINE_BYTES: usize = 64;
+pub(super) const LINE_BYTES: usize = 64;
+/// From so many rows of x on every right side is packed.
+pub(super) const FEW_ROWS: usize = <Rows<'_, f32> as Right>::PACKED_FROM;
 
 /// Rows of `len` elements that start `pitch` apart.
 #[derive(Clone, Copy, Debug)]
@@ -59,12 +63,20 @@ impl<'a, E> Rows<'a, E> {
         }
     }
 
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
     fn row(&self, i: usize) -> &'a [E] {
         &self.data[i * self.pitch..i * self.pitch + self.len]
     }
 
     /// Rows `from..from + count`.
-    fn part(&self, from: usize, count: usize) -> Self {
+    pub(crate) fn part(&self, from: usize, count: usize) -> Self {
         Self { data: self.data.get(from * self.pitch..).unwrap_or_default(), count, ..*self }
     }
 }
@@ -84,7 +96,7 @@ pub(crate) fn dots<R: Right>(x: Rows<'_, f32>, w: R, out: &mut Grid<'_>) -> Resu
         let (x, w, out) = ((x.count, x.len), (w.count(), w.len()), (out.rows(), out.cols()));
         return Err(Error::shape("matmul", format!("{x:?} x {w:?} transposed into {out:?}")));
     }
-    if x.count < R::PACKED_FROM || x.len == 0 {
+    if !w.packs(x.count) {
         w.few(x, out);
         return Ok(());
     }
@@ -92,28 +104,46 @@ pub(crate) fn dots<R: Right>(x: Rows<'_, f32>, w: R, out: &mut Grid<'_>) -> Resu
     let mut rest = out.borrow();
     for from in (0..x.count).step_by(rows) {
         let (mut part, below) = rest.split_rows(rows);
-        panel::products(x.part(from, rows.min(x.count - from)), w, &mut part);
+        panel::with(x.part(from, rows.min(x.count - from)), R::STRIP, 0, |block, _| block.products(w, &mut part));
         rest = below;
     }
     Ok(())
 }
 
+/// About how many nanoseconds a thread needs for the products of so many rows of x.
+fn cost_ns<R: Right>(w: &R, rows: usize) -> usize {
+    let weights = w.count().saturating_mul(w.len());
+    (weights.saturating_mul(R::BYTES) / BYTES_PER_NS).max(weights.saturating_mul(rows) / MACS_PER_NS)
+}
+
+/// In how many parts work of so many nanoseconds is shared.
+pub(crate) fn task_count(ns: usize) -> usize {
+    // several parts for each thread: one that wakes late finds less to do
+    match team::threads() {
+        0 | 1 => 1,
+        _ if ns < 2 * TASK_NS => 1,
+        threads => (threads * 4).min(ns / TASK_NS),
+    }
+}
+
 /// The same with the right side shared among threads.
 pub(crate) fn dots_parallel<R: Right>(x: Rows<'_, f32>, w: R, out: Grid<'_>) -> Result<()> {
-    let weights = w.count().saturating_mul(w.len());
-    let time = (weights.saturating_mul(R::BYTES) / BYTES_PER_NS).max(weights.saturating_mul(x.count) / MACS_PER_NS);
-    // several parts for each thread: one that wakes late finds less to do
-    let tasks = if time < 2 * TASK_NS { 1 } else { (team::threads() * 4).min(time / TASK_NS) };
-    let tasks = if team::threads() < 2 { 1 } else { tasks };
-    if x.count >= R::PACKED_FROM || !w.reads_lines() || !gains_from_lines(x) {
-        return share(x, w, out, tasks, time);
+    let time = cost_ns(&w, x.count);
+    let tasks = task_count(time);
+    with_lines(x, !w.packs(x.count) && w.reads_lines(), |x| share(x, w, out, tasks, time))
+}
+
+/// Calls `f` with x, or where `wanted` with a copy of it whose rows begin on cache lines, if that is worth while.
+pub(crate) fn with_lines<T>(x: Rows<'_, f32>, wanted: bool, f: impl FnOnce(Rows<'_, f32>) -> T) -> T {
+    if !wanted || !gains_from_lines(x) {
+        return f(x);
     }
     let pitch = x.len.next_multiple_of(LANES);
     scratch::with(x.count * pitch, |data| {
         for i in 0..x.count {
             data[i * pitch..i * pitch + x.len].copy_from_slice(x.row(i));
         }
-        share(Rows { data, pitch, ..x }, w, out, tasks, time)
+        f(Rows { data, pitch, ..x })
     })
 }
 
@@ -124,15 +154,25 @@ fn gains_from_lines(x: Rows<'_, f32>) -> bool {
     !rests && x.count.saturating_mul(x.len) <= ALIGNED
 }
 
+/// How many rows of x of this length a part takes: those of a packed block, or all.
+pub(crate) fn part_rows(count: usize, len: usize, packs: bool) -> usize {
+    let blocks = if packs { count.div_ceil(panel::block_rows(len)).max(1) } else { 1 };
+    // of about equal size
+    count.div_ceil(blocks).next_multiple_of(panel::SIDE).max(panel::SIDE)
+}
+
+/// How many of the weight's rows a part takes, for about `tasks` parts of so many blocks.
+pub(crate) fn part_cols(count: usize, tasks: usize, blocks: usize) -> usize {
+    count.div_ceil(tasks.div_ceil(blocks.max(1)).max(1)).next_multiple_of(TASK_ROWS).max(TASK_ROWS)
+}
+
 /// The product in about `tasks` parts: blocks of x's rows, and where those are fewer, parts of the weight's rows.
 fn share<R: Right>(x: Rows<'_, f32>, w: R, mut out: Grid<'_>, tasks: usize, ns: usize) -> Result<()> {
     if tasks < 2 || out.rows() != x.count || out.cols() != w.count() {
         return dots(x, w, &mut out);
     }
-    let blocks = if x.count < R::PACKED_FROM { 1 } else { x.count.div_ceil(panel::block_rows(x.len)) };
-    // of about equal size
-    let block = x.count.div_ceil(blocks.max(1)).next_multiple_of(panel::SIDE).max(panel::SIDE);
-    let cols = w.count().div_ceil(tasks.div_ceil(blocks.max(1))).next_multiple_of(TASK_ROWS).max(TASK_ROWS);
+    let block = part_rows(x.count, x.len, w.packs(x.count));
+    let cols = part_cols(w.count(), tasks, x.count.div_ceil(block));
     let mut parts = Vec::with_capacity(tasks);
     for i in (0..x.count).step_by(block) {
         let rows = block.min(x.count - i);

@@ -1,6 +1,7 @@
 //! The types whose products are summed in f32, and how AVX-512 reads sixteen of them.
 
 use crate::element::Element;
+use crate::view::Slice;
 use half::{bf16, f16};
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
@@ -12,6 +13,14 @@ pub(crate) trait Narrow: Element {
         None
     }
 
+    /// The run itself where its elements are f32.
+    fn plain(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
+
+    /// The elements as an operand.
+    fn slice(data: &[Self]) -> Slice<'_>;
+
     /// Sixteen elements as f32; with a mask those whose bit is set, the others are zeros.
     ///
     /// # Safety
@@ -21,6 +30,14 @@ pub(crate) trait Narrow: Element {
 }
 
 impl Narrow for f32 {
+    fn plain(data: &[f32]) -> Option<&[f32]> {
+        Some(data)
+    }
+
+    fn slice(data: &[f32]) -> Slice<'_> {
+        Slice::F32(data)
+    }
+
     fn as_f32<'a, 'b>(input: &'a [f32], output: &'b mut [f32]) -> Option<(&'a [f32], &'b mut [f32])> {
         Some((input, output))
     }
@@ -40,6 +57,10 @@ impl Narrow for f32 {
 }
 
 impl Narrow for bf16 {
+    fn slice(data: &[bf16]) -> Slice<'_> {
+        Slice::BF16(data)
+    }
+
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     // SAFETY: the conditions are the trait's.
@@ -56,6 +77,10 @@ impl Narrow for bf16 {
 }
 
 impl Narrow for f16 {
+    fn slice(data: &[f16]) -> Slice<'_> {
+        Slice::F16(data)
+    }
+
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     // SAFETY: the conditions are the trait's.

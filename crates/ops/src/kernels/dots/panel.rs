@@ -69,26 +69,58 @@ pub(super) fn floats(rows: usize, len: usize) -> usize {
     sizes(rows, padded, pieces.first().map_or(0, |p| p.len()), LANES, kept).iter().sum()
 }
 
-/// out\[i\]\[j\] = x\[i\] · w\[j\] for one block of rows; both sides have one length.
-pub(super) fn products<R: Right>(x: Rows<'_, f32>, w: R, out: &mut Grid<'_>) {
+/// A block of x's rows, packed, and memory for the weight's panels and for sums.
+pub(super) struct Block<'a> {
+    x: Rows<'a, f32>,
+    pieces: Vec<Range<usize>>,
+    /// `(groups, steps, up to 4, 16)`
+    packed: &'a [f32],
+    panels: &'a mut [f32],
+    sums: &'a mut [f32],
+}
+
+/// Calls `f` with a block that takes right sides of this strip or less, and with `beside` numbers of no particular value.
+pub(super) fn with<R>(
+    x: Rows<'_, f32>,
+    strip: usize,
+    beside: usize,
+    f: impl FnOnce(&mut Block<'_>, &mut [f32]) -> R,
+) -> R {
     let padded = x.len.next_multiple_of(LANES);
     let pieces = pieces(padded);
-    let groups = x.count.div_ceil(SIDE);
-    let kept = kept(groups, pieces.len(), R::STRIP);
-    let sizes = sizes(x.count, padded, pieces.first().map_or(0, |p| p.len()), R::STRIP, kept);
-    scratch::with(sizes.iter().sum(), |store| {
+    let kept = kept(x.count.div_ceil(SIDE), pieces.len(), strip);
+    let sizes = sizes(x.count, padded, pieces.first().map_or(0, |p| p.len()), strip, kept);
+    // what lies beside begins on a cache line too
+    let own = sizes.iter().sum::<usize>().next_multiple_of(LANES);
+    scratch::with(own + beside, |store| {
+        let (store, beside) = store.split_at_mut(own);
         let (packed, rest) = store.split_at_mut(sizes[0]);
         let (panels, sums) = rest.split_at_mut(sizes[1]);
-        for (g, group) in packed.chunks_mut(SIDE * padded).enumerate() {
+        for (g, group) in packed.chunks_mut((SIDE * padded).max(1)).enumerate() {
             let count = group.len() / padded.max(1);
             for r in 0..count {
                 pack(x.row(g * SIDE + r), count, r, group);
             }
         }
+        f(&mut Block { x, pieces, packed, panels, sums }, beside)
+    })
+}
+
+impl<'a> Block<'a> {
+    /// The rows that it packs.
+    pub(super) fn rows(&self) -> Rows<'a, f32> {
+        self.x
+    }
+
+    /// out\[i\]\[j\] = x\[i\] · w\[j\]; both sides have one length.
+    pub(super) fn products<R: Right>(&mut self, w: R, out: &mut Grid<'_>) {
+        let padded = self.x.len.next_multiple_of(LANES).max(1);
+        let groups = self.x.count.div_ceil(SIDE);
+        let several = self.pieces.len() > 1;
         for strip in (0..w.count()).step_by(R::STRIP) {
-            for (p, piece) in pieces.iter().enumerate() {
-                let within = piece.start..piece.end.min(x.len);
-                let panels = &mut panels[..R::STRIP * piece.len()];
+            for (p, piece) in self.pieces.iter().enumerate() {
+                let within = piece.start..piece.end.min(self.x.len);
+                let panels = &mut self.panels[..R::STRIP * piece.len()];
                 w.pack(strip, within.clone(), panels);
                 for (s, panel) in panels.chunks_exact(SIDE * piece.len().max(1)).enumerate() {
                     let j = strip + s * SIDE;
@@ -96,10 +128,10 @@ pub(super) fn products<R: Right>(x: Rows<'_, f32>, w: R, out: &mut Grid<'_>) {
                         break;
                     }
                     let count = SIDE.min(w.count() - j);
-                    for (g, group) in packed.chunks(SIDE * padded).enumerate() {
-                        let m = group.len() / padded.max(1);
-                        let at = if kept > 1 { (s * groups + g) * SUMS } else { 0 };
-                        let Ok(sums) = <&mut [f32; SUMS]>::try_from(&mut sums[at..at + SUMS]) else {
+                    for (g, group) in self.packed.chunks(SIDE * padded).enumerate() {
+                        let m = group.len() / padded;
+                        let at = if several { (s * groups + g) * SUMS } else { 0 };
+                        let Ok(sums) = <&mut [f32; SUMS]>::try_from(&mut self.sums[at..at + SUMS]) else {
                             continue;
                         };
                         let part = Tile {
@@ -107,7 +139,7 @@ pub(super) fn products<R: Right>(x: Rows<'_, f32>, w: R, out: &mut Grid<'_>) {
                             w: panel,
                             last: within.len() - (piece.len() - LANES),
                             goes_on: p > 0 && !fault::active("dots.piece"),
-                            ends: p + 1 == pieces.len(),
+                            ends: p + 1 == self.pieces.len(),
                             sums,
                         };
                         let ends = part.ends;
@@ -126,7 +158,7 @@ pub(super) fn products<R: Right>(x: Rows<'_, f32>, w: R, out: &mut Grid<'_>) {
                 }
             }
         }
-    });
+    }
 }
 
 /// Whole steps of a row in pieces of at most [`PIECE`] and about equal size; at least one, which may be empty.

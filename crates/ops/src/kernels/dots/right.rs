@@ -18,6 +18,14 @@ pub(crate) trait Right: Copy + Send + Sync {
 
     fn count(&self) -> usize;
     fn len(&self) -> usize;
+    /// [`Right::STRIP`].
+    fn strip(&self) -> usize {
+        Self::STRIP
+    }
+    /// Whether so many rows of x are packed for it.
+    fn packs(&self, rows: usize) -> bool {
+        rows >= Self::PACKED_FROM && self.len() > 0
+    }
     /// Those `from..from + count`.
     fn part(&self, from: usize, count: usize) -> Self;
     /// The products of few rows of x, on this thread.
