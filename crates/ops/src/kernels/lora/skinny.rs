@@ -1,6 +1,6 @@
 //! Both products of a LoRA row after row: the hidden row stays in registers between them.
 //!
-//! Each number is summed in an order of its own: x·A over four interleaved sums of the inner dim folded in halves,
+//! Each number is summed in an order of its own: x·A over four or eight interleaved sums of the inner dim folded in halves,
 //! (x·A)·B along the rank. So a row's bits depend on the row, A and B only. A and B are small: every
 //! row finds them in the first-level cache, and several rows at a time would gain nothing.
 
@@ -11,8 +11,11 @@ use crate::simd::{mul_add, versions};
 
 /// The largest rank that is done here.
 pub(super) const LARGEST: usize = 64;
-/// Interleaved sums of a hidden number.
-pub(super) const SUMS: usize = 4;
+/// Interleaved sums of a hidden number where the rank is padded to at most eight, and where it is larger: a chain of additions waits for
+/// each, and short hidden rows have few chains.
+pub(super) const SUMS: usize = 8;
+/// See [`SUMS`].
+pub(super) const WIDE_SUMS: usize = 4;
 /// Columns of the output at a time.
 const WIDTH: usize = 64;
 
@@ -61,36 +64,46 @@ fn portable<>(of: Skinny<'_>, first: usize, out: &mut [f32]) = rows_body;
 #[inline(always)]
 fn rows_body<const FMA: bool>(of: Skinny<'_>, first: usize, out: &mut [f32]) {
     match of.padded {
-        4 => ranked::<FMA, 4>(of, first, out),
-        8 => ranked::<FMA, 8>(of, first, out),
-        16 => ranked::<FMA, 16>(of, first, out),
-        32 => ranked::<FMA, 32>(of, first, out),
-        _ => ranked::<FMA, LARGEST>(of, first, out),
+        4 => ranked::<FMA, 4, SUMS>(of, first, out),
+        8 => ranked::<FMA, 8, SUMS>(of, first, out),
+        16 => ranked::<FMA, 16, WIDE_SUMS>(of, first, out),
+        32 => ranked::<FMA, 32, WIDE_SUMS>(of, first, out),
+        _ => ranked::<FMA, LARGEST, WIDE_SUMS>(of, first, out),
     }
 }
 
-/// With `R` numbers in a hidden row.
+/// With `R` numbers in a hidden row, and `S` sums of each.
 #[inline(always)]
-fn ranked<const FMA: bool, const R: usize>(of: Skinny<'_>, first: usize, out: &mut [f32]) {
+fn ranked<const FMA: bool, const R: usize, const S: usize>(of: Skinny<'_>, first: usize, out: &mut [f32]) {
     for (i, out) in out.chunks_mut(of.n).enumerate() {
         let at = (first + i) * of.pitch;
-        let h = hidden::<FMA, R>(&of.x[at..at + of.k], of.a);
+        let h = hidden::<FMA, R, S>(&of.x[at..at + of.k], of.a);
         output::<FMA, R>(of, h, out);
     }
 }
 
 /// x·A for one row.
 #[inline(always)]
-fn hidden<const FMA: bool, const R: usize>(x: &[f32], a: &[f32]) -> [f32; R] {
-    let mut sums = [[0f32; R]; SUMS];
-    for (x, a) in x.chunks(SUMS).zip(a.chunks(SUMS * R)) {
+fn hidden<const FMA: bool, const R: usize, const S: usize>(x: &[f32], a: &[f32]) -> [f32; R] {
+    let mut sums = [[0f32; R]; S];
+    for (x, a) in x.chunks(S).zip(a.chunks(S * R)) {
         for ((sums, &x), a) in sums.iter_mut().zip(x).zip(a.chunks_exact(R)) {
             for (sum, &a) in sums.iter_mut().zip(a) {
                 *sum = mul_add::<FMA>(x, a, *sum);
             }
         }
     }
-    std::array::from_fn(|j| (sums[0][j] + sums[2][j]) + (sums[1][j] + sums[3][j]))
+    let mut half = S / 2;
+    while half > 0 {
+        let (low, high) = sums.split_at_mut(half);
+        for (low, high) in low.iter_mut().zip(high) {
+            for (low, high) in low.iter_mut().zip(high) {
+                *low += *high;
+            }
+        }
+        half /= 2;
+    }
+    sums[0]
 }
 
 /// (x·A)·B for one row, from the hidden row.
