@@ -143,9 +143,8 @@ fn output<const M: usize>(of: Skinny<'_>, h: &[[f32; LARGEST]; M], out: &mut [f3
         for (j, b) in of.b.chunks_exact(n).enumerate().take(of.r.min(LARGEST)) {
             let from = b[at..].as_ptr();
             // SAFETY: the mask has a bit for each number from there on that the row has, and what it hides is not read.
-            let b: [__m512; VECTORS] = std::array::from_fn(|v| unsafe {
-                _mm512_maskz_loadu_ps(masks[v], from.wrapping_add(v * LANES))
-            });
+            let b: [__m512; VECTORS] =
+                std::array::from_fn(|v| unsafe { _mm512_maskz_loadu_ps(masks[v], from.wrapping_add(v * LANES)) });
             for (sums, h) in sums.iter_mut().zip(h) {
                 let h = _mm512_set1_ps(h[j]);
                 for (sum, b) in sums.iter_mut().zip(b) {
