@@ -33,8 +33,14 @@ const ALLOWED: &[Allowed] = &[
         dev: &["candle-transformers"],
     },
     Allowed {
-        package: "candle-lazy",
+        package: "candle-lazy-compat",
         own: &["candle-lazy-ops", "candle-lazy-graph", "candle-lazy-exec", "candle-lazy-nn"],
+        candle: &["candle-core", "candle-nn"],
+        dev: &[],
+    },
+    Allowed {
+        package: "candle-lazy",
+        own: &["candle-lazy-ops", "candle-lazy-graph", "candle-lazy-exec", "candle-lazy-nn", "candle-lazy-compat"],
         candle: &["candle-core"],
         dev: &["candle-nn"],
     },

@@ -1,0 +1,13 @@
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+pub mod backend;
+mod eager;
+pub mod error;
+
+pub use backend::{Device, DeviceInfo, DeviceType, TensorExt};
+pub use error::{Error, Result};
+
+/// The version of this crate. It is not v1's.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
