@@ -5,6 +5,8 @@
 pub mod backend;
 mod eager;
 pub mod error;
+#[cfg(feature = "graph")]
+pub mod graph;
 
 pub use backend::{Device, DeviceInfo, DeviceType, TensorExt};
 pub use error::{Error, Result};

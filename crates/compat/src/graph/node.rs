@@ -1,0 +1,307 @@
+//! The arena.
+
+use super::Operation;
+use candle_core::{DType, Device, Shape, Tensor};
+use candle_lazy_exec::LazyTensor as Recorded;
+use candle_lazy_graph::Node;
+use std::sync::Weak;
+
+/// The place of a node in its graph.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct NodeId(pub usize);
+
+/// The value of a node.
+#[derive(Debug, Clone)]
+pub enum NodeData {
+    /// Given as a tensor.
+    Concrete(Tensor),
+    /// Not computed, or nobody held it when something was.
+    Lazy,
+    /// Computed.
+    Available(Tensor),
+}
+
+impl NodeData {
+    /// Whether there is a value.
+    #[must_use]
+    pub fn is_available(&self) -> bool {
+        matches!(self, Self::Concrete(_) | Self::Available(_))
+    }
+
+    /// The value.
+    ///
+    /// # Errors
+    /// A text, where there is none.
+    pub fn as_tensor(&self) -> Result<&Tensor, String> {
+        match self {
+            Self::Concrete(tensor) | Self::Available(tensor) => Ok(tensor),
+            Self::Lazy => Err("Node data is not yet available".to_string()),
+        }
+    }
+
+    /// The value.
+    ///
+    /// # Errors
+    /// A text, where there is none.
+    pub fn take_tensor(self) -> Result<Tensor, String> {
+        match self {
+            Self::Concrete(tensor) | Self::Available(tensor) => Ok(tensor),
+            Self::Lazy => Err("Node data is not yet available".to_string()),
+        }
+    }
+}
+
+/// A node of the graph.
+#[derive(Debug, Clone)]
+pub struct GraphNode {
+    /// Its place.
+    pub id: NodeId,
+    /// What it does.
+    pub operation: Operation,
+    /// What it does it to.
+    pub inputs: Vec<NodeId>,
+    /// The shape of its result.
+    pub output_shape: Shape,
+    /// The dtype of its result.
+    pub output_dtype: DType,
+    /// Its value.
+    pub data: NodeData,
+}
+
+impl GraphNode {
+    /// A node without a value.
+    #[must_use]
+    pub fn new(
+        id: NodeId,
+        operation: Operation,
+        inputs: Vec<NodeId>,
+        output_shape: Shape,
+        output_dtype: DType,
+    ) -> Self {
+        Self { id, operation, inputs, output_shape, output_dtype, data: NodeData::Lazy }
+    }
+
+    /// An input.
+    #[must_use]
+    pub fn input(id: NodeId, tensor: Tensor) -> Self {
+        let (output_shape, output_dtype) = (tensor.shape().clone(), tensor.dtype());
+        let data = NodeData::Concrete(tensor);
+        Self { id, operation: Operation::Input, inputs: Vec::new(), output_shape, output_dtype, data }
+    }
+}
+
+/// All nodes that were recorded together.
+pub struct ComputationGraph {
+    device: Device,
+    nodes: Vec<GraphNode>,
+    /// The engine's node of each, as long as a handle holds it.
+    recorded: Vec<Weak<Node>>,
+}
+
+impl std::fmt::Debug for ComputationGraph {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let device = self.device.location();
+        f.debug_struct("ComputationGraph").field("device", &device).field("nodes", &self.nodes).finish()
+    }
+}
+
+impl ComputationGraph {
+    /// A graph without nodes.
+    #[must_use]
+    pub fn new(device: Device) -> Self {
+        Self { device, nodes: Vec::new(), recorded: Vec::new() }
+    }
+
+    /// The device of its tensors.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// A node.
+    ///
+    /// # Errors
+    /// A text, where there is no such node.
+    pub fn get_node(&self, id: NodeId) -> Result<&GraphNode, String> {
+        self.nodes.get(id.0).ok_or_else(|| missing(id))
+    }
+
+    /// A node, to be changed. What was recorded of it is forgotten: the next evaluation reads the node.
+    ///
+    /// # Errors
+    /// A text, where there is no such node.
+    pub fn get_node_mut(&mut self, id: NodeId) -> Result<&mut GraphNode, String> {
+        if let Some(recorded) = self.recorded.get_mut(id.0) {
+            *recorded = Weak::new();
+        }
+        self.nodes.get_mut(id.0).ok_or_else(|| missing(id))
+    }
+
+    /// Adds an input.
+    pub fn add_input(&mut self, tensor: Tensor) -> NodeId {
+        let id = NodeId(self.nodes.len());
+        self.push(GraphNode::input(id, tensor), Weak::new())
+    }
+
+    /// Adds an operation on nodes that are there.
+    ///
+    /// # Errors
+    /// A text, where an input is not there or the shapes do not fit.
+    pub fn add_node(&mut self, operation: Operation, inputs: Vec<NodeId>) -> Result<NodeId, String> {
+        let nodes = inputs.iter().map(|&id| self.get_node(id)).collect::<Result<Vec<_>, _>>()?;
+        let shapes: Vec<&Shape> = nodes.iter().map(|node| &node.output_shape).collect();
+        let dtypes: Vec<DType> = nodes.iter().map(|node| node.output_dtype).collect();
+        let (shape, dtype) = (operation.output_shape(&shapes)?, operation.output_dtype(&dtypes));
+        let id = NodeId(self.nodes.len());
+        Ok(self.push(GraphNode::new(id, operation, inputs, shape, dtype), Weak::new()))
+    }
+
+    fn push(&mut self, node: GraphNode, recorded: Weak<Node>) -> NodeId {
+        let id = node.id;
+        self.nodes.push(node);
+        self.recorded.push(recorded);
+        id
+    }
+
+    /// `id` and all that it needs, inputs before what uses them.
+    ///
+    /// # Errors
+    /// A text, where a node is not there or needs itself.
+    pub fn topological_order(&self, id: NodeId) -> Result<Vec<NodeId>, String> {
+        self.order(id, |_| false)
+    }
+
+    /// The order, where the inputs of a node that `given` knows are not looked at.
+    fn order(&self, id: NodeId, given: impl Fn(usize) -> bool) -> Result<Vec<NodeId>, String> {
+        // 0: not seen, 1: its inputs are being visited, 2: in the order
+        let mut state = vec![0u8; self.nodes.len()];
+        let (mut order, mut stack) = (Vec::new(), vec![(id, false)]);
+        while let Some((id, inputs_done)) = stack.pop() {
+            let node = self.get_node(id)?;
+            let seen = state.get_mut(id.0).ok_or_else(|| missing(id))?;
+            match (inputs_done, *seen) {
+                (true, _) => {
+                    *seen = 2;
+                    order.push(id);
+                }
+                (false, 2) => {}
+                (false, 1) => return Err(format!("Cycle in the graph at node {}", id.0)),
+                (false, _) => {
+                    *seen = 1;
+                    stack.push((id, true));
+                    if !given(id.0) {
+                        // an input that waits on the stack already is visited from here, then found done there
+                        stack.extend(node.inputs.iter().rev().map(|&input| (input, false)));
+                    }
+                }
+            }
+        }
+        Ok(order)
+    }
+
+    /// Number of nodes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Whether there is no node.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
+    }
+
+    /// Copies `id` of `other` and all that it needs to the end of this graph, values included, and returns the copy's id. Each call
+    /// copies again. Where `other` has no such node, nothing is copied and `id` comes back.
+    pub fn merge_from(&mut self, other: &Self, id: NodeId) -> NodeId {
+        let Ok(order) = other.topological_order(id) else {
+            return id;
+        };
+        let mut copies = vec![None; other.nodes.len()];
+        let mut last = id;
+        for old in order {
+            let (Some(node), Some(recorded)) = (other.nodes.get(old.0), other.recorded.get(old.0)) else {
+                continue;
+            };
+            let copy_of = |id: NodeId| copies.get(id.0).copied().flatten().unwrap_or(id);
+            let mut node = node.clone();
+            node.inputs = node.inputs.iter().map(|&input| copy_of(input)).collect();
+            #[cfg(feature = "custom-metal")]
+            if let Operation::LoRA { a, b, .. } = &mut node.operation {
+                (*a, *b) = (copy_of(*a), copy_of(*b));
+            }
+            node.id = NodeId(self.nodes.len());
+            last = self.push(node, recorded.clone());
+            if let Some(copy) = copies.get_mut(old.0) {
+                *copy = Some(last);
+            }
+        }
+        last
+    }
+
+    /// The part that `id` needs, as a graph of its own, and `id`'s place there.
+    pub(crate) fn part(&self, id: NodeId) -> (Self, NodeId) {
+        let mut part = Self::new(self.device.clone());
+        let id = part.merge_from(self, id);
+        (part, id)
+    }
+
+    /// The engine's handle of a node: the one that somebody holds, else one recorded anew from the arena.
+    #[track_caller]
+    pub(crate) fn handle(&mut self, id: NodeId) -> Result<Recorded, String> {
+        let known = |graph: &Self, at: usize| graph.recorded.get(at).and_then(Weak::upgrade).map(Recorded::from_node);
+        if let Some(handle) = known(self, id.0) {
+            return Ok(handle);
+        }
+        let given = |at: usize| self.nodes.get(at).is_some_and(|n| n.data.is_available()) || known(self, at).is_some();
+        let order = self.order(id, given)?;
+        let mut handles: Vec<Option<Recorded>> = vec![None; self.nodes.len()];
+        for at in order {
+            let node = self.get_node(at)?;
+            let handle = match (known(self, at.0), &node.data) {
+                (Some(handle), _) => handle,
+                (None, NodeData::Concrete(tensor) | NodeData::Available(tensor)) => {
+                    Recorded::from_tensor(tensor.clone())
+                }
+                (None, NodeData::Lazy) => {
+                    let input = |id: &NodeId| handles.get(id.0).cloned().flatten().ok_or_else(|| missing(*id));
+                    let inputs = node.inputs.iter().map(input).collect::<Result<Vec<_>, _>>()?;
+                    node.operation.record(&inputs).map_err(|error| error.to_string())?
+                }
+            };
+            if let Some(slot) = handles.get_mut(at.0) {
+                *slot = Some(handle);
+            }
+        }
+        let handle = handles.get(id.0).cloned().flatten().ok_or_else(|| missing(id))?;
+        self.remember(id, &handle);
+        Ok(handle)
+    }
+
+    /// Notes the engine's handle of a node, without keeping it alive.
+    pub(crate) fn remember(&mut self, id: NodeId, handle: &Recorded) {
+        if let Some(recorded) = self.recorded.get_mut(id.0) {
+            *recorded = std::sync::Arc::downgrade(handle.node());
+        }
+    }
+
+    /// Takes over the values that an evaluation made: of `id`, and of every node that somebody holds.
+    pub(crate) fn fill(&mut self, id: NodeId, value: &Tensor) {
+        for (node, recorded) in self.nodes.iter_mut().zip(&self.recorded) {
+            if node.data.is_available() {
+                continue;
+            }
+            // what the engine keeps in its own memory becomes a tensor when it is asked for
+            let held = recorded.upgrade().filter(|held| held.is_ready());
+            if node.id == id {
+                node.data = NodeData::Available(value.clone());
+            } else if let Some(Ok(tensor)) = held.map(|held| Recorded::from_node(held).eval()) {
+                node.data = NodeData::Available(tensor);
+            }
+        }
+    }
+}
+
+fn missing(id: NodeId) -> String {
+    format!("Node {} not found in graph", id.0)
+}
