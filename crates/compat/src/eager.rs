@@ -34,6 +34,7 @@ pub(crate) fn layer_norm(x: &Tensor, eps: f64) -> Result<Tensor> {
 }
 
 /// (x·a)·b·scale.
+#[cfg(feature = "custom-metal")]
 #[track_caller]
 pub(crate) fn lora(x: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor> {
     let scale = f64::from(scale);

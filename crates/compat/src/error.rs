@@ -126,6 +126,7 @@ pub enum TrainingError {
     },
 }
 
+#[cfg(any(feature = "custom-metal", feature = "graph"))]
 impl TrainingError {
     /// A failure that says what `error` says.
     pub(crate) fn failed(error: impl std::fmt::Display) -> Self {

@@ -1,5 +1,6 @@
 //! What a node does.
 
+#[cfg(feature = "custom-metal")]
 use super::NodeId;
 use candle_core::{DType, Result as CandleResult, Shape};
 use candle_lazy_exec::LazyTensor as Recorded;
