@@ -195,6 +195,27 @@ mod fused {
     }
 
     #[test]
+    fn a_fused_lora_computes_in_its_inputs_dtype() {
+        // one rounding of the result: half a unit of the mantissa; f64 rounds each of some twenty operations
+        for (dtype, unit) in [(DType::F64, 3e-15), (DType::F16, 4.9e-4), (DType::BF16, 3.9e-3)] {
+            let of = |n: usize, shape: (usize, usize)| {
+                Tensor::from_vec(numbers(n), shape, &CandleDevice::Cpu).unwrap().to_dtype(dtype).unwrap()
+            };
+            // as the dtype holds them
+            let held = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let (x, a, b) = (of(16, (2, 8)), of(16, (8, 2)), of(10, (2, 5)));
+            let want = lora(&held(&x), &held(&a), &held(&b), (8, 2, 5), 0.5);
+            let largest = want.iter().fold(0f64, |most, v| most.max(v.abs()));
+            let got = x.apply_op1(FusedLoRAOp::new(a, b, 0.5).unwrap()).unwrap();
+            assert_eq!(got.dtype(), dtype);
+            let got = got.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+            for (g, w) in got.iter().zip(&want) {
+                assert!((g - w).abs() <= unit * largest.max(1.0), "{dtype:?}: {g} against {w}");
+            }
+        }
+    }
+
+    #[test]
     fn factors_that_do_not_fit_are_refused() {
         let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &CandleDevice::Cpu).unwrap();
         assert!(FusedLoRAOp::new(zeros(&[8, 2]), zeros(&[3, 5]), 1.0).is_err());

@@ -1,8 +1,8 @@
 //! The fused ops as Candle's custom ops, for `Tensor::apply_op1`.
 //!
-//! They compute on the CPU, contiguous or not; on Metal and CUDA Candle's storage is wrapped as a tensor and Candle's ops run. The
-//! gradient of the input flows through all of them. Candle asks a custom op of one input for that one gradient only, so A and B of
-//! [`FusedLoRAOp`] get none here; `CustomMetalOps::lora_forward_fused` gives all three theirs.
+//! They compute on the CPU, whatever the layout, and are refused elsewhere; `CustomMetalOps` runs on every device. The gradient of the
+//! input flows through all of them. Candle asks a custom op of one input for that one gradient only, so A and B of [`FusedLoRAOp`] get
+//! none here; `CustomMetalOps::lora_forward_fused` gives all three theirs.
 
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Storage, Tensor};
 
