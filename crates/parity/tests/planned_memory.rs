@@ -77,6 +77,22 @@ fn products() -> Vec<(String, Graph)> {
             graphs.push((name(&format!("lora of {rows} rows, rank {rank}")), Box::new(lora)));
         }
         graphs.push((name("layer"), layer(dtype, 2, 200, 2)));
+        // heads with and without epilogues; a last block of fewer rows than the first; short rows and rows without elements
+        for (rows, k, n) in
+            [(1usize, 700usize, 900usize), (5, 700, 900), (1025, 128, 200), (8192, 16, 256), (20_000, 0, 64)]
+        {
+            let x = leaf(&[rows, k], dtype);
+            let ws: Vec<LazyTensor> = (0..4).map(|_| leaf(&[n, k], dtype)).collect();
+            let (bias, turned) = (leaf(&[n], dtype), leaf(&[n, rows], dtype));
+            let heads = move || {
+                let p: Vec<LazyTensor> = ws.iter().map(|w| x.linear(w, None).unwrap()).collect();
+                let gate = p[0].silu_mul(&p[1].broadcast_add(&bias).unwrap()).unwrap();
+                let more = (&gate + &turned.t().unwrap()).unwrap();
+                let wide = gate.to_dtype(DType::F32).unwrap();
+                vec![gate, more, wide, p[2].clone(), p[3].t().unwrap()]
+            };
+            graphs.push((name(&format!("heads of {rows} rows of {k}")), Box::new(heads)));
+        }
         // few queries, many keys: segments are tasks of their own
         let (q, k) = (leaf(&[1, 8, 3, 64], dtype), leaf(&[1, 2, 9000, 64], dtype));
         let how = AttentionOptions::new(0.125);

@@ -13,7 +13,8 @@ use candle_lazy_ops::fault;
 use candle_lazy_ops::row::Class;
 use smallvec::SmallVec;
 
-/// Heads are one step only if they are recorded within so many nodes: further apart, what the later one makes would wait in memory.
+/// Heads are one step, and an epilogue follows its products, only within so many nodes of the captured graph: further apart, what is made early
+/// would wait in memory.
 const WINDOW: u32 = 32;
 /// The most heads of a step.
 const MAX_HEADS: usize = 8;
@@ -96,26 +97,35 @@ impl Units {
                 }
             }
         }
-        let Some(&(last, _)) = reads.iter().max() else { return };
+        let begins = group.members.iter().copied().min().unwrap_or(0);
+        let alone = |product: u32| {
+            if group.axes.is_some() && !fault::active("heads.reduces") {
+                Err(Boundary::Reduces)
+            } else if group.class != Class::F32 {
+                Err(Boundary::Classes)
+            } else if graph.nodes[product as usize].dims != group.domain {
+                Err(Boundary::OtherShape)
+            } else if only[product as usize] != Some(unit) {
+                Err(Boundary::Shared)
+            } else if begins.saturating_sub(product) > WINDOW {
+                Err(Boundary::Far)
+            } else {
+                Ok(())
+            }
+        };
+        // the left side of the last product that may be one with the group is the step's
+        let last = reads.iter().map(|&(product, _)| product).filter(|&p| alone(p).is_ok()).max();
         let (mut products, mut refused) = (SmallVec::<[u32; 2]>::new(), Vec::new());
         for &(product, reader) in &reads {
-            let why = if group.axes.is_some() && !fault::active("heads.reduces") {
-                Boundary::Reduces
-            } else if group.class != Class::F32 {
-                Boundary::Classes
-            } else if graph.nodes[product as usize].dims != group.domain {
-                Boundary::OtherShape
-            } else if only[product as usize] != Some(unit) {
-                Boundary::Shared
-            } else if lefts[product as usize] != lefts[last as usize] && !fault::active("heads.left") {
-                Boundary::OtherLeft
-            } else {
-                if !products.contains(&product) {
-                    products.push(product);
+            let of_left = last.is_some_and(|last| lefts[product as usize] == lefts[last as usize]);
+            match alone(product) {
+                Err(why) => refused.push(((product, reader), why)),
+                Ok(()) if !of_left && !fault::active("heads.left") => {
+                    refused.push(((product, reader), Boundary::OtherLeft));
                 }
-                continue;
-            };
-            refused.push(((product, reader), why));
+                Ok(()) if !products.contains(&product) => products.push(product),
+                Ok(()) => {}
+            }
         }
         self.refused.extend(refused);
         if products.is_empty() {
@@ -171,7 +181,10 @@ impl Units {
             (Some(a), Some(b)) => a.abs_diff(*b) <= WINDOW,
             _ => false,
         };
-        if depends || !near || members.len() > MAX_MEMBERS || self.heads(from) + self.heads(into) > MAX_HEADS {
+        let are_products =
+            |unit: usize| matches!(self.units.get(unit), Some(Some(Unit::Products(_) | Unit::Single(_))));
+        let fits = members.len() <= MAX_MEMBERS && self.heads(from) + self.heads(into) <= MAX_HEADS;
+        if depends || !near || !fits || !are_products(from) || !are_products(into) {
             return false;
         }
         if self.closed(graph, &members, &[from, into], u32::MAX).is_err() {

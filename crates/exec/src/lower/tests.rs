@@ -193,6 +193,11 @@ fn a_plan_says_why_steps_are_not_one() {
         (e + turned.exp().unwrap().broadcast_as((8, 8)).unwrap()).unwrap()
     };
     let product = || x.matmul(&w).unwrap();
+    let late = {
+        let p = product();
+        let far = (0..40).fold(x.exp().unwrap(), |far, i| far.softmax(i % 2).unwrap());
+        (p + far.matmul(&w).unwrap().t().unwrap()).unwrap()
+    };
     let twice = {
         let p = product();
         (p.t().unwrap().matmul(&w).unwrap() + (p + 1.0).unwrap()).unwrap()
@@ -220,6 +225,7 @@ fn a_plan_says_why_steps_are_not_one() {
         (between, vec![Boundary::Between]),
         (product().softmax(1).unwrap(), vec![Boundary::Reduces]),
         (twice, vec![Boundary::Shared]),
+        (late, vec![Boundary::Far]),
         ((product() + w.matmul(&x).unwrap()).unwrap(), vec![Boundary::OtherLeft]),
         (f64s.matmul(&f64s).unwrap().exp().unwrap(), vec![Boundary::Kernel("matmul")]),
         (

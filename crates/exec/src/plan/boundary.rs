@@ -35,10 +35,12 @@ pub enum Boundary {
     Inputs,
     /// The reader reduces rows, and a product is made in parts of them.
     Reduces,
-    /// Another step reads the product too.
+    /// Another step, or the caller, wants the product too.
     Shared,
     /// The reader follows a product of another left side.
     OtherLeft,
+    /// The reader comes so long after the product that what the product reads would wait in memory.
+    Far,
     /// Something between them is not part of the program, and waits for it.
     Between,
 }
@@ -58,8 +60,9 @@ impl fmt::Display for Boundary {
             Self::OtherShape => write!(f, "they run over different shapes"),
             Self::Inputs => write!(f, "more than {MAX_INPUTS} inputs"),
             Self::Reduces => write!(f, "the reader reduces rows, which a product makes in parts"),
-            Self::Shared => write!(f, "another step reads it too"),
+            Self::Shared => write!(f, "another step, or the caller, wants it too"),
             Self::OtherLeft => write!(f, "the reader is one with a product of another left side"),
+            Self::Far => write!(f, "the reader comes too long after it"),
             Self::Between => write!(f, "what lies between them is not fused, and waits for the first"),
         }
     }

@@ -3,7 +3,7 @@
 //! Tables of a few words per task or per row of a batch are left out.
 
 use super::attention::extra_bytes as attention_bytes;
-use super::dots::{panel_bytes, part_rows, ALIGNED_BYTES, FEW_ROWS, LINE_BYTES};
+use super::dots::{few_bytes, panel_bytes, part_rows, ALIGNED_BYTES, LINE_BYTES};
 use super::lora::{skinny_rank, ROWS};
 use super::products::kept_products;
 use super::team;
@@ -155,18 +155,17 @@ pub fn products(x: &Operand<'_>, heads: &[HeadNeeds<'_>]) -> Extra {
 
 fn of_head(x: &Operand<'_>, head: &HeadNeeds<'_>) -> Extra {
     let (k, n) = (x.last(0), head.cols);
-    let m = x.elements() / k.max(1);
+    let lead = x.dims.split_last().map_or(&[][..], |(_, lead)| lead);
+    let m = count(lead);
     let copied = head.rights.iter().filter(|w| !w.dense).map(|w| w.wide_bytes()).fold(0, usize::saturating_add);
     let threads = team::threads();
-    // a part's rows where they are packed, or where they are few
-    let rows = part_rows(m, k, true).max(FEW_ROWS).min(m);
+    let rows = part_rows(m, k).min(m);
     let sides = head.rights.len().max(1);
     let tile = kept_products(rows, sides, n);
     let rounded = if direct(x.dtype) { 0 } else { tile.saturating_mul(2) };
     let (mut passing, mut of_thread) = (copied, rounded);
     let mut program_bytes = 0;
     if let Some((program, operands)) = &head.epilogue {
-        let lead = x.dims.split_last().map_or(&[][..], |(_, lead)| lead);
         let copies = operands.iter().filter(|o| !o.is_rows(lead)).count();
         passing = passing.saturating_add(m.saturating_mul(n).saturating_mul(4 * copies));
         let result = tile / sides;
@@ -175,7 +174,7 @@ fn of_head(x: &Operand<'_>, head: &HeadNeeds<'_>) -> Extra {
         program_bytes = program.scratch_bytes(&[result.max(1)], 0);
     }
     let own = tile.saturating_mul(4).saturating_add(panel_bytes(rows, k)).saturating_add(LINE_BYTES);
-    let within = panel_bytes(rows, k).saturating_add(program_bytes).saturating_mul(threads);
+    let within = few_bytes(rows).saturating_add(program_bytes).saturating_mul(threads);
     Extra {
         kept: own.saturating_mul(threads).saturating_add(ALIGNED_BYTES),
         // the caller, who copies x to cache lines first, is one kernel deeper

@@ -1,4 +1,4 @@
-//! Several products of one x, and what follows each of them element by element, in one pass over x and over the threads.
+//! Several products of one x, and what follows each of them element by element, as one job of the threads.
 //!
 //! What a head makes is cut into parts, blocks of x's rows and columns of its weights; a part's products stay in the cache while the
 //! program of its epilogue passes over them, and only what that makes goes to memory. Each product is the one that
@@ -11,12 +11,13 @@ use super::dots::{part_cols, part_rows, task_count, with_lines, Columns, Narrow,
 use super::matmul::{widen_matrix, Matrix};
 use super::team;
 use crate::error::{Error, Result};
-use crate::row::{Class, RowProgram};
+use crate::row::{Class, Instr, RowProgram};
 use crate::view::{count, Dims, Slice, SliceMut, View};
+use candle_core::DType;
 use operands::Operand;
 use parking_lot::Mutex;
 pub(super) use part::kept_products;
-use part::{AnyGrid, Part};
+use part::{kept_rows, AnyGrid, Part};
 use smallvec::SmallVec;
 
 const OP: &str = "linear";
@@ -73,6 +74,9 @@ pub fn products(x: &View<'_>, heads: &[Head<'_>], outs: &mut [SliceMut<'_>]) -> 
     if !left.is_empty() {
         return Err(Error::shape(OP, format!("{} results that no head makes", left.len())));
     }
+    if outs.iter().all(|out| out.is_empty()) {
+        return Ok(());
+    }
     match x.data {
         Slice::F32(data) => typed(data, x, heads, outs),
         Slice::F16(data) => typed(data, x, heads, outs),
@@ -82,12 +86,7 @@ pub fn products(x: &View<'_>, heads: &[Head<'_>], outs: &mut [SliceMut<'_>]) -> 
 }
 
 /// Dtypes and lengths of what a head makes.
-fn check(
-    x: &View<'_>,
-    lead: &[usize],
-    k: usize,
-    head: &Head<'_>,
-) -> Result<SmallVec<[(candle_core::DType, usize); 2]>> {
+fn check(x: &View<'_>, lead: &[usize], k: usize, head: &Head<'_>) -> Result<SmallVec<[(DType, usize); 2]>> {
     let n = head.rights.first().and_then(|r| r.dims().get(1)).copied().unwrap_or(0);
     for right in &head.rights {
         right.check()?;
@@ -109,6 +108,11 @@ fn check(
     };
     if epilogue.program.class() != Class::F32 {
         return Err(Error::unsupported(OP, "an epilogue in f64"));
+    }
+    let of_rows =
+        |i: &Instr| matches!(i, Instr::LoadRow { .. } | Instr::RowLen | Instr::Reduce(..) | Instr::RootMean { .. });
+    if epilogue.program.instrs().iter().any(of_rows) {
+        return Err(Error::program("an epilogue has one value per element everywhere".to_owned()));
     }
     for source in &epilogue.inputs {
         match source {
@@ -190,8 +194,10 @@ fn run<E: Narrow>(x: Rows<'_, f32>, heads: &[Bound<'_, E>], outs: &mut [SliceMut
         }
         // a head's share of the tasks
         let tasks = (tasks as u128 * head.cost(m) as u128).div_ceil(total.max(1) as u128) as usize;
-        let packs = head.sides.iter().any(|s| s.packs(m));
-        let block = part_rows(m, x.len(), packs);
+        let mut block = part_rows(m, x.len());
+        if head.head.epilogue.is_some() || E::DTYPE != DType::F32 {
+            block = block.min(kept_rows(head.sides.len()));
+        }
         let cols = part_cols(head.n, tasks, m.div_ceil(block.max(1)));
         for row in (0..m).step_by(block.max(1)) {
             let rows = block.min(m - row);

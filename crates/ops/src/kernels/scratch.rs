@@ -19,7 +19,7 @@ thread_local! {
 }
 
 /// Calls `f` with `len` numbers that start on a cache line; they hold what the last kernel left there. The thread keeps the memory up
-/// to two MiB, and as much again for a kernel within: new pages for each call cost more than many a product.
+/// to two MiB at each depth: new pages for each call cost more than many a product.
 pub(crate) fn with<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     /// A kernel that panics has no memory any more either.
     struct Inside(usize);

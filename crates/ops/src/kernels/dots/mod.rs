@@ -41,8 +41,6 @@ const BLOCK_BYTES: usize = 1 << 18;
 const ALIGNED: usize = 1 << 16;
 /// Bytes of a cache line.
 pub(super) const LINE_BYTES: usize = 64;
-/// From so many rows of x on every right side is packed.
-pub(super) const FEW_ROWS: usize = <Rows<'_, f32> as Right>::PACKED_FROM;
 
 /// Rows of `len` elements that start `pitch` apart.
 #[derive(Clone, Copy, Debug)]
@@ -88,6 +86,11 @@ pub(crate) const ALIGNED_BYTES: usize = (ALIGNED + 8 * LANES) * size_of::<f32>()
 pub(crate) fn panel_bytes(rows: usize, len: usize) -> usize {
     let few = right::few_floats(rows);
     panel::floats(rows, len).max(few).saturating_add(2 * LANES).saturating_mul(size_of::<f32>())
+}
+
+/// The most bytes that one thread takes for the sums of so many rows, if those are few.
+pub(crate) fn few_bytes(rows: usize) -> usize {
+    right::few_floats(rows).saturating_add(LANES).saturating_mul(size_of::<f32>())
 }
 
 /// out\[i\]\[j\] = x\[i\] · w\[j\], on this thread.
@@ -154,9 +157,9 @@ fn gains_from_lines(x: Rows<'_, f32>) -> bool {
     !rests && x.count.saturating_mul(x.len) <= ALIGNED
 }
 
-/// How many rows of x of this length a part takes: those of a packed block, or all.
-pub(crate) fn part_rows(count: usize, len: usize, packs: bool) -> usize {
-    let blocks = if packs { count.div_ceil(panel::block_rows(len)).max(1) } else { 1 };
+/// How many rows of x of this length a part takes: those of a packed block, which has room for more rows than are ever few.
+pub(crate) fn part_rows(count: usize, len: usize) -> usize {
+    let blocks = count.div_ceil(panel::block_rows(len)).max(1);
     // of about equal size
     count.div_ceil(blocks).next_multiple_of(panel::SIDE).max(panel::SIDE)
 }
@@ -171,7 +174,7 @@ fn share<R: Right>(x: Rows<'_, f32>, w: R, mut out: Grid<'_>, tasks: usize, ns: 
     if tasks < 2 || out.rows() != x.count || out.cols() != w.count() {
         return dots(x, w, &mut out);
     }
-    let block = part_rows(x.count, x.len, w.packs(x.count));
+    let block = part_rows(x.count, x.len);
     let cols = part_cols(w.count(), tasks, x.count.div_ceil(block));
     let mut parts = Vec::with_capacity(tasks);
     for i in (0..x.count).step_by(block) {

@@ -2,7 +2,7 @@
 //!
 //! Each number is summed in an order of its own: x·A over four or eight interleaved sums of the inner dim folded in halves,
 //! (x·A)·B along the rank. So a row's bits depend on the row, A and B only. A and B are small: every
-//! row finds them in the first-level cache, and several rows at a time would gain nothing.
+//! row finds them in the caches.
 
 use crate::fault;
 #[cfg(target_arch = "x86_64")]
@@ -168,6 +168,7 @@ mod tests {
             (6, 20, 13, 65),
             (7, 50, 30, 40),
             (5, 12, 64, 33),
+            (6, 39, 4, 20),
         ] {
             let (x, wa, b) = (numbers(m * k, 1), numbers(k * r, 2), numbers(r * n, 3));
             let base = numbers(m * n, 4);

@@ -15,15 +15,22 @@ use smallvec::{smallvec, SmallVec};
 const KEPT: usize = 1 << 16;
 /// The fewest columns of such products.
 const FEWEST: usize = 64;
+/// Rows of a part are a multiple of these.
+const SIDE: usize = 4;
 
 /// How many columns of the products of `rows` rows with `sides` weights pass at once, of `width`.
 fn columns(rows: usize, sides: usize, width: usize) -> usize {
     (KEPT / (rows * sides).max(1) / FEWEST * FEWEST).max(FEWEST).min(width.max(1))
 }
 
-/// The most numbers that a part keeps of its products.
+/// The most rows of a part whose products are kept: the fewest columns of more would be more than is kept.
+pub(super) fn kept_rows(sides: usize) -> usize {
+    (KEPT / (FEWEST * sides.max(1)) / SIDE * SIDE).max(SIDE)
+}
+
+/// The most numbers that a part keeps of its products, of `rows` rows or fewer.
 pub(in crate::kernels) fn kept_products(rows: usize, sides: usize, width: usize) -> usize {
-    columns(rows, sides, width).saturating_mul(rows).saturating_mul(sides)
+    rows.saturating_mul(sides).saturating_mul(width).min(KEPT.max(SIDE * FEWEST * sides))
 }
 
 /// A grid of one of the dtypes that a program of class f32 writes.
@@ -166,7 +173,10 @@ impl<E: Narrow> Part<'_, '_, E> {
                 DType::F32 => SmallVec::new(),
                 _ => smallvec![vec![E::default(); size]; sides.len()],
             },
-            results: self.outs.iter_mut().map(|out| out.run(0, columns).is_none().then(|| out.room(size))).collect(),
+            results: match follows {
+                true => self.outs.iter_mut().map(|o| o.run(0, columns).is_none().then(|| o.room(size))).collect(),
+                false => SmallVec::new(),
+            },
         };
         Left::with(self.x, &sides, sides.len() * size, |left, tiles| {
             for at in (0..width).step_by(columns) {
