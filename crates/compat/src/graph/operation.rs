@@ -4,6 +4,7 @@
 use super::NodeId;
 use candle_core::{DType, Result as CandleResult, Shape};
 use candle_lazy_exec::LazyTensor as Recorded;
+use candle_lazy_graph::infer::broadcast_shapes;
 
 /// An operation of the graph.
 #[derive(Debug, Clone)]
@@ -45,19 +46,6 @@ pub enum Operation {
     },
 }
 
-/// Shapes that broadcast to one: equal from the right, or 1.
-fn broadcast(a: &[usize], b: &[usize]) -> Option<Vec<usize>> {
-    let rank = a.len().max(b.len());
-    let at = |dims: &[usize], i: usize| (i + dims.len()).checked_sub(rank).and_then(|i| dims.get(i).copied());
-    (0..rank)
-        .map(|i| match (at(a, i).unwrap_or(1), at(b, i).unwrap_or(1)) {
-            (x, y) if x == y || y == 1 => Some(x),
-            (1, y) => Some(y),
-            _ => None,
-        })
-        .collect()
-}
-
 impl Operation {
     /// The name: `input`, `matmul`, `add`, `mul`, `mul_scalar`, `lora`, `softmax` or `rms_norm`.
     #[must_use]
@@ -88,12 +76,12 @@ impl Operation {
                 let ([lead_a @ .., m, k], [lead_b @ .., kb, n]) = (a.dims(), b.dims()) else {
                     return Err(format!("Matmul requires tensors of at least 2 dims, got {a:?} and {b:?}"));
                 };
-                let lead = broadcast(lead_a, lead_b).filter(|_| k == kb);
+                let lead = broadcast_shapes(lead_a, lead_b).filter(|_| k == kb);
                 let Some(mut dims) = lead else {
                     return Err(format!("Shape mismatch for matmul: {a:?} and {b:?}"));
                 };
                 dims.extend([*m, *n]);
-                Ok(Shape::from(dims))
+                Ok(Shape::from(dims.as_slice()))
             }
             (Self::Add | Self::Mul, [a, b]) if a == b => Ok((*a).clone()),
             (Self::Add | Self::Mul, [a, b]) => Err(format!("Shape mismatch for {}: {a:?} and {b:?}", self.name())),

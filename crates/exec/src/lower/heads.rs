@@ -181,10 +181,9 @@ impl Units {
             (Some(a), Some(b)) => a.abs_diff(*b) <= WINDOW,
             _ => false,
         };
-        let are_products =
-            |unit: usize| matches!(self.units.get(unit), Some(Some(Unit::Products(_) | Unit::Single(_))));
-        let fits = members.len() <= MAX_MEMBERS && self.heads(from) + self.heads(into) <= MAX_HEADS;
-        if depends || !near || !fits || !are_products(from) || !are_products(into) {
+        let heads = self.heads(from).zip(self.heads(into)).map(|(a, b)| a + b);
+        let fits = members.len() <= MAX_MEMBERS && heads.is_some_and(|heads| heads <= MAX_HEADS);
+        if depends || !near || !fits {
             return false;
         }
         if self.closed(graph, &members, &[from, into], u32::MAX).is_err() {
@@ -200,10 +199,12 @@ impl Units {
         true
     }
 
-    fn heads(&self, unit: usize) -> usize {
-        match self.units.get(unit).and_then(Option::as_ref) {
-            Some(Unit::Products(products)) => products.heads.len(),
-            _ => 1,
+    /// How many heads a unit of products has, or would have.
+    fn heads(&self, unit: usize) -> Option<usize> {
+        match self.units.get(unit)?.as_ref()? {
+            Unit::Products(products) => Some(products.heads.len()),
+            Unit::Single(_) => Some(1),
+            Unit::Row(_) => None,
         }
     }
 

@@ -70,14 +70,8 @@ pub fn lora(
     }
     let scale = if fault::active("lora.scale") { 1.0 } else { scale };
     let base = base.filter(|_| !fault::active("lora.base"));
-    let matrix = |v: &View<'_>, rows, cols| Matrix {
-        offset: v.layout.offset,
-        rows,
-        cols,
-        row_stride: v.layout.strides[0],
-        col_stride: v.layout.strides[1],
-    };
-    let job = Job { blocks: row_blocks(&x.layout, rows, *k), a: matrix(a, *k, r), b: matrix(b, r, n), base, scale };
+    let (a_matrix, b_matrix) = (Matrix::of(&a.layout), Matrix::of(&b.layout));
+    let job = Job { blocks: row_blocks(&x.layout, rows, *k), a: a_matrix, b: b_matrix, base, scale };
     match (x.data, a.data, b.data, out) {
         (Slice::F32(x), Slice::F32(a), Slice::F32(b), SliceMut::F32(o)) if job.is_skinny() => job.skinny(x, a, b, o),
         (Slice::F32(x), Slice::F32(a), Slice::F32(b), SliceMut::F32(o)) => job.direct(x, a, b, o),
@@ -91,13 +85,7 @@ pub fn lora(
 /// x as the fewest matrices that cover its rows in order: one where its leading dims merge.
 fn row_blocks(x: &Strided, rows: usize, k: usize) -> Vec<Matrix> {
     if let Some(flat) = x.reshape(&[rows, k]) {
-        return vec![Matrix {
-            offset: flat.offset,
-            rows,
-            cols: k,
-            row_stride: flat.strides[0],
-            col_stride: flat.strides[1],
-        }];
+        return vec![Matrix::of(&flat)];
     }
     let rank = x.dims.len();
     let lead = Strided { dims: x.dims[..rank - 1].into(), strides: x.strides[..rank - 1].into(), offset: x.offset };

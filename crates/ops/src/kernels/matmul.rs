@@ -1,6 +1,6 @@
 //! Matrix products: inner products in f32 for f32, f16 and bf16, the `gemm` crate in f64.
 
-use super::dots::{dots_parallel, Columns, Grid, Narrow, Right, Rows};
+use super::dots::{dots_parallel, each_side, Grid, Narrow, Right, Rows, Side};
 use super::{check_float, check_out, team};
 use crate::element::Element;
 use crate::error::{Error, Result};
@@ -60,6 +60,18 @@ pub(crate) struct Matrix {
 }
 
 impl Matrix {
+    /// The matrix that a layout of two dims is.
+    pub(crate) fn of(layout: &Strided) -> Self {
+        let at = |list: &Dims, i: usize| list.get(i).copied().unwrap_or(0);
+        Matrix {
+            offset: layout.offset,
+            rows: at(&layout.dims, 0),
+            cols: at(&layout.dims, 1),
+            row_stride: at(&layout.strides, 0),
+            col_stride: at(&layout.strides, 1),
+        }
+    }
+
     /// A dense row-major matrix.
     pub(crate) fn dense(offset: usize, rows: usize, cols: usize) -> Self {
         Matrix { offset, rows, cols, row_stride: cols, col_stride: 1 }
@@ -209,14 +221,7 @@ fn each_product(s: &Batched, mut f: impl FnMut(Matrix, Matrix, std::ops::Range<u
     let invariant = s.batch.iter().zip(&s.b.strides).all(|(&d, &st)| d == 1 || st == 0);
     if batches > 1 && (invariant || fault::active("matmul.fold")) {
         if let Some(flat) = s.a.reshape(&[batches * s.m, s.k]) {
-            let whole = Matrix {
-                offset: flat.offset,
-                rows: batches * s.m,
-                cols: s.k,
-                row_stride: flat.strides[0],
-                col_stride: flat.strides[1],
-            };
-            return f(whole, matrix(&s.b, s.b.offset, s.k, s.n), 0..batches * s.m * s.n);
+            return f(Matrix::of(&flat), matrix(&s.b, s.b.offset, s.k, s.n), 0..batches * s.m * s.n);
         }
     }
     let lead = |l: &Strided| Strided { dims: s.batch.clone(), strides: l.strides[..rank - 2].into(), offset: l.offset };
@@ -256,21 +261,13 @@ fn narrow<E: Narrow>(s: &Batched, a: &[E], b: &[E], out: &mut [E]) -> Result<()>
             return Ok(());
         }
         let out = &mut out[range];
-        let data = b.get(bm.offset..).unwrap_or_default();
-        if bm.row_stride == 1 || bm.rows == 1 {
-            let pitch = if fault::active("dots.pitch") { 0 } else { bm.col_stride };
-            return inner(a, am, Rows::new(data, bm.cols, pitch, bm.rows)?, out, &mut wide, &mut sums);
-        }
-        if bm.col_stride == 1 || bm.cols == 1 {
-            let pitch = if fault::active("dots.columns.pitch") { bm.cols } else { bm.row_stride };
-            return inner(a, am, Columns::of(Rows::new(data, bm.rows, pitch, bm.cols)?), out, &mut wide, &mut sums);
-        }
         // the same right side for many batches is copied once
-        if last != Some(bm.offset) && !(last.is_some() && fault::active("matmul.stale_widened")) {
+        let stale = last != Some(bm.offset) && !(last.is_some() && fault::active("matmul.stale_widened"));
+        if stale && !bm.has_runs() {
             widen_matrix(b, bm, &mut right);
             last = Some(bm.offset);
         }
-        inner(a, am, Columns::of(Rows::new(&right, bm.rows, bm.cols, bm.cols)?), out, &mut wide, &mut sums)
+        each_side!(Side::of(b, bm, &right)?, w => inner(a, am, w, out, &mut wide, &mut sums))
     })
 }
 

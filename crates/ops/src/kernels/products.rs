@@ -7,7 +7,7 @@
 mod operands;
 mod part;
 
-use super::dots::{part_cols, part_rows, task_count, with_lines, Columns, Narrow, Rows, Side};
+use super::dots::{part_cols, part_rows, task_count, with_lines, Narrow, Rows, Side};
 use super::matmul::{widen_matrix, Matrix};
 use super::team;
 use crate::error::{Error, Result};
@@ -146,7 +146,8 @@ fn typed<E: Narrow>(data: &[E], x: &View<'_>, heads: &[Head<'_>], outs: &mut [Sl
     for head in heads {
         let mut sides: SmallVec<[Side<'_, E>; 2]> = SmallVec::new();
         for right in &head.rights {
-            sides.push(side(right, stores.next().map_or(&[], |s| s.as_slice()))?);
+            let copy = stores.next().map_or(&[][..], |s| s.as_slice());
+            sides.push(Side::of(E::of(&right.data).unwrap_or_default(), Matrix::of(&right.layout), copy)?);
         }
         let n = head.rights.first().and_then(|r| r.dims().get(1)).copied().unwrap_or(0);
         let operands = match &head.epilogue {
@@ -201,21 +202,11 @@ fn run<E: Narrow>(x: Rows<'_, f32>, heads: &[Bound<'_, E>], outs: &mut [SliceMut
         let cols = part_cols(head.n, tasks, m.div_ceil(block.max(1)));
         for row in (0..m).step_by(block.max(1)) {
             let rows = block.min(m - row);
-            let (mut above, mut below) = (Grids::new(), Grids::new());
-            for grid in grids {
-                let (a, b) = grid.split_rows(rows);
-                above.push(a);
-                below.push(b);
-            }
+            let (mut above, below): (Grids<'_>, Grids<'_>) = grids.into_iter().map(|g| g.split_rows(rows)).unzip();
             grids = below;
             for from in (0..head.n).step_by(cols) {
                 let width = cols.min(head.n - from);
-                let (mut outs, mut right) = (Grids::new(), Grids::new());
-                for grid in above {
-                    let (a, b) = grid.split_cols(width);
-                    outs.push(a);
-                    right.push(b);
-                }
+                let (outs, right): (Grids<'_>, Grids<'_>) = above.into_iter().map(|g| g.split_cols(width)).unzip();
                 above = right;
                 parts.push(Part { head, x: x.part(row, rows), row, from, width, outs });
             }
@@ -245,54 +236,18 @@ fn left<'a, E: Narrow>(
         (Some(flat), Some(data)) if flat.strides[1] == 1 || k == 1 => {
             return Rows::new(data.get(flat.offset..).unwrap_or_default(), m, flat.strides[0], k);
         }
-        (Some(flat), _) => {
-            let matrix = Matrix {
-                offset: flat.offset,
-                rows: m,
-                cols: k,
-                row_stride: flat.strides[0],
-                col_stride: flat.strides[1],
-            };
-            widen_matrix(data, matrix, wide);
-        }
+        (Some(flat), _) => widen_matrix(data, Matrix::of(flat), wide),
         (None, _) => *wide = operands::dense(x)?,
     }
     Rows::new(wide, m, k, k)
 }
 
-fn matrix(right: &View<'_>) -> Matrix {
-    let at = |list: &Dims, i: usize| list.get(i).copied().unwrap_or(0);
-    let l = &right.layout;
-    Matrix {
-        offset: l.offset,
-        rows: at(&l.dims, 0),
-        cols: at(&l.dims, 1),
-        row_stride: at(&l.strides, 0),
-        col_stride: at(&l.strides, 1),
-    }
-}
-
 /// A copy in f32 of a right side that has neither rows nor columns which are runs; else nothing.
 fn copied<E: Narrow>(right: &View<'_>) -> Vec<f32> {
-    let m = matrix(right);
+    let m = Matrix::of(&right.layout);
     let mut wide = Vec::new();
     if let (Some(data), false) = (E::of(&right.data), m.has_runs()) {
         widen_matrix(data, m, &mut wide);
     }
     wide
-}
-
-fn side<'a, E: Narrow>(right: &View<'a>, copy: &'a [f32]) -> Result<Side<'a, E>> {
-    let m = matrix(right);
-    if m.rows == 0 {
-        return Ok(Side::Rows(Rows::new(&[], m.cols, 0, 0)?));
-    }
-    let data = E::of(&right.data).and_then(|d| d.get(m.offset..)).unwrap_or_default();
-    if m.row_stride == 1 || m.rows == 1 {
-        return Ok(Side::Rows(Rows::new(data, m.cols, m.col_stride, m.rows)?));
-    }
-    if m.col_stride == 1 || m.cols == 1 {
-        return Ok(Side::Columns(Columns::of(Rows::new(data, m.rows, m.row_stride, m.cols)?)));
-    }
-    Ok(Side::Copy(Columns::of(Rows::new(copy, m.rows, m.cols, m.cols)?)))
 }

@@ -24,7 +24,7 @@ pub(crate) use grid::Grid;
 pub(crate) use narrow::Narrow;
 use parking_lot::Mutex;
 pub(crate) use right::{Columns, Right};
-pub(crate) use side::{Left, Side};
+pub(crate) use side::{each_side, Left, Side};
 
 /// Lanes of a sum.
 const LANES: usize = 16;

@@ -1,6 +1,9 @@
 //! A right side of whichever kind, and one thread's products of a block of x's rows with several of them.
 
 use super::{panel, scratch, Columns, Grid, Narrow, Right, Rows};
+use crate::error::Result;
+use crate::fault;
+use crate::kernels::matmul::Matrix;
 
 /// A right side as it lies.
 #[derive(Clone, Copy, Debug)]
@@ -23,8 +26,26 @@ macro_rules! each_side {
         }
     };
 }
+pub(crate) use each_side;
 
-impl<E: Narrow> Side<'_, E> {
+impl<'a, E: Narrow> Side<'a, E> {
+    /// A matrix (k, n) in `data`, or where neither its rows nor its columns are runs of elements the dense `copy` of it.
+    pub(crate) fn of(data: &'a [E], m: Matrix, copy: &'a [f32]) -> Result<Self> {
+        if m.rows == 0 {
+            return Ok(Self::Rows(Rows::new(&[], m.cols, 0, 0)?));
+        }
+        let data = data.get(m.offset..).unwrap_or_default();
+        if m.row_stride == 1 || m.rows == 1 {
+            let pitch = if fault::active("dots.pitch") { 0 } else { m.col_stride };
+            return Ok(Self::Rows(Rows::new(data, m.cols, pitch, m.rows)?));
+        }
+        if m.col_stride == 1 || m.cols == 1 {
+            let pitch = if fault::active("dots.columns.pitch") { m.cols } else { m.row_stride };
+            return Ok(Self::Columns(Columns::of(Rows::new(data, m.rows, pitch, m.cols)?)));
+        }
+        Ok(Self::Copy(Columns::of(Rows::new(copy, m.rows, m.cols, m.cols)?)))
+    }
+
     /// Those `from..from + count`.
     pub(crate) fn part(&self, from: usize, count: usize) -> Self {
         match self {

@@ -31,10 +31,19 @@ impl<'a> Operand<'a> {
         })
     }
 
-    /// Rows and columns from these on, as a view of these dims; of a product nothing, which is not an operand in memory.
-    pub(super) fn part(&self, (row, col): (usize, usize), dims: &[usize; 2]) -> View<'_> {
+    /// Rows and columns from these on, as a view of these dims. `products` are dense and of these dims already.
+    pub(super) fn part<'b>(
+        &'b self,
+        products: &[Slice<'b>],
+        (row, col): (usize, usize),
+        dims: &[usize; 2],
+    ) -> View<'b> {
         let (data, offset, pitch, step) = match self {
-            Self::Product(_) => (Slice::F32(&[]), 0, 0, 0),
+            Self::Product(i) => {
+                // a head without so many products was refused
+                let data = products.get(*i).copied().unwrap_or(Slice::F32(&[]));
+                return View { data, layout: Strided::contiguous(dims) };
+            }
             Self::Rows { data, offset, pitch, step } => (*data, *offset, *pitch, *step),
             Self::Copy { data, pitch } => (Slice::F32(data), 0, *pitch, 1),
         };

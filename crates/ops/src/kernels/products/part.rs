@@ -1,12 +1,11 @@
 //! A part of a head: a block of x's rows with some columns of its weights, on one thread.
 
-use super::operands::Operand;
 use super::{Bound, Grids, OP};
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::kernels::dots::{Grid, Left, Narrow, Rows};
 use crate::kernels::fresh;
-use crate::view::{Slice, SliceMut, Strided, View};
+use crate::view::{Slice, SliceMut, View};
 use candle_core::DType;
 use half::{bf16, f16};
 use smallvec::{smallvec, SmallVec};
@@ -222,13 +221,7 @@ impl<E: Narrow> Part<'_, '_, E> {
         let dims = [rows, count];
         let mut inputs: SmallVec<[View<'_>; 6]> = SmallVec::new();
         for operand in &self.head.operands {
-            inputs.push(match operand {
-                Operand::Product(i) => {
-                    let data = products.get(*i).copied().unwrap_or(Slice::F32(&[]));
-                    View { data, layout: Strided::contiguous(&dims) }
-                }
-                operand => operand.part((self.row, self.from + at), &dims),
-            });
+            inputs.push(operand.part(&products, (self.row, self.from + at), &dims));
         }
         let mut results: SmallVec<[SliceMut<'_>; 2]> = SmallVec::new();
         for (out, room) in self.outs.iter_mut().zip(&mut room.results) {
