@@ -52,7 +52,7 @@ pub(crate) fn run(arguments: &Arguments, out: &mut dyn Write) -> Result<(), Box<
     let files = hub::open_or_fetch(arguments.model_dir.as_deref(), &ALL_MINILM_L6_V2, &Bars::default())?;
     let tokenizer = files.tokenizer()?;
     let encoder = files.sentence_encoder(DType::F32, &Device::Cpu)?;
-    let context = encoder.model().config().max_position_embeddings;
+    let context = encoder.model().max_tokens();
     let mut ids = Vec::new();
     for (index, text) in arguments.texts.iter().enumerate() {
         ids.push(if arguments.truncate {

@@ -4,6 +4,8 @@
 
 pub mod backend;
 mod eager;
+#[cfg(feature = "embeddings")]
+pub mod embeddings;
 pub mod error;
 #[cfg(feature = "graph")]
 pub mod graph;

@@ -210,6 +210,17 @@ pub enum Error {
         tried: String,
     },
 
+    /// A model of the Hugging Face hub could not be fetched.
+    #[error("model `{repo}` of the hub{}: {reason}", file.as_ref().map(|name| format!(", file `{name}`")).unwrap_or_default())]
+    HubDownload {
+        /// The repository, `owner/name`.
+        repo: String,
+        /// The file, where it was one.
+        file: Option<String>,
+        /// What is wrong.
+        reason: String,
+    },
+
     /// `pip download` failed.
     #[error("`{command}` failed: {reason}\n{output}")]
     Download {

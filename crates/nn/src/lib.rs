@@ -7,7 +7,7 @@
 //! | what | where |
 //! |---|---|
 //! | building blocks | [`Linear`], [`Embedding`], [`RmsNorm`], [`LayerNorm`], [`Mlp`], [`FeedForward`], [`LoraLinear`], [`KvCache`] |
-//! | models | [`models::bert`] (sentence encoders), [`models::causal_lm`] (Llama, Mistral, Qwen2) |
+//! | models | [`models::bert`], [`models::mpnet`] (sentence encoders), [`models::causal_lm`] (Llama, Mistral, Qwen2) |
 //! | ported models | [`candle`] and [`candle_nn`]: the names that models written for Candle import |
 //! | weights | [`weights`]: safetensors and GGUF behind Candle's `VarBuilder` |
 //! | a model on disk | [`ModelDir`] |
@@ -28,6 +28,7 @@ mod mlp;
 mod model_dir;
 mod module;
 mod norm;
+pub mod pooling;
 mod rope;
 mod scope;
 

@@ -1,7 +1,7 @@
 //! A model's files in one directory.
 
 use crate::error::{Error, Result};
-use crate::models::{BertConfig, CausalLm, CausalLmConfig, SentenceEncoder};
+use crate::models::{self, BertConfig, BertModel, CausalLm, CausalLmConfig, MpnetConfig, MpnetModel, SentenceEncoder};
 use crate::weights::{safetensors, Gguf};
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
@@ -151,9 +151,24 @@ impl ModelDir {
                 supported: "safetensors with config.json",
             }),
             WeightFiles::Safetensors(paths) => {
-                let config = BertConfig::from_file(self.file("config.json")?)?;
+                let path = self.file("config.json")?;
+                let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+                let architecture = models::model_type(&text, &path.display().to_string())?;
                 self.mean_pooling()?;
-                SentenceEncoder::load(safetensors(paths, dtype, device)?, &config)
+                // A config without the name is BERT's, as those of old checkpoints are.
+                match architecture.as_deref() {
+                    Some("mpnet") => {
+                        let config = MpnetConfig::from_file(&path)?;
+                        Ok(SentenceEncoder::new(MpnetModel::load(safetensors(paths, dtype, device)?, &config)?))
+                    }
+                    Some("bert") | None => {
+                        let config = BertConfig::from_file(&path)?;
+                        Ok(SentenceEncoder::new(BertModel::load(safetensors(paths, dtype, device)?, &config)?))
+                    }
+                    Some(other) => {
+                        Err(Error::Unsupported { what: "encoder", found: other.to_string(), supported: "bert, mpnet" })
+                    }
+                }
             }
         }
     }
@@ -196,23 +211,8 @@ impl ModelDir {
 
 /// The files that an index names, each once, all of them inside `dir`.
 fn shards(dir: &Path, index: &Path) -> Result<Vec<PathBuf>> {
-    let text = std::fs::read_to_string(index).map_err(|e| Error::io(index, e))?;
-    let parsed: Index = serde_json::from_str(&text).map_err(|e| Error::format(index, "safetensors index", e))?;
-    let names: BTreeSet<String> = parsed.weight_map.into_values().collect();
-    if names.is_empty() {
-        return Err(Error::format(index, "safetensors index", "it names no file"));
-    }
     let mut paths = Vec::new();
-    for name in names {
-        // An index comes from outside: it may name files beside itself and no others.
-        let plain = Path::new(&name).components().all(|part| matches!(part, Component::Normal(_)));
-        if !plain {
-            return Err(Error::format(
-                index,
-                "safetensors index",
-                format_args!("`{name}` lies outside of the directory"),
-            ));
-        }
+    for name in shard_names(index)? {
         let path = dir.join(&name);
         if !path.is_file() {
             return Err(Error::MissingFile { dir: dir.to_path_buf(), expected: name });
@@ -220,4 +220,26 @@ fn shards(dir: &Path, index: &Path) -> Result<Vec<PathBuf>> {
         paths.push(path);
     }
     Ok(paths)
+}
+
+/// The names of the files that an index names, each once.
+pub(crate) fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
+    let text = std::fs::read_to_string(index).map_err(|e| Error::io(index, e))?;
+    let parsed: Index = serde_json::from_str(&text).map_err(|e| Error::format(index, "safetensors index", e))?;
+    let names: BTreeSet<String> = parsed.weight_map.into_values().collect();
+    if names.is_empty() {
+        return Err(Error::format(index, "safetensors index", "it names no file"));
+    }
+    for name in &names {
+        // An index comes from outside: it may name files beside itself and no others.
+        let plain = Path::new(name).components().all(|part| matches!(part, Component::Normal(_)));
+        if !plain {
+            return Err(Error::format(
+                index,
+                "safetensors index",
+                format_args!("`{name}` lies outside of the directory"),
+            ));
+        }
+    }
+    Ok(names)
 }

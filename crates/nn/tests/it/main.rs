@@ -1,4 +1,4 @@
-//! Tests of modules, models, weights, tokenizers and model directories, all on made-up weights: no network, no fixtures.
+//! Tests of modules, models, weights, tokenizers and model directories, all on made-up weights: no network.
 
 mod common;
 
@@ -12,6 +12,7 @@ mod kv_cache;
 mod lora;
 mod model_dir;
 mod modules;
+mod mpnet;
 mod ported;
 mod rope;
 mod safetensors;

@@ -220,12 +220,12 @@ fn the_encoder_names_the_line_and_the_module() -> TestResult {
     names(line!(), model.forward(&ids((1, 0))?, &ids((1, 0))?, None), &["empty"]);
     names(line!(), model.forward(&ids((1, 9))?, &ids((1, 9))?, None), &["9 tokens"]);
     names(line!(), model.forward(&ids((1, 2))?, &ids((1, 3))?, None), &["token_type_ids", "[1, 3]"]);
-    let encoder = SentenceEncoder::new(model);
+    let encoder = SentenceEncoder::new(model.clone());
     names(line!(), encoder.embed(&[vec![0u32; 9]]), &["9 tokens"]);
     names(line!(), encoder.embed(&[vec![20u32]]), &["token id 20"]);
     names(line!(), encoder.embed(&[Vec::<u32>::new()]), &["empty"]);
     let segments = LazyTensor::from_vec(vec![7u32], (1, 1), &Device::Cpu)?;
-    let result = encoder.model().forward(&ids((1, 1))?, &segments, None)?.eval().map_err(Error::from);
+    let result = model.forward(&ids((1, 1))?, &segments, None)?.eval().map_err(Error::from);
     names(line!() - 1, result, &["embedding(f32 [2, 12], u32 [1, 1])", "(in embeddings.token_type_embeddings)", "7"]);
     Ok(())
 }

@@ -68,7 +68,7 @@ fn load(dir: &ModelDir) -> Result<Encoder> {
     let lazy = dir.sentence_encoder(DType::F32, &Device::Cpu)?;
     let tokenizer = dir.tokenizer()?;
     let ids = SENTENCES.iter().map(|s| tokenizer.encode_for_model(s)).collect::<candle_lazy_nn::Result<Vec<_>>>()?;
-    let pad = lazy.model().config().pad_token_id;
+    let pad = lazy.model().pad_token_id();
     Ok(Encoder { lazy, ids, pad })
 }
 

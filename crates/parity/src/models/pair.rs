@@ -29,7 +29,7 @@ impl EncoderPair {
         let eager = encoder::eager(dir)?.map_err(Error::NoTwin)?;
         let lazy = dir.sentence_encoder(DType::F32, &Device::Cpu)?;
         let exact = dir.sentence_encoder(DType::F64, &Device::Cpu)?;
-        let pad = lazy.model().config().pad_token_id;
+        let pad = lazy.model().pad_token_id();
         Ok(Self { eager, lazy, exact, pad })
     }
 
