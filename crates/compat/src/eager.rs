@@ -34,7 +34,6 @@ pub(crate) fn layer_norm(x: &Tensor, eps: f64) -> Result<Tensor> {
 }
 
 /// (x·a)·b·scale.
-#[cfg(feature = "custom-metal")]
 #[track_caller]
 pub(crate) fn lora(x: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor> {
     let scale = f64::from(scale);
@@ -42,4 +41,11 @@ pub(crate) fn lora(x: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Result<Ten
         return candle_lazy_ops::lora(x, a, b, scale);
     }
     Ok(LazyTensor::from(x).lora(&a.into(), &b.into(), scale)?.eval()?)
+}
+
+/// dropout(x·a)·b·scale. Gradients flow as far as the parts are tracked.
+#[track_caller]
+pub(crate) fn lora_with_dropout(x: &Tensor, a: &Tensor, b: &Tensor, scale: f32, dropout: f32) -> Result<Tensor> {
+    let mid = candle_nn::ops::dropout(&candle_lazy_ops::linear(x, &a.t()?, None)?, dropout)?;
+    candle_lazy_ops::linear(&mid, &b.t()?, None)?.affine(f64::from(scale), 0.0)
 }

@@ -126,11 +126,21 @@ pub enum TrainingError {
     },
 }
 
-#[cfg(any(feature = "custom-metal", feature = "graph"))]
 impl TrainingError {
     /// A failure that says what `error` says.
+    #[cfg(any(feature = "custom-metal", feature = "graph"))]
     pub(crate) fn failed(error: impl std::fmt::Display) -> Self {
         Self::Failed { reason: error.to_string() }
+    }
+
+    /// A config or an input that means nothing.
+    pub(crate) fn config(reason: impl std::fmt::Display) -> Self {
+        Self::InvalidConfig { reason: reason.to_string() }
+    }
+
+    /// A name that is not known, or is taken.
+    pub(crate) fn state(reason: impl std::fmt::Display) -> Self {
+        Self::StateError { reason: reason.to_string() }
     }
 }
 

@@ -9,9 +9,11 @@ pub mod embeddings;
 pub mod error;
 #[cfg(feature = "graph")]
 pub mod graph;
+pub mod training;
 
 pub use backend::{Device, DeviceInfo, DeviceType, TensorExt};
 pub use error::{Error, Result};
+pub use training::{LoRAAdapter, LoRAAdapterConfig, LoRAConfig, LoRALayer, TargetModule};
 
 /// The version of this crate. It is not v1's.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -1,0 +1,139 @@
+//! Adapters in files: one safetensors file, tensors `layers.{i}.{module}.lora_a` (in, rank) and `.lora_b` (rank, out) of f32, and
+//! optionally the metadata entry `checkpoint_metadata`, JSON of [`CheckpointMetadata`]. Files of v1 load.
+//!
+//! Rank, alpha and targets are not in the file: an adapter is made with them, then filled.
+
+use super::{LoRAAdapter, LoRALayer};
+use crate::error::{CheckpointError, Error, Result};
+use candle_core::safetensors::Load;
+use candle_core::{Device, Tensor, Var};
+use safetensors::tensor::{Dtype, SafeTensors};
+use serde::{Deserialize, Deserializer, Serialize};
+use std::collections::HashMap;
+use std::io::Write;
+use std::path::Path;
+
+const METADATA: &str = "checkpoint_metadata";
+/// How many names a message lists.
+const NAMED: usize = 4;
+
+/// Where training was when a checkpoint was written.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CheckpointMetadata {
+    /// Steps taken.
+    pub global_step: usize,
+    /// The last loss. JSON has no NaN and no infinities: they come back as NaN.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub loss: f32,
+    /// The last learning rate; as `loss`.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub learning_rate: f32,
+    /// Seconds since 1970.
+    pub timestamp: u64,
+}
+
+/// serde_json writes what is not finite as null.
+fn number_or_nan<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<f32, D::Error> {
+    Ok(Option::<f32>::deserialize(deserializer)?.unwrap_or(f32::NAN))
+}
+
+/// A layer's variables with the ends of their names.
+fn parts(layer: &LoRALayer) -> [(&'static str, &Var); 2] {
+    [("lora_a", layer.lora_a()), ("lora_b", layer.lora_b())]
+}
+
+/// Writes an adapter to a file, whole or not at all: a file that is there is replaced at the end.
+///
+/// # Errors
+/// [`CheckpointError::SaveFailed`] where the file cannot be written.
+pub fn save_checkpoint(
+    adapter: &LoRAAdapter,
+    path: impl AsRef<Path>,
+    metadata: Option<&CheckpointMetadata>,
+) -> Result<()> {
+    let path = path.as_ref();
+    let failed =
+        |error: &dyn std::fmt::Display| CheckpointError::SaveFailed { reason: format!("{}: {error}", path.display()) };
+    let mut tensors = Vec::new();
+    for (name, layer) in adapter.layers() {
+        for (part, var) in parts(layer) {
+            tensors.push((format!("{name}.{part}"), var.as_detached_tensor().to_device(&Device::Cpu)?));
+        }
+    }
+    let metadata = match metadata {
+        Some(metadata) => Some(HashMap::from([(METADATA.to_string(), serde_json::to_string(metadata)?)])),
+        None => None,
+    };
+    let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
+    let bytes = safetensors::serialize(tensors, metadata).map_err(|e| failed(&e))?;
+    write_atomically(path, &bytes).map_err(|e| failed(&e))?;
+    Ok(())
+}
+
+fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".checkpoint-");
+    // as any new file has them: the umask takes from these
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.tempfile_in(dir)?;
+    file.write_all(bytes)?;
+    file.as_file().sync_all()?;
+    file.persist(path).map_err(|error| error.error)?;
+    Ok(())
+}
+
+/// Fills an adapter from a file and returns the metadata that was saved with it. Tensors that the adapter has no layer for are ignored.
+///
+/// # Errors
+/// [`Error::Candle`] where the file cannot be read; [`CheckpointError::InvalidFormat`] where it is no safetensors file or its metadata
+/// is not readable; [`CheckpointError::LoadFailed`] for tensors that are missing or of another shape or dtype. The adapter is as it was
+/// then.
+pub fn load_checkpoint(adapter: &mut LoRAAdapter, path: impl AsRef<Path>) -> Result<Option<CheckpointMetadata>> {
+    let path = path.as_ref();
+    let invalid = |error: &dyn std::fmt::Display| CheckpointError::InvalidFormat {
+        reason: format!("{}: {error}", path.display()),
+    };
+    let bytes = std::fs::read(path).map_err(|e| Error::Candle(candle_core::Error::from(e).with_path(path)))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| invalid(&e))?;
+    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| invalid(&e))?;
+    let metadata = match header.metadata().as_ref().and_then(|entries| entries.get(METADATA)) {
+        Some(json) => Some(serde_json::from_str(json).map_err(|e| invalid(&format_args!("{METADATA}: {e}")))?),
+        None => None,
+    };
+    for (var, value) in found(adapter, &file, path)? {
+        var.set(&value)?;
+    }
+    Ok(metadata)
+}
+
+/// Each variable of the adapter with its value in the file.
+fn found<'a>(adapter: &'a LoRAAdapter, file: &SafeTensors<'_>, path: &Path) -> Result<Vec<(&'a Var, Tensor)>> {
+    let failed = |reason: String| CheckpointError::LoadFailed { reason: format!("{}: {reason}", path.display()) };
+    let (mut values, mut missing) = (Vec::new(), Vec::new());
+    for (layer_name, layer) in adapter.layers() {
+        for (part, var) in parts(layer) {
+            let name = format!("{layer_name}.{part}");
+            let Ok(view) = file.tensor(&name) else {
+                missing.push(name);
+                continue;
+            };
+            if view.shape() != var.dims() || view.dtype() != Dtype::F32 {
+                let (shape, dtype, dims) = (view.shape(), view.dtype(), var.dims());
+                let reason = format!("shape mismatch for {name}: expected {dims:?} of F32, got {shape:?} of {dtype:?}");
+                return Err(failed(reason).into());
+            }
+            values.push((var, view.load(var.device())?));
+        }
+    }
+    if missing.is_empty() {
+        return Ok(values);
+    }
+    let names = missing.iter().take(NAMED).map(String::as_str).collect::<Vec<_>>().join(", ");
+    let more = match missing.len().saturating_sub(NAMED) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    Err(failed(format!("missing tensors: {names}{more}")).into())
+}
