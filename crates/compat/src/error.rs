@@ -138,6 +138,24 @@ impl TrainingError {
         Self::InvalidConfig { reason: reason.to_string() }
     }
 
+    /// What `nn` says of a config or an input, as [`TrainingError::InvalidConfig`]; other errors stay what they are.
+    pub(crate) fn refused(error: candle_lazy_nn::Error) -> Error {
+        use candle_lazy_nn::Error as E;
+        match error {
+            E::Config { what, message } => Self::config(format_args!("{what}: {message}")).into(),
+            E::Module { .. } => Self::config(error).into(),
+            other => other.into(),
+        }
+    }
+
+    /// What `nn` says of a gradient, as [`TrainingError::Gradient`]; of a config, as [`TrainingError::refused`].
+    pub(crate) fn gradient_refused(error: candle_lazy_nn::Error) -> Error {
+        match error {
+            candle_lazy_nn::Error::Module { .. } => Self::Gradient { reason: error.to_string() }.into(),
+            other => Self::refused(other),
+        }
+    }
+
     /// A name that is not known, or is taken.
     pub(crate) fn state(reason: impl std::fmt::Display) -> Self {
         Self::StateError { reason: reason.to_string() }

@@ -13,7 +13,10 @@ pub mod training;
 
 pub use backend::{Device, DeviceInfo, DeviceType, TensorExt};
 pub use error::{Error, Result};
-pub use training::{LoRAAdapter, LoRAAdapterConfig, LoRAConfig, LoRALayer, TargetModule};
+pub use training::{
+    cross_entropy_loss, cross_entropy_loss_with_smoothing, AdamW, AdamWConfig, LRScheduler, LoRAAdapter,
+    LoRAAdapterConfig, LoRAConfig, LoRALayer, StepMetrics, TargetModule, Trainer, TrainingConfig, TrainingStep,
+};
 
 /// The version of this crate. It is not v1's.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -11,6 +11,7 @@
 //! | ported models | [`candle`] and [`candle_nn`]: the names that models written for Candle import |
 //! | weights | [`weights`]: safetensors and GGUF behind Candle's `VarBuilder` |
 //! | a model on disk | [`ModelDir`] |
+//! | training | [`loss`], [`optim`] |
 //! | text | `tokenizer` (feature `tokenizers`) |
 //! | fetching | `hub` (feature `hub`) |
 #![doc = include_str!("../README.md")]
@@ -36,7 +37,9 @@ pub mod candle;
 pub mod candle_nn;
 #[cfg(feature = "hub")]
 pub mod hub;
+pub mod loss;
 pub mod models;
+pub mod optim;
 #[cfg(feature = "tokenizers")]
 pub mod tokenizer;
 pub mod weights;

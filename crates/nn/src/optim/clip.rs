@@ -1,0 +1,55 @@
+//! Clipping of gradients by their common norm (Pascanu et al. 2013, arXiv:1211.5063).
+
+use crate::error::{Error, Result};
+use candle_core::{DType, Tensor};
+use candle_lazy_exec::{eval_all, LazyTensor};
+
+/// √(Σ g²) over all elements of all gradients; 0 for none. Summed in f64 (on Metal, which has none, in f32).
+///
+/// # Errors
+/// For tensors that are no floats.
+#[track_caller]
+pub fn grad_norm(grads: &[Tensor]) -> Result<f64> {
+    let mut squares = Vec::with_capacity(grads.len());
+    for grad in grads {
+        if !grad.dtype().is_float() {
+            return Err(Error::float_expected("grad_norm", "", "a gradient", grad.dtype()));
+        }
+        let wide = if grad.device().is_metal() { DType::F32 } else { DType::F64 };
+        squares.push(LazyTensor::from_tensor(grad.detach()).to_dtype(wide)?.sqr()?.sum_all()?);
+    }
+    let mut sum = 0.0;
+    for value in eval_all(&squares.iter().collect::<Vec<_>>())? {
+        sum += value.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+    }
+    Ok(sum.sqrt())
+}
+
+/// Scales all gradients by max_norm/(norm + 1e-6) where that is below 1, and returns their norm before: PyTorch's `clip_grad_norm_`.
+///
+/// # Errors
+/// For a `max_norm` that is not finite and above 0, and for a norm that is not finite: such gradients cannot be scaled. They are as
+/// they were then.
+#[track_caller]
+pub fn clip_grad_norm(grads: &mut [Tensor], max_norm: f64) -> Result<f64> {
+    if !(max_norm > 0.0 && max_norm.is_finite()) {
+        let message = format_args!("the largest norm must be finite and above 0, got {max_norm}");
+        return Err(Error::module("clip_grad_norm", "", message));
+    }
+    let norm = grad_norm(grads)?;
+    if !norm.is_finite() {
+        return Err(Error::module("clip_grad_norm", "", format_args!("the norm of the gradients is {norm}")));
+    }
+    let scale = max_norm / (norm + 1e-6);
+    if scale < 1.0 {
+        let mut scaled = Vec::with_capacity(grads.len());
+        for grad in grads.iter() {
+            scaled.push(LazyTensor::from_tensor(grad.detach()).affine(scale, 0.0)?);
+        }
+        let values = eval_all(&scaled.iter().collect::<Vec<_>>())?;
+        for (grad, value) in grads.iter_mut().zip(values) {
+            *grad = value;
+        }
+    }
+    Ok(norm)
+}
