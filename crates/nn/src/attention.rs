@@ -125,21 +125,55 @@ impl CausalSelfAttention {
     #[track_caller]
     pub fn forward(&self, xs: &LazyTensor, at: &Positions, cache: &mut KvCache) -> Result<LazyTensor> {
         let _scope = scope::enter(&self.path);
+        let (q, k, v) = self.heads(xs, at)?;
+        let (k, v) = cache.append(&k, &v)?;
+        let options = AttentionOptions { causal: true, window: self.window, ..self.options() };
+        self.joined(&LazyTensor::attention(&q, &k, &v, None, &options)?)
+    }
+
+    /// Attention of the positions `xs` (batch, s, hidden) over one another, without a cache.
+    ///
+    /// Every query sees every key, later ones too, but for what `mask` says: it is added to the scores, to (batch, heads, s, s) by
+    /// broadcasting ([`LazyTensor::causal_mask`] is one), in the dtype of `xs`. A window of the model's is left to the mask too. The
+    /// result has shape (batch, s, hidden).
+    ///
+    /// # Errors
+    /// As its ops.
+    #[track_caller]
+    pub fn forward_masked(&self, xs: &LazyTensor, at: &Positions, mask: Option<&LazyTensor>) -> Result<LazyTensor> {
+        let _scope = scope::enter(&self.path);
+        let (q, k, v) = self.heads(xs, at)?;
+        self.joined(&LazyTensor::attention(&q, &k, &v, mask, &self.options())?)
+    }
+
+    /// The same module on the same memory, whose results carry no gradient.
+    ///
+    /// # Errors
+    /// Where a weight that is not computed yet cannot be computed.
+    #[track_caller]
+    pub fn detached(&self) -> Result<Self> {
+        let (q, k, v, o) = (self.q.detached()?, self.k.detached()?, self.v.detached()?, self.o.detached()?);
+        Ok(Self { q, k, v, o, path: Arc::clone(&self.path), ..*self })
+    }
+
+    /// Queries (batch, heads, s, head dim), keys and values (batch, kv heads, s, head dim) of `xs`, turned by their positions.
+    #[track_caller]
+    fn heads(&self, xs: &LazyTensor, at: &Positions) -> Result<(LazyTensor, LazyTensor, LazyTensor)> {
         let (b, s, _) = xs.dims3()?;
         let q = self.q.forward(xs)?.reshape((b, s, self.heads, self.head_dim))?.transpose(1, 2)?;
         let k = self.k.forward(xs)?.reshape((b, s, self.kv_heads, self.head_dim))?.transpose(1, 2)?;
         let v = self.v.forward(xs)?.reshape((b, s, self.kv_heads, self.head_dim))?.transpose(1, 2)?;
-        let q = q.rope(&at.cos, &at.sin)?;
-        let k = k.rope(&at.cos, &at.sin)?;
-        let (k, v) = cache.append(&k, &v)?;
-        let options = AttentionOptions {
-            scale: 1. / (self.head_dim as f64).sqrt(),
-            causal: true,
-            softcap: None,
-            window: self.window,
-        };
-        let y = LazyTensor::attention(&q, &k, &v, None, &options)?;
-        let y = y.transpose(1, 2)?.reshape((b, s, self.heads * self.head_dim))?;
-        self.o.forward(&y)
+        Ok((q.rope(&at.cos, &at.sin)?, k.rope(&at.cos, &at.sin)?, v))
+    }
+
+    fn options(&self) -> AttentionOptions {
+        AttentionOptions::new(1. / (self.head_dim as f64).sqrt())
+    }
+
+    /// The heads' results (batch, heads, s, head dim) side by side, through the output map.
+    #[track_caller]
+    fn joined(&self, y: &LazyTensor) -> Result<LazyTensor> {
+        let (b, _, s, _) = y.dims4()?;
+        self.o.forward(&y.transpose(1, 2)?.reshape((b, s, self.heads * self.head_dim))?)
     }
 }

@@ -1,7 +1,7 @@
 //! The table of token vectors.
 
 use crate::error::{Error, Result};
-use crate::module::{var_init, Module};
+use crate::module::{detached, var_init, Module};
 use crate::scope;
 use candle_lazy_exec::LazyTensor;
 use candle_nn::{Init, VarBuilder};
@@ -34,6 +34,15 @@ impl Embedding {
             ));
         }
         Ok(Self { table, path: path.into() })
+    }
+
+    /// The same module on the same memory, whose results carry no gradient.
+    ///
+    /// # Errors
+    /// Where a table that is not computed yet cannot be computed.
+    #[track_caller]
+    pub fn detached(&self) -> Result<Self> {
+        Ok(Self { table: detached(&self.table)?, path: Arc::clone(&self.path) })
     }
 
     /// The table, (vocab, hidden).

@@ -187,6 +187,13 @@ pub enum Error {
         position: usize,
     },
 
+    /// No token can be chosen: the logits or what is asked of them mean nothing.
+    #[error("sampling: {message}")]
+    Sampling {
+        /// What is wrong.
+        message: String,
+    },
+
     /// A text's vector holds a NaN or an infinity.
     #[error("the vector of text {} is not finite: {}", text + 1, match first { Some(first) => first.to_string(), None => "every value on the way to it is".to_string() })]
     NonFinite {
@@ -296,6 +303,11 @@ impl Error {
     /// A config that is incomplete or contradicts itself or its weights.
     pub(crate) fn config(what: impl std::fmt::Display, message: impl std::fmt::Display) -> Self {
         Self::Config { what: what.to_string(), message: message.to_string() }
+    }
+
+    /// Logits or options that no token can be chosen by.
+    pub(crate) fn sampling(message: impl std::fmt::Display) -> Self {
+        Self::Sampling { message: message.to_string() }
     }
 
     /// A prompt or a text without tokens.

@@ -49,6 +49,27 @@ impl KvCache {
         self.len = self.len.min(len);
     }
 
+    /// Makes room for `capacity` positions in all, by new buffers that what is held is copied into; no more than there is changes nothing.
+    ///
+    /// # Errors
+    /// Where there is no memory for them, or an append failed before; the cache is as it was.
+    #[track_caller]
+    pub fn grow(&mut self, capacity: usize) -> Result<()> {
+        if capacity <= self.capacity {
+            return Ok(());
+        }
+        if self.lost {
+            return Err(Error::cache("an earlier append failed while it wrote; reset the cache and start over"));
+        }
+        if let Some((k, v)) = &self.buffers {
+            let (k, v) = (wider(k, self.len, capacity)?, wider(v, self.len, capacity)?);
+            candle_lazy_exec::materialize(&[&k, &v])?;
+            self.buffers = Some((k, v));
+        }
+        self.capacity = capacity;
+        Ok(())
+    }
+
     /// The handles of both buffers, to be evaluated together with what was computed from them.
     pub fn handles(&self) -> impl Iterator<Item = &LazyTensor> {
         self.buffers.iter().flat_map(|(k, v)| [k, v])
@@ -109,6 +130,17 @@ impl KvCache {
         self.lost = false;
         Ok(views)
     }
+}
+
+/// The first `len` positions of `held` in a buffer for `capacity`.
+#[track_caller]
+fn wider(held: &LazyTensor, len: usize, capacity: usize) -> Result<LazyTensor> {
+    let (b, h, _, d) = held.dims4()?;
+    let buffer = empty((b, h, capacity, d), held)?;
+    if len == 0 {
+        return Ok(buffer);
+    }
+    Ok(buffer.slice_set_owned(&held.narrow(2, 0, len)?, 2, 0)?)
 }
 
 /// A buffer of zeros of the dtype and on the device of `like`.

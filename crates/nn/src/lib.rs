@@ -12,6 +12,7 @@
 //! | weights | [`weights`]: safetensors and GGUF behind Candle's `VarBuilder` |
 //! | a model on disk | [`ModelDir`] |
 //! | training | [`loss`], [`optim`] |
+//! | the next token | [`sampling`]: greedy, temperature, top-k, top-p, a penalty for repetition |
 //! | text | `tokenizer` (feature `tokenizers`) |
 //! | fetching | `hub` (feature `hub`) |
 #![doc = include_str!("../README.md")]
@@ -40,6 +41,7 @@ pub mod hub;
 pub mod loss;
 pub mod models;
 pub mod optim;
+pub mod sampling;
 #[cfg(feature = "tokenizers")]
 pub mod tokenizer;
 pub mod weights;

@@ -1,7 +1,7 @@
 //! The affine map `y = x·Wᵀ + b`.
 
 use crate::error::{Error, Result};
-use crate::module::{var_init, Module};
+use crate::module::{detached, var_init, Module};
 use crate::scope;
 use candle_lazy_exec::LazyTensor;
 use candle_nn::{Init, VarBuilder};
@@ -64,6 +64,20 @@ impl Linear {
     /// Width of the input.
     pub fn in_features(&self) -> usize {
         self.weight.dims().get(1).copied().unwrap_or(0)
+    }
+
+    /// The same module on the same memory, whose results carry no gradient.
+    ///
+    /// # Errors
+    /// Where a weight that is not computed yet cannot be computed.
+    #[track_caller]
+    pub fn detached(&self) -> Result<Self> {
+        let weight = detached(&self.weight)?;
+        let bias = match &self.bias {
+            Some(bias) => Some(detached(bias)?),
+            None => None,
+        };
+        Ok(Self { weight, bias, path: Arc::clone(&self.path) })
     }
 
     /// Where the module stands in its model; empty for one made from tensors.

@@ -2,9 +2,9 @@
 
 use crate::error::{Error, Result};
 use crate::linear::Linear;
-use crate::module::Module;
+use crate::module::{detached, Module};
 use crate::scope;
-use candle_lazy_exec::LazyTensor;
+use candle_lazy_exec::{LazyTensor, RandomKey};
 
 /// The two factors of an adapter and its scale (`alpha / r` in PEFT's words).
 #[derive(Debug, Clone)]
@@ -12,6 +12,7 @@ pub struct LoraWeights {
     a: LazyTensor,
     b: LazyTensor,
     scale: f64,
+    dropout: Option<(f64, RandomKey)>,
 }
 
 impl LoraWeights {
@@ -39,7 +40,29 @@ impl LoraWeights {
                 format_args!("a is {:?} and b is {:?}: both must have one dtype", a.dtype(), b.dtype()),
             ));
         }
-        Ok(Self { a, b, scale })
+        Ok(Self { a, b, scale, dropout: None })
+    }
+
+    /// The same with dropout, for training: each element of x·A is zero with probability `p`, else divided by 1 − p. A key gives the
+    /// same zeros again, so each step needs its own.
+    ///
+    /// # Errors
+    /// Where `p` is not in 0 ≤ p < 1.
+    #[track_caller]
+    pub fn with_dropout(self, p: f64, key: RandomKey) -> Result<Self> {
+        if !(0.0..1.0).contains(&p) {
+            return Err(Error::module("lora", "", format_args!("a dropout of {p}: needs 0 ≤ p < 1")));
+        }
+        Ok(Self { dropout: (p > 0.0).then_some((p, key)), ..self })
+    }
+
+    /// The same factors on the same memory, without dropout, whose results carry no gradient.
+    ///
+    /// # Errors
+    /// Where a factor that is not computed yet cannot be computed.
+    #[track_caller]
+    pub fn detached(&self) -> Result<Self> {
+        Ok(Self { a: detached(&self.a)?, b: detached(&self.b)?, scale: self.scale, dropout: None })
     }
 
     /// The factor (in, r).
@@ -111,6 +134,19 @@ impl LoraLinear {
         Ok(())
     }
 
+    /// The same module on the same memory, without dropout, whose results carry no gradient.
+    ///
+    /// # Errors
+    /// Where a weight that is not computed yet cannot be computed.
+    #[track_caller]
+    pub fn detached(&self) -> Result<Self> {
+        let adapter = match &self.adapter {
+            Some(adapter) => Some(adapter.detached()?),
+            None => None,
+        };
+        Ok(Self { base: self.base.detached()?, adapter })
+    }
+
     /// The linear map below the adapter.
     pub fn base(&self) -> &Linear {
         &self.base
@@ -136,6 +172,10 @@ impl Module for LoraLinear {
             return Ok(base);
         };
         let _scope = scope::enter(self.base.path());
+        if let Some((p, key)) = lora.dropout {
+            let kept = xs.broadcast_matmul(&lora.a)?.dropout(p, key)?;
+            return Ok(base.add(&kept.broadcast_matmul(&lora.b)?.affine(lora.scale, 0.)?)?);
+        }
         Ok(xs.lora_add(&base, &lora.a, &lora.b, lora.scale)?)
     }
 }

@@ -40,6 +40,16 @@ impl Mlp {
         })
     }
 
+    /// The same module on the same memory, whose results carry no gradient.
+    ///
+    /// # Errors
+    /// Where a weight that is not computed yet cannot be computed.
+    #[track_caller]
+    pub fn detached(&self) -> Result<Self> {
+        let (gate, up, down) = (self.gate.detached()?, self.up.detached()?, self.down.detached()?);
+        Ok(Self { gate, up, down, path: Arc::clone(&self.path) })
+    }
+
     /// The map called `name` in checkpoints (`gate_proj`, `up_proj`, `down_proj`).
     pub fn projection_mut(&mut self, name: &str) -> Option<&mut LoraLinear> {
         match name {

@@ -57,6 +57,12 @@ impl<M: Module + ?Sized> Module for std::rc::Rc<M> {
     }
 }
 
+/// A leaf on the memory of a weight, which no gradient passes.
+#[track_caller]
+pub(crate) fn detached(weight: &LazyTensor) -> Result<LazyTensor> {
+    Ok(weight.eval()?.detach().into())
+}
+
 /// Full name of tensor `name` under the builder's prefix.
 pub(crate) fn full_name(vb: &VarBuilder<'_>, name: &str) -> String {
     let prefix = vb.prefix();

@@ -1,7 +1,7 @@
 //! Normalisation over the last dim: RMS norm and layer norm.
 
 use crate::error::{Error, Result};
-use crate::module::{full_name, var_init, Module};
+use crate::module::{detached, full_name, var_init, Module};
 use crate::scope;
 use candle_lazy_exec::LazyTensor;
 use candle_nn::{Init, VarBuilder};
@@ -42,6 +42,15 @@ impl RmsNorm {
     fn with_path(weight: LazyTensor, eps: f64, path: &str) -> Result<Self> {
         vector("rms_norm", "weight", &weight, path)?;
         Ok(Self { weight, eps, path: path.into() })
+    }
+
+    /// The same module on the same memory, whose results carry no gradient.
+    ///
+    /// # Errors
+    /// Where a weight that is not computed yet cannot be computed.
+    #[track_caller]
+    pub fn detached(&self) -> Result<Self> {
+        Ok(Self { weight: detached(&self.weight)?, eps: self.eps, path: Arc::clone(&self.path) })
     }
 }
 

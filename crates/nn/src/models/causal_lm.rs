@@ -4,13 +4,13 @@
 //! `lm_head.weight`); GGUF files are given those names when they are opened ([`crate::weights::Gguf`]).
 
 use super::causal_lm_config::CausalLmConfig;
-use crate::attention::{AttentionSizes, CausalSelfAttention, Positions};
+use super::decoder_block::DecoderBlock;
+use crate::attention::Positions;
 use crate::embedding::{embedding, Embedding};
 use crate::error::{Error, Result};
 use crate::kv_cache::KvCache;
 use crate::linear::{linear_no_bias, Linear};
 use crate::lora::{LoraLinear, LoraWeights};
-use crate::mlp::Mlp;
 use crate::module::Module;
 use crate::norm::{rms_norm, RmsNorm};
 use crate::rope::{RopeScaling, RopeTable};
@@ -18,48 +18,6 @@ use crate::scope;
 use candle_core::{DType, Device};
 use candle_lazy_exec::LazyTensor;
 use candle_nn::VarBuilder;
-use std::sync::Arc;
-
-/// One block: attention and MLP, each behind a norm and added to the residual stream.
-#[derive(Debug, Clone)]
-struct Block {
-    input_norm: RmsNorm,
-    attention: CausalSelfAttention,
-    mlp_norm: RmsNorm,
-    mlp: Mlp,
-    path: Arc<str>,
-}
-
-impl Block {
-    #[track_caller]
-    fn load(config: &CausalLmConfig, vb: VarBuilder<'_>) -> Result<Self> {
-        let sizes = AttentionSizes {
-            hidden: config.hidden_size,
-            heads: config.num_attention_heads,
-            kv_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
-            qkv_bias: config.qkv_bias,
-            out_bias: config.out_bias,
-            window: config.sliding_window,
-        };
-        Ok(Self {
-            input_norm: rms_norm(config.hidden_size, config.rms_norm_eps, vb.pp("input_layernorm"))?,
-            attention: CausalSelfAttention::load(sizes, vb.pp("self_attn"))?,
-            mlp_norm: rms_norm(config.hidden_size, config.rms_norm_eps, vb.pp("post_attention_layernorm"))?,
-            mlp: Mlp::load(config.hidden_size, config.intermediate_size, config.mlp_bias, vb.pp("mlp"))?,
-            path: vb.prefix().into(),
-        })
-    }
-
-    #[track_caller]
-    fn forward(&self, xs: &LazyTensor, at: &Positions, cache: &mut KvCache) -> Result<LazyTensor> {
-        let _scope = scope::enter(&self.path);
-        let attended = self.attention.forward(&self.input_norm.forward(xs)?, at, cache)?;
-        let xs = xs.add(&attended)?;
-        let fed = self.mlp.forward(&self.mlp_norm.forward(&xs)?)?;
-        Ok(xs.add(&fed)?)
-    }
-}
 
 /// The state of one sequence (or one batch of equally long ones): keys and values of all blocks, and the rotary table.
 #[derive(Debug)]
@@ -234,7 +192,7 @@ fn no_denied_tensor(config: &CausalLmConfig, vb: &VarBuilder<'_>) -> Result<()> 
 #[derive(Debug, Clone)]
 pub struct CausalLm {
     embed: Embedding,
-    blocks: Vec<Block>,
+    blocks: Vec<DecoderBlock>,
     norm: RmsNorm,
     head: Linear,
     config: CausalLmConfig,
@@ -260,7 +218,7 @@ impl CausalLm {
         let layers = model.pp("layers");
         let mut blocks = Vec::new();
         for index in 0..config.num_hidden_layers {
-            blocks.push(Block::load(config, layers.pp(index))?);
+            blocks.push(DecoderBlock::load(config, layers.pp(index))?);
         }
         // A `VarBuilder` of zeros or a `VarMap` has every name; only stored weights can tell what is left over.
         let one_more = |index: usize| layers.pp(index).pp("input_layernorm").contains_tensor("weight");
@@ -334,17 +292,8 @@ impl CausalLm {
     /// # Errors
     /// None in practice: taking an adapter away needs nothing to fit.
     pub fn clear_lora(&mut self) -> Result<()> {
-        const NAMES: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
         for block in &mut self.blocks {
-            for name in NAMES {
-                let projection = match block.attention.projection_mut(name) {
-                    Some(projection) => Some(projection),
-                    None => block.mlp.projection_mut(name),
-                };
-                if let Some(projection) = projection {
-                    projection.set_adapter(None)?;
-                }
-            }
+            block.clear_lora()?;
         }
         Ok(())
     }
@@ -354,8 +303,8 @@ impl CausalLm {
         let (index, rest) = rest.split_once('.')?;
         let block = self.blocks.get_mut(index.parse::<usize>().ok()?)?;
         match rest.split_once('.')? {
-            ("self_attn", name) => block.attention.projection_mut(name),
-            ("mlp", name) => block.mlp.projection_mut(name),
+            ("self_attn", name) => block.attention_mut().projection_mut(name),
+            ("mlp", name) => block.mlp_mut().projection_mut(name),
             _ => None,
         }
     }

@@ -26,6 +26,7 @@ struct Entry {
 
 /// One tensor of the file: its extent, or the name of a dtype that Candle does not have.
 struct Stored {
+    shape: Shape,
     extent: std::result::Result<Extent, String>,
 }
 
@@ -115,11 +116,12 @@ impl SafetensorsFile {
                 )));
             }
             ranges.push((begin, end));
+            let shape = Shape::from(entry.shape);
             let extent = match dtype {
-                Some(stored) => Ok(Extent { offset: 8 + header_len + begin, stored, shape: Shape::from(entry.shape) }),
+                Some(stored) => Ok(Extent { offset: 8 + header_len + begin, stored, shape: shape.clone() }),
                 None => Err(entry.dtype),
             };
-            tensors.insert(name, Stored { extent });
+            tensors.insert(name, Stored { shape, extent });
         }
         ranges.sort_unstable();
         let mut covered = 0;
@@ -148,6 +150,11 @@ impl SafetensorsFile {
     /// Shape of a tensor; `None` where there is no such tensor or Candle does not have its dtype.
     pub fn shape(&self, name: &str) -> Option<&Shape> {
         self.tensors.get(name).and_then(|t| t.extent.as_ref().ok()).map(|extent| &extent.shape)
+    }
+
+    /// Names and shapes of all tensors, sorted by name; those of dtypes that Candle does not have too.
+    pub fn all_shapes(&self) -> impl Iterator<Item = (&str, &Shape)> {
+        self.tensors.iter().map(|(name, stored)| (name.as_str(), &stored.shape))
     }
 
     /// Reads one tensor, of the expected shape if one is given. The error is Candle's, as a `VarBuilder` needs it.

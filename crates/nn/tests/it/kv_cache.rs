@@ -123,3 +123,24 @@ fn a_view_that_somebody_keeps_costs_a_copy_and_keeps_its_values() -> TestResult 
     assert_eq!((report.in_place, report.copies), (0, 2), "{report}");
     close(&kept[0].eval()?, &before, 0.)
 }
+
+#[test]
+fn a_cache_grows_with_what_it_holds() -> TestResult {
+    let mut rng = Rng::new(6);
+    let mut cache = KvCache::new(2);
+    cache.grow(3)?; // nothing is held yet
+    let (first, second) = (pair(&mut rng, &[2, 1, 3, 2])?, pair(&mut rng, &[2, 1, 2, 2])?);
+    append(&mut cache, &first)?;
+    assert!(matches!(append(&mut cache, &second).map(|_| ()), Err(Error::CacheFull { position: 3, capacity: 3, .. })));
+    cache.grow(1)?;
+    assert_eq!(cache.capacity(), 3);
+    cache.grow(8)?;
+    assert_eq!((cache.capacity(), cache.current_seq_len()), (8, 3));
+    let (k, v) = append(&mut cache, &second)?;
+    close(&k.eval()?, &Tensor::cat(&[&first.0, &second.0], 2)?, 0.)?;
+    close(&v.eval()?, &Tensor::cat(&[&first.1, &second.1], 2)?, 0.)?;
+    cache.reset();
+    cache.grow(9)?; // of what was forgotten nothing is copied
+    let (k, _) = append(&mut cache, &second)?;
+    close(&k.eval()?, &second.0, 0.)
+}

@@ -2,6 +2,7 @@
 
 use crate::common::{builder, close, decoder_vars, row, tiny_config, Rng, TestResult};
 use candle_core::{DType, Tensor};
+use candle_lazy_exec::RandomKey;
 use candle_lazy_nn::models::CausalLm;
 use candle_lazy_nn::{Error, LazyTensor, Linear, LoraLinear, LoraWeights, Module};
 
@@ -124,6 +125,33 @@ fn an_unknown_map_is_refused_by_name() -> TestResult {
             matches!(&error, Err(Error::Module { message, .. }) if message.contains("no such")),
             "{path}: {error:?}"
         );
+    }
+    Ok(())
+}
+
+#[test]
+fn dropout_drops_elements_of_the_inner_product() -> TestResult {
+    let mut rng = Rng::new(11);
+    let (weight, a, b) = (rng.tensor(&[7, 10], 1.)?, rng.tensor(&[10, 4], 1.)?, rng.tensor(&[4, 7], 1.)?);
+    let xs = rng.tensor(&[64, 10], 1.)?;
+    let lazy: LazyTensor = xs.clone().into();
+    let mut layer = LoraLinear::new(Linear::new(weight.clone(), None)?);
+    let base = layer.forward(&lazy)?.eval()?;
+    let key = RandomKey::new(5);
+    layer.set_adapter(Some(LoraWeights::new(a.clone(), b.clone(), 0.5)?.with_dropout(0.25, key)?))?;
+    // the numbers that the key stands for: below 0.25 the element is dropped
+    let inner = xs.broadcast_matmul(&a)?;
+    let kept = LazyTensor::from(inner.clone()).dropout(0.25, key)?.eval()?;
+    let (kept_values, inner_values) = (kept.flatten_all()?.to_vec1::<f32>()?, inner.flatten_all()?.to_vec1::<f32>()?);
+    let dropped = kept_values.iter().zip(&inner_values).filter(|(kept, inner)| **kept == 0. && **inner != 0.).count();
+    assert!((32..=96).contains(&dropped), "{dropped} of 256, 64 expected");
+    let want = (&base + (kept.matmul(&b)? * 0.5)?)?;
+    close(&layer.forward(&lazy)?.eval()?, &want, 5e-6)?;
+    // without gradient there is no dropout either
+    let want = (&base + (inner.matmul(&b)? * 0.5)?)?;
+    close(&layer.detached()?.forward(&lazy)?.eval()?, &want, 5e-6)?;
+    for p in [1., -0.1, f64::NAN] {
+        assert!(matches!(LoraWeights::new(a.clone(), b.clone(), 1.)?.with_dropout(p, key), Err(Error::Module { .. })));
     }
     Ok(())
 }

@@ -5,6 +5,7 @@ mod common;
 mod bert;
 mod causal_lm;
 mod config;
+mod decoder_block;
 mod generate;
 mod gguf;
 mod gguf_broken;
@@ -18,6 +19,7 @@ mod optim;
 mod ported;
 mod rope;
 mod safetensors;
+mod sampling;
 mod sites;
 #[cfg(feature = "tokenizers")]
 mod tokenizer;

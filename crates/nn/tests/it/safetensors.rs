@@ -167,6 +167,10 @@ fn a_dtype_that_candle_lacks_is_refused_when_it_is_asked_for() -> TestResult {
     let header =
         r#"{"__metadata__": {"format": "pt"}, "weight": {"dtype": "BOOL", "shape": [2, 2], "data_offsets": [0, 4]}}"#;
     let path = raw(dir.path(), header, 4)?;
+    let file = SafetensorsFile::open(&path)?;
+    assert_eq!(file.shape("weight"), None);
+    let shapes: Vec<_> = file.all_shapes().map(|(name, shape)| (name, shape.dims())).collect();
+    assert_eq!(shapes, [("weight", [2, 2].as_slice())]);
     let vb = safetensors(&[path], DType::F32, &Device::Cpu)?;
     let error = linear_no_bias(2, 2, vb).map(|_| ());
     assert!(matches!(&error, Err(Error::Tensor { message, .. }) if message.contains("BOOL")), "{error:?}");
