@@ -9,10 +9,15 @@ pub mod embeddings;
 pub mod error;
 #[cfg(feature = "graph")]
 pub mod graph;
+pub mod inference;
+pub mod models;
 pub mod training;
 
 pub use backend::{Device, DeviceInfo, DeviceType, TensorExt};
 pub use error::{Error, Result};
+pub use inference::{
+    apply_repetition_penalty, sample_token, Generator, GeneratorConfig, KVCache, KVCacheConfig, SamplingStrategy,
+};
 pub use training::{
     cross_entropy_loss, cross_entropy_loss_with_smoothing, AdamW, AdamWConfig, LRScheduler, LoRAAdapter,
     LoRAAdapterConfig, LoRAConfig, LoRALayer, StepMetrics, TargetModule, Trainer, TrainingConfig, TrainingStep,

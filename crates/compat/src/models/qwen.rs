@@ -1,0 +1,192 @@
+//! The Qwen2 decoder.
+
+use super::session::QwenSession;
+use super::transformer::{additive, RotaryEmbedding};
+use super::{DecodingSession, LanguageModel, ModelConfig};
+use crate::error::Result;
+use candle_core::{Device, Tensor};
+use candle_lazy_exec::LazyTensor;
+use candle_lazy_nn::models::{CausalLmConfig, DecoderBlock};
+use candle_lazy_nn::{
+    embedding, linear_no_bias, rms_norm, Embedding, Linear, Module, RmsNorm, RopeScaling, VarBuilder,
+};
+
+/// The sizes of a block in the words of the engine's models: q, k and v with biases, the rest without.
+fn block_config(config: &ModelConfig) -> CausalLmConfig {
+    CausalLmConfig {
+        vocab_size: config.vocab_size,
+        hidden_size: config.hidden_size,
+        intermediate_size: config.intermediate_size,
+        num_hidden_layers: config.num_hidden_layers,
+        num_attention_heads: config.num_attention_heads,
+        num_key_value_heads: config.num_kv_heads(),
+        head_dim: config.head_dim(),
+        max_position_embeddings: config.max_position_embeddings,
+        rms_norm_eps: config.rms_norm_eps,
+        rope_theta: config.rope_theta as f32,
+        rope_scaling: RopeScaling::None,
+        tie_word_embeddings: false,
+        qkv_bias: true,
+        out_bias: false,
+        mlp_bias: false,
+        sliding_window: None,
+        bos_token_id: None,
+        eos_token_ids: Vec::new(),
+    }
+}
+
+fn rotary(config: &ModelConfig, device: &Device) -> Result<RotaryEmbedding> {
+    RotaryEmbedding::new(config.head_dim(), config.max_position_embeddings, config.rope_theta, device)
+}
+
+/// One layer: attention and feed-forward block, each behind an RMS norm and added to the residual stream.
+#[derive(Debug)]
+pub struct QwenDecoderLayer {
+    block: DecoderBlock,
+    rope: RotaryEmbedding,
+    index: usize,
+}
+
+impl QwenDecoderLayer {
+    /// From `input_layernorm`, `self_attn`, `post_attention_layernorm` and `mlp` of the builder. `layer_idx` says which layers of an
+    /// adapter belong to it.
+    ///
+    /// # Errors
+    /// [`crate::error::ModelError::InvalidConfig`] where the sizes do not fit together, Candle's error where a tensor is missing or has
+    /// another shape.
+    #[track_caller]
+    pub fn new(config: &ModelConfig, layer_idx: usize, vb: &VarBuilder<'_>) -> Result<Self> {
+        config.validate()?;
+        Self::with_rope(config, layer_idx, vb, &rotary(config, vb.device())?)
+    }
+
+    #[track_caller]
+    fn with_rope(config: &ModelConfig, index: usize, vb: &VarBuilder<'_>, rope: &RotaryEmbedding) -> Result<Self> {
+        Ok(Self { block: DecoderBlock::load(&block_config(config), vb.clone())?, rope: rope.clone(), index })
+    }
+
+    /// The residual stream `x` (batch, s, hidden) after the layer.
+    ///
+    /// # Errors
+    /// As [`super::transformer::Attention::forward`].
+    #[track_caller]
+    pub fn forward(&self, x: &Tensor, attention_mask: Option<&Tensor>) -> Result<Tensor> {
+        let mask = additive(attention_mask, x.dtype())?;
+        Ok(self.record(&LazyTensor::from(x), mask.as_ref())?.eval()?)
+    }
+
+    #[track_caller]
+    fn record(&self, xs: &LazyTensor, mask: Option<&LazyTensor>) -> Result<LazyTensor> {
+        let (_, s, _) = xs.dims3()?;
+        let at = self.rope.positions(0, s, xs.dtype())?;
+        Ok(self.block.forward_masked(xs, &at, mask)?)
+    }
+}
+
+/// The decoder: token embedding, layers, norm, and an output projection of its own.
+///
+/// A forward pass is one graph, recorded and evaluated at once. Weights that are variables get their gradients.
+#[derive(Debug)]
+pub struct Qwen {
+    embed_tokens: Embedding,
+    layers: Vec<QwenDecoderLayer>,
+    norm: RmsNorm,
+    lm_head: Linear,
+    rope: RotaryEmbedding,
+    config: ModelConfig,
+    device: Device,
+}
+
+impl Qwen {
+    /// From the weights of the builder, by the names that Hugging Face gives them: `model.embed_tokens`, `model.layers.{i}`, `model.norm`
+    /// and `lm_head`, which must be there (embeddings are not tied).
+    ///
+    /// # Errors
+    /// [`crate::error::ModelError::InvalidConfig`] where the sizes do not fit together, Candle's error where a tensor is missing or has
+    /// another shape.
+    #[track_caller]
+    pub fn new(config: &ModelConfig, vb: VarBuilder<'_>) -> Result<Self> {
+        config.validate()?;
+        let model = vb.pp("model");
+        let rope = rotary(config, vb.device())?;
+        let embed_tokens = embedding(config.vocab_size, config.hidden_size, model.pp("embed_tokens"))?;
+        let stack = model.pp("layers");
+        let mut layers = Vec::new();
+        for index in 0..config.num_hidden_layers {
+            layers.push(QwenDecoderLayer::with_rope(config, index, &stack.pp(index), &rope)?);
+        }
+        let norm = rms_norm(config.hidden_size, config.rms_norm_eps, model.pp("norm"))?;
+        let lm_head = linear_no_bias(config.hidden_size, config.vocab_size, vb.pp("lm_head"))?;
+        Ok(Self { embed_tokens, layers, norm, lm_head, rope, config: config.clone(), device: vb.device().clone() })
+    }
+
+    /// Logits (batch, s, vocab) of the ids (batch, s; u32).
+    ///
+    /// The mask is added to the scores, (batch, heads, s, s) by broadcasting. Without one every position sees every other: `None` is
+    /// not causal.
+    ///
+    /// # Errors
+    /// Where the ids or the mask have another shape, an id is no token, or there are more positions than `max_position_embeddings`.
+    #[track_caller]
+    pub fn forward(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>) -> Result<Tensor> {
+        let mut xs = self.embed_tokens.forward(&LazyTensor::from(input_ids))?;
+        let mask = additive(attention_mask, xs.dtype())?;
+        for layer in &self.layers {
+            xs = layer.record(&xs, mask.as_ref())?;
+        }
+        Ok(self.lm_head.forward(&self.norm.forward(&xs)?)?.eval()?)
+    }
+
+    /// Number of layers.
+    #[must_use]
+    pub fn num_layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// v1's estimate: both vocabulary matrices and the last norm exactly, and 1,000,000 for each layer whatever its size.
+    /// [`Qwen::parameter_count`] counts.
+    #[must_use]
+    pub fn num_parameters(&self) -> usize {
+        self.outside_of_layers().saturating_add(self.layers.len().saturating_mul(1_000_000))
+    }
+
+    /// Number of weights of the model, adapters not included.
+    #[must_use]
+    pub fn parameter_count(&self) -> usize {
+        let (hidden, ffn) = (self.config.hidden_size, self.config.intermediate_size);
+        let kv = self.config.num_kv_heads() * self.config.head_dim();
+        let attention = 2 * hidden * hidden + hidden + 2 * (hidden * kv + kv);
+        let layer = attention + 3 * hidden * ffn + 2 * hidden;
+        self.outside_of_layers() + self.layers.len() * layer
+    }
+
+    /// Weights of the vocabulary matrices and the last norm.
+    fn outside_of_layers(&self) -> usize {
+        2 * self.config.vocab_size * self.config.hidden_size + self.config.hidden_size
+    }
+}
+
+impl LanguageModel for Qwen {
+    #[track_caller]
+    fn forward(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>) -> Result<Tensor> {
+        Self::forward(self, input_ids, attention_mask)
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    /// A session with a key/value cache that grows with the text. It computes without gradients.
+    fn decoding_session(&self) -> Result<Option<Box<dyn DecodingSession + '_>>> {
+        let mut blocks = Vec::new();
+        for layer in &self.layers {
+            blocks.push(layer.block.detached()?);
+        }
+        let parts = (self.embed_tokens.detached()?, self.norm.detached()?, self.lm_head.detached()?);
+        Ok(Some(Box::new(QwenSession::new(blocks, parts, self.rope.clone(), self.device.clone()))))
+    }
+}
