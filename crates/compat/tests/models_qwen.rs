@@ -43,10 +43,10 @@ fn a_layer_is_its_formula() {
     let tested = QwenDecoderLayer::new(&config, 1, &vb).unwrap();
     let x = random(&[1, 4, 24], 9, 1.0);
     let mask = causal(4);
-    let got = tested.forward(&x, Some(&mask_tensor(&mask, &[4, 4]))).unwrap();
+    let got = tested.forward(&x, Some(&mask_tensor(&mask, &[4, 4])), None).unwrap();
     assert_eq!(got.dims(), [1, 4, 24]);
     assert_near(&got, &layer(&rows(&x), &weights, "model.layers.1", &config, Some(&mask)).concat(), BOUND);
-    let got = tested.forward(&x, None).unwrap();
+    let got = tested.forward(&x, None, None).unwrap();
     assert_near(&got, &layer(&rows(&x), &weights, "model.layers.1", &config, None).concat(), BOUND);
     assert!(format!("{tested:?}").contains("QwenDecoderLayer"));
 }

@@ -1,5 +1,6 @@
 //! Model configs, weights and the Qwen2 decoder.
 
+mod adaptation;
 pub mod config;
 mod language_model;
 pub mod loader;

@@ -1,15 +1,19 @@
 //! The Qwen2 decoder.
 
+use super::adaptation::adapted;
 use super::session::QwenSession;
 use super::transformer::{additive, RotaryEmbedding};
 use super::{DecodingSession, LanguageModel, ModelConfig};
-use crate::error::Result;
+use crate::error::{Result, TrainingError};
+use crate::training::{ApplyAdapter, LoRAAdapter};
 use candle_core::{Device, Tensor};
 use candle_lazy_exec::LazyTensor;
 use candle_lazy_nn::models::{CausalLmConfig, DecoderBlock};
 use candle_lazy_nn::{
     embedding, linear_no_bias, rms_norm, Embedding, Linear, Module, RmsNorm, RopeScaling, VarBuilder,
 };
+use std::borrow::Cow;
+use std::sync::Arc;
 
 /// The sizes of a block in the words of the engine's models: q, k and v with biases, the rest without.
 fn block_config(config: &ModelConfig) -> CausalLmConfig {
@@ -65,27 +69,42 @@ impl QwenDecoderLayer {
         Ok(Self { block: DecoderBlock::load(&block_config(config), vb.clone())?, rope: rope.clone(), index })
     }
 
-    /// The residual stream `x` (batch, s, hidden) after the layer.
+    /// The residual stream `x` (batch, s, hidden) after the layer, with what `lora_adapter` has for it: each of its layers acts on what its
+    /// projection is given.
     ///
     /// # Errors
-    /// As [`super::transformer::Attention::forward`].
+    /// As [`super::transformer::Attention::forward`], and [`TrainingError::InvalidConfig`] where the adapter does not fit.
     #[track_caller]
-    pub fn forward(&self, x: &Tensor, attention_mask: Option<&Tensor>) -> Result<Tensor> {
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        attention_mask: Option<&Tensor>,
+        lora_adapter: Option<&LoRAAdapter>,
+    ) -> Result<Tensor> {
         let mask = additive(attention_mask, x.dtype())?;
-        Ok(self.record(&LazyTensor::from(x), mask.as_ref())?.eval()?)
+        Ok(self.record(&LazyTensor::from(x), mask.as_ref(), lora_adapter)?.eval()?)
     }
 
     #[track_caller]
-    fn record(&self, xs: &LazyTensor, mask: Option<&LazyTensor>) -> Result<LazyTensor> {
+    fn record(&self, xs: &LazyTensor, mask: Option<&LazyTensor>, adapter: Option<&LoRAAdapter>) -> Result<LazyTensor> {
         let (_, s, _) = xs.dims3()?;
         let at = self.rope.positions(0, s, xs.dtype())?;
-        Ok(self.block.forward_masked(xs, &at, mask)?)
+        Ok(self.adapted(adapter)?.forward_masked(xs, &at, mask)?)
+    }
+
+    /// The block with an adapter on it, where there is one.
+    #[track_caller]
+    fn adapted(&self, adapter: Option<&LoRAAdapter>) -> Result<Cow<'_, DecoderBlock>> {
+        match adapter {
+            Some(adapter) => Ok(Cow::Owned(adapted(&self.block, self.index, adapter)?)),
+            None => Ok(Cow::Borrowed(&self.block)),
+        }
     }
 }
 
 /// The decoder: token embedding, layers, norm, and an output projection of its own.
 ///
-/// A forward pass is one graph, recorded and evaluated at once. Weights that are variables get their gradients.
+/// A forward pass is one graph, recorded and evaluated at once. Weights that are variables, and those of an adapter, get their gradients.
 #[derive(Debug)]
 pub struct Qwen {
     embed_tokens: Embedding,
@@ -95,6 +114,7 @@ pub struct Qwen {
     rope: RotaryEmbedding,
     config: ModelConfig,
     device: Device,
+    adapter: Option<Arc<LoRAAdapter>>,
 }
 
 impl Qwen {
@@ -117,7 +137,8 @@ impl Qwen {
         }
         let norm = rms_norm(config.hidden_size, config.rms_norm_eps, model.pp("norm"))?;
         let lm_head = linear_no_bias(config.hidden_size, config.vocab_size, vb.pp("lm_head"))?;
-        Ok(Self { embed_tokens, layers, norm, lm_head, rope, config: config.clone(), device: vb.device().clone() })
+        let (config, device) = (config.clone(), vb.device().clone());
+        Ok(Self { embed_tokens, layers, norm, lm_head, rope, config, device, adapter: None })
     }
 
     /// Logits (batch, s, vocab) of the ids (batch, s; u32).
@@ -132,7 +153,7 @@ impl Qwen {
         let mut xs = self.embed_tokens.forward(&LazyTensor::from(input_ids))?;
         let mask = additive(attention_mask, xs.dtype())?;
         for layer in &self.layers {
-            xs = layer.record(&xs, mask.as_ref())?;
+            xs = layer.record(&xs, mask.as_ref(), self.adapter.as_deref())?;
         }
         Ok(self.lm_head.forward(&self.norm.forward(&xs)?)?.eval()?)
     }
@@ -180,13 +201,43 @@ impl LanguageModel for Qwen {
         self.config.vocab_size
     }
 
-    /// A session with a key/value cache that grows with the text. It computes without gradients.
+    /// A session with a key/value cache that grows with the text. It computes without gradients, and without an adapter's dropout.
     fn decoding_session(&self) -> Result<Option<Box<dyn DecodingSession + '_>>> {
         let mut blocks = Vec::new();
         for layer in &self.layers {
-            blocks.push(layer.block.detached()?);
+            blocks.push(layer.adapted(self.adapter.as_deref())?.detached()?);
         }
         let parts = (self.embed_tokens.detached()?, self.norm.detached()?, self.lm_head.detached()?);
         Ok(Some(Box::new(QwenSession::new(blocks, parts, self.rope.clone(), self.device.clone()))))
+    }
+}
+
+impl ApplyAdapter for Qwen {
+    /// Puts `adapter` on the model: its layers for q, k, v, o, gate, up and down all act. The variables are shared, so what is trained or
+    /// loaded into them later is seen. Keys and values that [`LoRAAdapter::new`] made wider than those of a model with grouped heads
+    /// count with their first columns; [`LoRAAdapter::for_model`] makes them as wide as they are.
+    ///
+    /// # Errors
+    /// [`TrainingError::InvalidConfig`] where the number of layers, a shape or the dtype differ; the model keeps what it had.
+    fn apply_adapter(&mut self, adapter: Arc<LoRAAdapter>) -> Result<()> {
+        if adapter.num_layers() != self.layers.len() {
+            let (has, wanted) = (adapter.num_layers(), self.layers.len());
+            let reason = format!("the adapter has {has} layers, the model has {wanted}");
+            return Err(TrainingError::InvalidConfig { reason }.into());
+        }
+        for layer in &self.layers {
+            layer.adapted(Some(&adapter))?;
+        }
+        self.adapter = Some(adapter);
+        Ok(())
+    }
+
+    fn remove_adapter(&mut self) -> Result<()> {
+        self.adapter = None;
+        Ok(())
+    }
+
+    fn has_adapter(&self) -> bool {
+        self.adapter.is_some()
     }
 }
