@@ -1,5 +1,5 @@
 //! `ModelLoader`: values, shapes, dtypes, and the errors of files that are not what they should be.
-#![allow(clippy::unwrap_used)] // tests fail so, outside of their own functions too
+#![allow(clippy::unwrap_used, clippy::panic)] // tests fail so, outside of their own functions too
 
 use candle_core::{DType, Device as CandleDevice, Tensor};
 use candle_lazy_compat as metal_candle;

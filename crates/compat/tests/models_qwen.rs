@@ -1,5 +1,5 @@
 //! The decoder against f64, its session against its forward pass, its counts and its errors.
-#![allow(clippy::unwrap_used)] // tests fail so, outside of their own functions too
+#![allow(clippy::unwrap_used, clippy::panic)] // tests fail so, outside of their own functions too
 
 mod decoder;
 
@@ -17,6 +17,16 @@ const BOUND: f64 = 5e-5;
 
 fn qwen() -> Qwen {
     Qwen::new(&config(), builder(&weights(&config()))).unwrap()
+}
+
+#[test]
+fn models_may_be_shared_between_threads() {
+    fn shared<T: Send + Sync>() {}
+    shared::<Qwen>();
+    shared::<QwenDecoderLayer>();
+    shared::<metal_candle::models::transformer::Attention>();
+    shared::<metal_candle::models::transformer::MLP>();
+    shared::<metal_candle::models::transformer::RotaryEmbedding>();
 }
 
 fn ids(rows: &[&[u32]]) -> Tensor {
