@@ -21,13 +21,25 @@ pub enum Choice {
     Candle(CandleReason),
 }
 
-/// Whether capture replaces a composite by its decomposition: where it is tracked by Candle's autograd, where the device has
-/// no kernels of ours, or where the caller wants to see the parts.
+/// Whether `ops` has a function of this composite with a backward of its own, so that it can stay whole on Candle's tape.
+fn has_backward(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::Softmax { .. }
+            | Op::LogSoftmax { .. }
+            | Op::RmsNorm { .. }
+            | Op::LayerNorm { .. }
+            | Op::Lora { base: false }
+    )
+}
+
+/// Whether capture replaces a composite by its decomposition: where Candle's autograd tracks it and `ops` has no backward for it, where
+/// the device has no kernels of ours, or where the caller wants to see the parts.
 #[must_use]
 pub fn expands(op: &Op, tracked: bool, device: &Device, options: &EvalOptions) -> bool {
     // these two have no kernel of their own: their parts fuse
     matches!(op, Op::GroupNorm { .. } | Op::CrossEntropy)
-        || tracked
+        || (tracked && !has_backward(op))
         || options.decompose
         || options.replay
         || !has_kernels(device.location())

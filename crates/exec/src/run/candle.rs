@@ -1,7 +1,8 @@
 //! Candle's own op for every primitive: what runs where no kernel of ours serves, and what keeps Candle's gradients.
 //!
-//! Composites never arrive here: capture replaced them by their decomposition. Every op used is one that Candle
-//! differentiates where it can be differentiated at all; none of its `no_bwd` fused ops is.
+//! Of the composites only those arrive that `ops` has a function for with a backward of its own, where Candle's autograd tracks them;
+//! capture replaced the others by their decomposition. Every op used is one that Candle differentiates where it can be differentiated
+//! at all; none of its `no_bwd` fused ops is.
 
 use crate::error::{Error, Result};
 use candle_core::quantized::QTensor;
@@ -32,7 +33,7 @@ pub(super) fn apply(op: &Op, scalars: &[f64], x: &[Tensor], dims: &[usize], devi
     let scalar =
         |i: usize| scalars.get(i).copied().ok_or_else(|| Error::Internal(format!("{} lacks scalar {i}", op.name())));
     Ok(match op {
-        Op::Full { dtype, .. } => Tensor::full(scalar(0)?, dims, device)?.to_dtype(*dtype)?,
+        Op::Full { dtype, .. } => full(scalar(0)?, *dtype, device)?.broadcast_as(dims)?.contiguous()?,
         Op::CausalMask { window, dtype, .. } => {
             Tensor::from_vec(causal_mask_values(dims, *window), dims, device)?.to_dtype(*dtype)?
         }
@@ -40,7 +41,7 @@ pub(super) fn apply(op: &Op, scalars: &[f64], x: &[Tensor], dims: &[usize], devi
         Op::Binary(f) => binary(*f, at(0)?, at(1)?)?,
         Op::Compare(f) => compare(*f, at(0)?, at(1)?)?,
         Op::CompareScalar(f) => {
-            let rhs = Tensor::full(scalar(0)?, (), device)?.to_dtype(at(0)?.dtype())?;
+            let rhs = full(scalar(0)?, at(0)?.dtype(), device)?;
             compare(*f, at(0)?, &rhs.broadcast_as(at(0)?.shape())?)?
         }
         Op::Affine if fault::active("replay.affine") => at(0)?.affine(scalar(0)?, 0.0)?,
@@ -97,8 +98,21 @@ pub(super) fn apply(op: &Op, scalars: &[f64], x: &[Tensor], dims: &[usize], devi
         Op::IndexSelect { dim } => at(0)?.contiguous()?.index_select(&at(1)?.contiguous()?, usize::from(*dim))?,
         // Candle transposes twice where dim is not 0, and a result of an op is row-major
         Op::SliceAssign { dim, start } => at(0)?.slice_scatter(at(1)?, usize::from(*dim), *start)?.contiguous()?,
+        Op::Softmax { dim } => candle_lazy_ops::softmax(at(0)?, usize::from(*dim))?,
+        Op::LogSoftmax { dim } => candle_lazy_ops::log_softmax(at(0)?, usize::from(*dim))?,
+        Op::RmsNorm { .. } => candle_lazy_ops::rms_norm(at(0)?, x.get(1), scalar(0)?)?,
+        Op::LayerNorm { weight, .. } => {
+            let (weight, bias) = if *weight { (x.get(1), x.get(2)) } else { (None, x.get(1)) };
+            candle_lazy_ops::layer_norm(at(0)?, weight, bias, scalar(0)?)?
+        }
+        Op::Lora { base: false } => candle_lazy_ops::lora(at(0)?, at(1)?, at(2)?, scalar(0)?)?,
         other => return Err(Error::Internal(format!("{} was not decomposed", other.name()))),
     })
+}
+
+/// One number, made on the CPU: Metal has no f64 to make it of.
+fn full(value: f64, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+    Tensor::full(value, (), &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
 }
 
 fn kernel_error(error: candle_lazy_ops::Error) -> candle_core::Error {

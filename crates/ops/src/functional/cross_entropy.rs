@@ -44,7 +44,9 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
         log.gather(&targets.unsqueeze(1)?, 1)?.neg()?
     };
     let count = if fault::active("cross_entropy.mean") { 1.0 } else { n as f64 };
-    losses.to_dtype(DType::F64)?.sum_all()?.affine(1.0 / count, 0.0)?.to_dtype(logits.dtype())
+    // Metal has no f64
+    let sum_in = if losses.device().is_metal() { DType::F32 } else { DType::F64 };
+    losses.to_dtype(sum_in)?.sum_all()?.affine(1.0 / count, 0.0)?.to_dtype(logits.dtype())
 }
 
 /// The loss of each row, in f64.

@@ -196,8 +196,8 @@ impl CustomOp3 for Lora {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dtype = x.dtype();
         let flat = |t: &Tensor| -> Result<Tensor> {
-            let n = t.dims().last().copied().unwrap_or(1);
-            let rows = t.elem_count().checked_div(n).unwrap_or(0);
+            // not from the number of elements: a width may be 0
+            let (n, rows) = t.dims().split_last().map_or((1, 1), |(&n, leading)| (n, leading.iter().product()));
             t.detach().to_dtype(wide(dtype))?.reshape((rows, n))
         };
         let (xf, g) = (flat(x)?, flat(grad)?);
