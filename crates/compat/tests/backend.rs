@@ -1,5 +1,6 @@
 //! The backend: devices, ops on tensors and the fused ops, each against its formula in f64; the errors' words.
 #![allow(clippy::unwrap_used, clippy::panic)] // tests fail so, outside of their own functions too
+#![allow(deprecated)] // what v1 had is tested as well
 
 use candle_core::{DType, Device as CandleDevice, Tensor, Var};
 use candle_lazy_compat as metal_candle;

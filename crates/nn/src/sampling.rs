@@ -14,6 +14,7 @@
 use crate::error::{Error, Result};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use std::ops::{Div, Mul};
 
 /// Which tokens may follow, and how likely each is.
 ///
@@ -215,7 +216,10 @@ pub fn softmax(logits: &[f32]) -> Result<Vec<f64>> {
 ///
 /// # Errors
 /// [`Error::Sampling`] for a penalty that is not finite or not above 0; the logits are as they were.
-pub fn penalize_repetition(logits: &mut [f32], ids: &[u32], penalty: f32) -> Result<()> {
+pub fn penalize_repetition<T>(logits: &mut [T], ids: &[u32], penalty: f32) -> Result<()>
+where
+    T: Copy + Default + PartialOrd + From<f32> + Mul<Output = T> + Div<Output = T>,
+{
     if !penalty.is_finite() || penalty <= 0.0 {
         return Err(Error::sampling(format_args!("a repetition penalty of {penalty}: needs more than 0")));
     }
@@ -224,7 +228,8 @@ pub fn penalize_repetition(logits: &mut [f32], ids: &[u32], penalty: f32) -> Res
     ids.dedup();
     for id in ids {
         if let Some(logit) = usize::try_from(id).ok().and_then(|id| logits.get_mut(id)) {
-            *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+            let penalty = T::from(penalty);
+            *logit = if *logit > T::default() { *logit / penalty } else { *logit * penalty };
         }
     }
     Ok(())

@@ -71,6 +71,10 @@ impl FusedLoRAOp {
     ///
     /// # Errors
     /// Where either is no matrix, or the ranks differ.
+    #[cfg_attr(
+        not(feature = "silence-deprecated"),
+        deprecated(note = "no gradient reaches A and B: `CustomMetalOps::lora_forward_fused` has all three")
+    )]
     pub fn new(lora_a: Tensor, lora_b: Tensor, scaling: f32) -> Result<Self> {
         let ((_, rank_a), (rank_b, _)) = (lora_a.dims2()?, lora_b.dims2()?);
         if rank_a != rank_b {

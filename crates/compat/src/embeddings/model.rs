@@ -112,7 +112,7 @@ fn check(config: &EmbeddingConfig) -> Result<()> {
 
 /// The files of a published model.
 fn open(model: EmbeddingModelType) -> std::result::Result<ModelDir, EmbeddingError> {
-    let on_hub = HubModel::new(model.model_id()).with_file("1_Pooling/config.json");
+    let on_hub = HubModel::new(model.model_id());
     // What cannot be read there is fetched once more, and fails there if it must.
     if let Ok(Some(dir)) = on_hub.open_cached() {
         return Ok(dir);

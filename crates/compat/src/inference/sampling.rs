@@ -154,6 +154,12 @@ pub fn apply_repetition_penalty(logits: &mut Tensor, generated_ids: &[u32], pena
     if changes_nothing(penalty) || (generated_ids.is_empty() && penalty > 0.0 && penalty.is_finite()) {
         return Ok(());
     }
+    if logits.rank() == 1 && logits.dtype() == DType::F64 {
+        let mut values = logits.to_vec1::<f64>()?;
+        penalize_repetition(&mut values, generated_ids, penalty).map_err(|error| invalid(message(error)))?;
+        *logits = Tensor::from_vec(values, logits.dims(), logits.device())?;
+        return Ok(());
+    }
     let values = penalized(logits, generated_ids, penalty)?;
     *logits = Tensor::from_vec(values, logits.dims(), logits.device())?.to_dtype(logits.dtype())?;
     Ok(())

@@ -167,6 +167,7 @@ impl Qwen {
     /// v1's estimate: both vocabulary matrices and the last norm exactly, and 1,000,000 for each layer whatever its size.
     /// [`Qwen::parameter_count`] counts.
     #[must_use]
+    #[cfg_attr(not(feature = "silence-deprecated"), deprecated(note = "an estimate: `parameter_count` counts"))]
     pub fn num_parameters(&self) -> usize {
         self.outside_of_layers().saturating_add(self.layers.len().saturating_mul(1_000_000))
     }

@@ -102,3 +102,55 @@ impl DecodingSession for QwenSession {
         logits.ok_or_else(|| InferenceError::Failed { reason: "there are no tokens to continue with".into() }.into())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Shape};
+    use candle_lazy_nn::models::CausalLmConfig;
+    use candle_lazy_nn::{embedding, linear_no_bias, rms_norm, VarBuilder};
+
+    const CONFIG: &str = r#"{"model_type": "llama", "vocab_size": 7, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 1000, "rms_norm_eps": 1e-5}"#;
+
+    fn session() -> Result<QwenSession> {
+        let vb = VarBuilder::zeros(DType::F32, &Device::Cpu);
+        let config = CausalLmConfig::from_json(CONFIG)?;
+        let mut blocks = Vec::new();
+        for _ in 0..2 {
+            blocks.push(DecoderBlock::load(&config, vb.clone())?);
+        }
+        let parts = (embedding(7, 8, vb.clone())?, rms_norm(8, 1e-5, vb.clone())?, linear_no_bias(8, 7, vb)?);
+        Ok(QwenSession::new(blocks, parts, RotaryEmbedding::new(4, 1000, 1e4, &Device::Cpu)?, Device::Cpu))
+    }
+
+    /// A step must not copy what is held: else a text of n tokens takes n² time.
+    #[test]
+    fn a_step_writes_keys_and_values_in_place() -> Result<()> {
+        let mut session = session()?;
+        session.advance(&[1; 255])?;
+        for grown in [256, 257, 258] {
+            session.reserve(1)?;
+            drop(session.record(&[3])?);
+            let handles: Vec<&LazyTensor> = session.caches.iter().flat_map(KvCache::handles).collect();
+            let report = candle_lazy_exec::materialize(&handles)?;
+            assert_eq!((report.in_place, report.copies), (4, 0), "{grown}: {report}");
+            session.position += 1;
+            assert_eq!(session.position, grown);
+        }
+        let rooms: Vec<(Shape, usize)> =
+            session.caches.iter().flat_map(|c| c.handles().map(|h| (h.shape().clone(), c.capacity()))).collect();
+        assert_eq!(rooms, vec![(Shape::from((1, 2, 514, 4)), 514); 4]);
+        Ok(())
+    }
+
+    #[test]
+    fn room_ends_with_the_positions() -> Result<()> {
+        let mut session = session()?;
+        session.advance(&[2; 999])?;
+        assert_eq!(session.caches.iter().map(KvCache::capacity).collect::<Vec<_>>(), [1000, 1000]);
+        session.advance(&[2])?;
+        assert!(session.advance(&[2]).is_err());
+        Ok(())
+    }
+}

@@ -1,5 +1,5 @@
 //! Adapters in files: one safetensors file, tensors `layers.{i}.{module}.lora_a` (in, rank) and `.lora_b` (rank, out) of f32, and
-//! optionally the metadata entry `checkpoint_metadata`, JSON of [`CheckpointMetadata`]. Files of v1 load.
+//! optionally the metadata entry `checkpoint_metadata`, JSON of [`CheckpointMetadata`]. Files of v1 load, where they have all that the adapter has.
 //!
 //! Rank, alpha and targets are not in the file: an adapter is made with them, then filled.
 

@@ -77,6 +77,9 @@ fn update(
             grads.push(grad.clone());
         }
     }
+    if vars.is_empty() && reach == Reach::Optional {
+        return Ok(value);
+    }
     if vars.is_empty() {
         let reason =
             "the loss depends on no variable of the adapter: add what the adapter's forward returns in the model's \
@@ -128,11 +131,11 @@ impl Trainer {
     /// (batch, seq, vocab) of the input, and their cross entropy is reduced. Targets of `u32::MAX` do not count.
     ///
     /// `forward_fn` is not handed the adapter: it has to hold the adapter's variables, as a clone of [`Trainer::lora_adapter`] does.
-    /// Logits that nothing trainable led to are measured only. [`Trainer::train_adapter`] hands the adapter over.
+    /// Logits that depend on no variable of the adapter are measured only. [`Trainer::train_adapter`] hands the adapter over.
     ///
     /// # Errors
     /// What `forward_fn` returns; as [`cross_entropy_loss`]; [`TrainingError::Failed`] for a loss that is not finite;
-    /// [`TrainingError::Gradient`] where logits depend on variables, but on none of the adapter, and for gradients that are not finite.
+    /// [`TrainingError::Gradient`] for gradients that are not finite.
     pub fn train<F, E>(&mut self, dataset: &[(Tensor, Tensor)], forward_fn: F) -> Result<Vec<StepMetrics>>
     where
         F: Fn(&Tensor) -> std::result::Result<Tensor, E>,
@@ -205,8 +208,8 @@ impl TrainingStep {
     }
 
     /// One update of `lora_adapter` without clipping: `forward_fn` makes logits (batch, seq, vocab) of `input_ids`, and their cross
-    /// entropy against `target_ids` (batch, seq) is reduced. Targets of `u32::MAX` do not count; logits that nothing trainable led to
-    /// are measured only.
+    /// entropy against `target_ids` (batch, seq) is reduced. Targets of `u32::MAX` do not count; logits that depend on no variable of
+    /// the adapter are measured only.
     ///
     /// # Errors
     /// As [`Trainer::train`]; [`TrainingError::InvalidConfig`] for a learning rate that is not finite or below 0. No step is counted then.

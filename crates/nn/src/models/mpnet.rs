@@ -48,7 +48,7 @@ pub struct MpnetConfig {
     /// Added to the variance in layer norms.
     #[serde(default = "eps")]
     pub layer_norm_eps: f64,
-    /// Kinds of distances that the attention tells apart; even, at least 4.
+    /// Kinds of distances that the attention tells apart; a multiple of 4 below 512.
     #[serde(default = "buckets")]
     pub relative_attention_num_buckets: usize,
     /// Token that fills shorter rows of a batch.

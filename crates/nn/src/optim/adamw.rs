@@ -87,6 +87,19 @@ impl Moments {
     pub fn adamw(&mut self, param: &Tensor, grad: &Tensor, params: &ParamsAdamW) -> Result<Tensor> {
         validate_adamw(params)?;
         self.check(param, grad)?;
+        let recorded = self.record(param, grad, params)?;
+        let values = eval_all(&recorded.each_ref())?;
+        let Ok([theta, first, second]) = <[Tensor; 3]>::try_from(values) else {
+            return Err(Error::module("AdamW", "", "the engine did not return three values"));
+        };
+        self.means = Some([first, second]);
+        self.steps += 1;
+        Ok(theta)
+    }
+
+    /// θ, m and v after a step. Handles on what lies between end here: the engine would keep such values.
+    #[track_caller]
+    fn record(&self, param: &Tensor, grad: &Tensor, params: &ParamsAdamW) -> Result<[LazyTensor; 3]> {
         let ParamsAdamW { lr, beta1, beta2, eps, weight_decay } = *params;
         let dtype = if param.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
         let load = |tensor: &Tensor| LazyTensor::from_tensor(tensor.detach()).to_dtype(dtype);
@@ -105,13 +118,7 @@ impl Moments {
         let step = first.affine(lr / (1.0 - beta1.powf(t)), 0.0)?.div(&root)?;
         let theta = theta.sub(&step.add(&theta.affine(lr * weight_decay, 0.0)?)?)?;
         let (first, second) = (first.to_dtype(DType::F32)?, second.to_dtype(DType::F32)?);
-        let values = eval_all(&[&theta.to_dtype(param.dtype())?, &first, &second])?;
-        let Ok([theta, first, second]) = <[Tensor; 3]>::try_from(values) else {
-            return Err(Error::module("AdamW", "", "the engine did not return three values"));
-        };
-        self.means = Some([first, second]);
-        self.steps += 1;
-        Ok(theta)
+        Ok([theta.to_dtype(param.dtype())?, first, second])
     }
 
     #[track_caller]

@@ -1,7 +1,7 @@
 //! Clipping of gradients by their common norm (Pascanu et al. 2013, arXiv:1211.5063).
 
 use crate::error::{Error, Result};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_lazy_exec::{eval_all, LazyTensor};
 
 /// √(Σ g²) over all elements of all gradients; 0 for none. Summed in f64 (on Metal, which has none, in f32).
@@ -20,7 +20,7 @@ pub fn grad_norm(grads: &[Tensor]) -> Result<f64> {
     }
     let mut sum = 0.0;
     for value in eval_all(&squares.iter().collect::<Vec<_>>())? {
-        sum += value.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+        sum += value.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
     }
     Ok(sum.sqrt())
 }
