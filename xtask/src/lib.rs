@@ -5,6 +5,7 @@
 // A command's words go through `output`.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+pub mod api;
 pub mod bench;
 pub mod demo;
 pub mod fetch;
@@ -13,3 +14,8 @@ pub mod port;
 pub mod progress;
 pub mod tidy;
 pub mod verify;
+
+/// The blocks of the migration guide, as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/MIGRATION_V1_TO_V2.md")]
+pub struct MigrationGuide;

@@ -28,6 +28,8 @@ enum Command {
     Port(xtask::port::PortArgs),
     /// Check the repository itself: crate edges, docs, names, places of `unsafe`.
     Tidy,
+    /// Compare the façade's public API with the listing that is checked in.
+    Api(xtask::api::ApiArgs),
     /// Bring the two real models into the cache.
     Fetch,
 }
@@ -39,6 +41,7 @@ fn main() {
         Command::Bench(args) => xtask::bench::run(&args),
         Command::Port(args) => xtask::port::run(&args),
         Command::Tidy => xtask::tidy::run(),
+        Command::Api(args) => xtask::api::run(&args),
         Command::Fetch => xtask::fetch::run(),
     };
     exit(code);

@@ -409,10 +409,11 @@ pub fn run(options: &Options) -> Result<Summary> {
         )));
     }
     let all = cases(Extent::Full);
-    let names: Vec<&str> = all.iter().map(|c| c.op.name()).chain(["random", "program", "block", "method"]).collect();
+    let names: Vec<&str> =
+        all.iter().map(|c| c.op.name()).chain(["random", "program", "block", "method", "v1"]).collect();
     if let Some(op) = options.op.as_deref().filter(|op| !names.contains(op)) {
         return Err(Error::Option(format!(
-            "no op {op}; docs/ops.md names them, beside random, program, block and method"
+            "no op {op}; docs/ops.md names them, beside random, program, block, method and v1"
         )));
     }
     let next = AtomicUsize::new(0);
@@ -444,6 +445,9 @@ pub fn run(options: &Options) -> Result<Summary> {
     }
     if options.op.as_deref().is_none_or(|op| op == "method") {
         silenced(|| crate::modes::methods::run(options, &modes, &mut summary));
+    }
+    if options.op.as_deref().is_none_or(|op| op == "v1") {
+        silenced(|| crate::modes::compat::run(options, &modes, &mut summary));
     }
     SILENT.set(true);
     if graphs && options.graphs > 0 {

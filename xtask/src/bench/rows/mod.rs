@@ -4,6 +4,7 @@ mod contraction;
 mod elementwise;
 mod model;
 mod overhead;
+mod v1;
 
 use super::measure::{Effort, Paired};
 use super::Error;
@@ -89,6 +90,7 @@ pub(super) fn all() -> Vec<Row> {
     rows.extend(contraction::rows());
     rows.extend(model::rows());
     rows.extend(overhead::rows());
+    rows.extend(v1::rows());
     rows
 }
 
