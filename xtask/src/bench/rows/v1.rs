@@ -30,7 +30,8 @@ fn facade(xs: &[Tensor], f: impl Fn(&Tensor) -> candle_lazy::compat::Result<Tens
 fn layer(width: usize, rank: usize) -> Result<LoRALayer, Error> {
     let config = LoRAConfig { rank, alpha: SCALING as f32 * rank as f32, dropout: 0.0 };
     let layer = LoRALayer::new(width, width, &config, &Device::Cpu).map_err(compat)?;
-    layer.lora_b().set(&randn(&[rank, width], DType::F32)?)?;
+    // as small as v1 drew it: logits of tens would make gradients a matter of their last digits
+    layer.lora_b().set(&(randn(&[rank, width], DType::F32)? * 0.01)?)?;
     Ok(layer)
 }
 
