@@ -92,6 +92,7 @@ fn every_mode_has_cells() {
     for mode in Mode::all() {
         let op = match mode {
             Mode::Ops | Mode::OpsTracked | Mode::Decomposed | Mode::Recorded | Mode::NnModule => "rms_norm",
+            Mode::Compat => "v1",
             _ => "affine",
         };
         let op = if mode == Mode::RoundsOnce { "powf" } else { op };
