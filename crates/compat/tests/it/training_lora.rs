@@ -1,12 +1,9 @@
 //! LoRA layers: values against the formula in f64, gradients against the formula and finite differences; B is never left zero.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // tests fail so, outside of their own functions too
 
-#[path = "common/training.rs"]
-mod training;
-
+use crate::training::{assert_near, numbers, tensor, wide};
 use candle_core::{DType, Device, Tensor};
 use candle_lazy_compat::training::lora::{LoRAConfig, LoRALayer};
-use training::{assert_near, numbers, tensor, wide};
 
 fn layer(input: usize, output: usize, rank: usize, alpha: f32, dropout: f32) -> LoRALayer {
     let layer = LoRALayer::new(input, output, &LoRAConfig { rank, alpha, dropout }, &Device::Cpu).unwrap();

@@ -1,16 +1,13 @@
 //! Adapters, their registry, and the trait of models that take one.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // tests fail so, outside of their own functions too
 
-#[path = "common/training.rs"]
-mod training;
-
+use crate::training::{assert_near, numbers, tensor, wide};
 use candle_core::{DType, Device, Tensor};
 use candle_lazy_compat::training::{
     AdapterRegistry, ApplyAdapter, LoRAAdapter, LoRAAdapterConfig, ProjectionSizes, TargetModule,
 };
 use candle_lazy_compat::Result;
 use std::sync::Arc;
-use training::{assert_near, numbers, tensor, wide};
 
 const ALL: [TargetModule; 7] = [
     TargetModule::QProj,

@@ -1,14 +1,11 @@
 //! AdamW over several steps of two parameters, and schedules.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // tests fail so, outside of their own functions too
 
-#[path = "common/training.rs"]
-mod training;
-
+use crate::training::{assert_near, numbers, tensor};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_lazy_compat::error::TrainingError;
 use candle_lazy_compat::training::{AdamW, AdamWConfig, LRScheduler};
 use candle_lazy_compat::Error;
-use training::{assert_near, numbers, tensor};
 
 const CONFIG: AdamWConfig =
     AdamWConfig { learning_rate: 0.05, beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.1 };

@@ -1,14 +1,12 @@
 //! Rotary embedding, attention and the feed-forward block against their formulas in f64.
 #![allow(clippy::unwrap_used, clippy::panic)] // tests fail so, outside of their own functions too
 
-mod decoder;
-
-use candle_core::{DType, Device, Tensor, Var};
-use candle_lazy_compat as metal_candle;
-use decoder::{
+use crate::decoder::{
     assert_near, attention, builder, causal, config, flat, mask_tensor, random, rotated, rows, swiglu, variables,
     weights,
 };
+use candle_core::{DType, Device, Tensor, Var};
+use candle_lazy_compat as metal_candle;
 use metal_candle::error::{Error, ModelError};
 use metal_candle::models::transformer::{Attention, RotaryEmbedding, MLP};
 
@@ -153,7 +151,8 @@ fn gradients_reach_the_input_and_the_variables() {
     let tested = Attention::new(24, 4, config.num_key_value_heads, 40, config.rope_theta, &vb.pp(PREFIX)).unwrap();
     let x = Var::from_tensor(&random(&[1, 5, 24], 6, 1.0)).unwrap();
     let grads = loss(&tested.forward(x.as_tensor(), None).unwrap()).backward().unwrap();
-    let plain = |x: &Tensor, weights: &decoder::Weights| attention(&rows(x), weights, PREFIX, &config, None).concat();
+    let plain =
+        |x: &Tensor, weights: &crate::decoder::Weights| attention(&rows(x), weights, PREFIX, &config, None).concat();
     // f32 against differences of f64: the sums have a few hundred terms of order one
     let near = |got: &Tensor, at: usize, want: f64| {
         let got = flat(got)[at];

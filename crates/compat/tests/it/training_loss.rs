@@ -1,14 +1,11 @@
 //! Losses of language models: values and gradients against the formulas in f64.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // tests fail so, outside of their own functions too
 
-#[path = "common/training.rs"]
-mod training;
-
+use crate::training::{assert_near, numbers, tensor, wide};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_lazy_compat::error::TrainingError;
 use candle_lazy_compat::training::{cross_entropy_loss, cross_entropy_loss_with_smoothing};
 use candle_lazy_compat::Error;
-use training::{assert_near, numbers, tensor, wide};
 
 const VOCAB: usize = 5;
 

@@ -1,9 +1,7 @@
 //! The training loop: it trains its adapter, clips, follows its schedule, and says so where nothing can be trained.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // tests fail so, outside of their own functions too
 
-#[path = "common/training.rs"]
-mod training;
-
+use crate::training::{assert_near, tensor, wide};
 use candle_core::{Device, Tensor, Var};
 use candle_lazy_compat::error::{InferenceError, TrainingError};
 use candle_lazy_compat::training::{
@@ -12,7 +10,6 @@ use candle_lazy_compat::training::{
 };
 use candle_lazy_compat::{Error, Result};
 use std::cell::Cell;
-use training::{assert_near, tensor, wide};
 
 const WIDTH: usize = 8;
 

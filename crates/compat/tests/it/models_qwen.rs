@@ -2,13 +2,11 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // tests fail so, outside of their own functions too
 #![allow(deprecated)] // what v1 had is tested as well
 
-mod decoder;
-
-use candle_core::{DType, Device, Tensor};
-use candle_lazy_compat as metal_candle;
-use decoder::{
+use crate::decoder::{
     assert_near, builder, causal, config, flat, layer, logits, mask_tensor, random, rows, variables, weights,
 };
+use candle_core::{DType, Device, Tensor};
+use candle_lazy_compat as metal_candle;
 use metal_candle::error::{Error, InferenceError, ModelError};
 use metal_candle::models::qwen::QwenDecoderLayer;
 use metal_candle::models::{DecodingSession, LanguageModel, ModelConfig, Qwen};
@@ -81,7 +79,8 @@ fn counts_and_the_trait() {
     let model = qwen();
     // 2·19·24 + 24 outside of the layers
     assert_eq!((model.num_layers(), model.num_parameters()), (2, 936 + 2_000_000));
-    let counted: usize = decoder::shapes(&config()).iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+    let counted: usize =
+        crate::decoder::shapes(&config()).iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
     assert_eq!(model.parameter_count(), counted);
     assert!(format!("{model:?}").contains("Qwen"));
     let model: Box<dyn LanguageModel> = Box::new(model);
@@ -184,7 +183,7 @@ fn what_does_not_fit_is_refused() {
     ] {
         assert!(matches!(error, Error::Model(ModelError::InvalidConfig { .. })), "{error:?}");
     }
-    for (name, _) in decoder::shapes(&config()) {
+    for (name, _) in crate::decoder::shapes(&config()) {
         let mut some = weights(&config());
         some.remove(&name);
         let error = Qwen::new(&config(), builder(&some)).unwrap_err();

@@ -1,9 +1,7 @@
 //! Checkpoints: what is saved comes back, files that v1 wrote load, and what is lost is named.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // tests fail so, outside of their own functions too
 
-#[path = "common/training.rs"]
-mod training;
-
+use crate::training::{assert_near, numbers, tensor, wide};
 use candle_core::{DType, Device, Tensor};
 use candle_lazy_compat::error::CheckpointError;
 use candle_lazy_compat::training::checkpoint::{load_checkpoint, save_checkpoint, CheckpointMetadata};
@@ -12,7 +10,6 @@ use candle_lazy_compat::Error;
 use safetensors::SafeTensors;
 use std::collections::HashMap;
 use std::path::Path;
-use training::{assert_near, numbers, tensor, wide};
 
 fn adapter(num_layers: usize) -> LoRAAdapter {
     let target_modules = vec![TargetModule::QProj, TargetModule::DownProj];

@@ -1,11 +1,9 @@
 //! The generator's rules, one by one, on models whose logits are known, and on the decoder.
 #![allow(clippy::unwrap_used, clippy::panic)] // tests fail so, outside of their own functions too
 
-mod decoder;
-
+use crate::decoder::{builder, causal, config, logits, weights};
 use candle_core::{DType, Device, Tensor};
 use candle_lazy_compat as metal_candle;
-use decoder::{builder, causal, config, logits, weights};
 use metal_candle::error::{Error, InferenceError};
 use metal_candle::inference::StreamToken;
 use metal_candle::models::{LanguageModel, ModelConfig, Qwen};

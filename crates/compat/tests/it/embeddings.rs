@@ -1,5 +1,4 @@
 //! The embeddings module: published models' names, pooling, and models from a directory with made-up weights.
-#![cfg(feature = "embeddings")]
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot go on says why by panicking
 
 use candle_core::{DType, Device, Tensor, Var};

@@ -1,11 +1,11 @@
 //! Adapters on the decoder: each of the seven projections, with and without grouped heads, in training and in generation.
 #![allow(clippy::unwrap_used, clippy::panic)] // tests fail so, outside of their own functions too
 
-mod decoder;
-
+use crate::decoder::{
+    assert_near, builder, causal, config, flat, layer, logits, mask_tensor, random, rows, weights, Weights,
+};
 use candle_core::{DType, Device, Tensor};
 use candle_lazy_compat as metal_candle;
-use decoder::{assert_near, builder, causal, config, flat, layer, logits, mask_tensor, random, rows, weights, Weights};
 use metal_candle::error::{Error, TrainingError};
 use metal_candle::models::qwen::QwenDecoderLayer;
 use metal_candle::models::{LanguageModel, ModelConfig, Qwen};

@@ -1,12 +1,9 @@
 //! The graph's own bookkeeping: ids, sizes, merging, what is filled when, and the words of its errors.
 #![allow(clippy::unwrap_used, clippy::panic)] // tests fail so, outside of their own functions too
-#![cfg(all(feature = "graph", feature = "custom-metal"))]
 
-mod common;
-
+use crate::common::{lazy, tensor, values};
 use candle_core::{DType, Device, Shape, Tensor, Var};
 use candle_lazy_compat as metal_candle;
-use common::{lazy, tensor, values};
 use metal_candle::error::TrainingError;
 use metal_candle::graph::{AsyncExecutor, ComputationGraph, LazyTensor, NodeData, NodeId, Operation};
 use std::sync::{Arc, RwLock};

@@ -1,5 +1,4 @@
 //! Generation as an asynchronous stream.
-#![cfg(feature = "streaming")]
 #![allow(clippy::unwrap_used, clippy::panic)] // tests fail so, outside of their own functions too
 
 use candle_core::{Device, Tensor};
