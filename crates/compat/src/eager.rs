@@ -1,46 +1,51 @@
-//! One op on plain tensors, through the engine.
+//! One op on plain tensors.
 //!
-//! What no gradient can reach is recorded and evaluated, which for one op is the kernel at once. What Candle's autograd tracks runs the
-//! same kernel with its own backward on Candle's tape: the engine would replay Candle's ops there, and this is one op only.
+//! There is nothing to plan about a single op, and recording it would cost more than a small one takes: these are the engine's kernels
+//! themselves, each with its own backward on Candle's tape. Layers and models, which are several ops, go through the engine. What the kernels
+//! refuse is recorded after all: that error names the caller's line.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Error, Result, Tensor};
 use candle_lazy_exec::LazyTensor;
+
+/// The error of recording an op that a kernel refused; the kernel's own where recording it succeeds.
+fn refused(recorded: candle_lazy_exec::Result<LazyTensor>, error: Error) -> Error {
+    recorded.err().map_or(error, Error::from)
+}
 
 /// Softmax over `dim`.
 #[track_caller]
 pub(crate) fn softmax(x: &Tensor, dim: usize) -> Result<Tensor> {
-    if x.track_op() {
-        return candle_lazy_ops::softmax(x, dim);
+    match candle_lazy_ops::softmax(x, dim) {
+        Err(error) => Err(refused(LazyTensor::from(x).softmax(dim), error)),
+        done => done,
     }
-    Ok(LazyTensor::from(x).softmax(dim)?.eval()?)
 }
 
 /// x/√(mean(x²) + eps) over the last dim.
 #[track_caller]
 pub(crate) fn rms_norm(x: &Tensor, eps: f64) -> Result<Tensor> {
-    if x.track_op() {
-        return candle_lazy_ops::rms_norm(x, None, eps);
+    match candle_lazy_ops::rms_norm(x, None, eps) {
+        Err(error) => Err(refused(LazyTensor::from(x).rms_norm(None, eps), error)),
+        done => done,
     }
-    Ok(LazyTensor::from(x).rms_norm(None, eps)?.eval()?)
 }
 
 /// (x − mean)/√(var + eps) over the last dim.
 #[track_caller]
 pub(crate) fn layer_norm(x: &Tensor, eps: f64) -> Result<Tensor> {
-    if x.track_op() {
-        return candle_lazy_ops::layer_norm(x, None, None, eps);
+    match candle_lazy_ops::layer_norm(x, None, None, eps) {
+        Err(error) => Err(refused(LazyTensor::from(x).layer_norm(None, None, eps), error)),
+        done => done,
     }
-    Ok(LazyTensor::from(x).layer_norm(None, None, eps)?.eval()?)
 }
 
 /// (x·a)·b·scale.
 #[track_caller]
 pub(crate) fn lora(x: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor> {
-    let scale = f64::from(scale);
-    if x.track_op() || a.track_op() || b.track_op() {
-        return candle_lazy_ops::lora(x, a, b, scale);
+    match candle_lazy_ops::lora(x, a, b, f64::from(scale)) {
+        Err(error) => Err(refused(LazyTensor::from(x).lora(&a.into(), &b.into(), f64::from(scale)), error)),
+        done => done,
     }
-    Ok(LazyTensor::from(x).lora(&a.into(), &b.into(), scale)?.eval()?)
 }
 
 /// dropout(x·a)·b·scale. Gradients flow as far as the parts are tracked.
