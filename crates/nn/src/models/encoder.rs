@@ -161,3 +161,37 @@ pub(super) fn additive_mask(mask: &LazyTensor, dtype: DType) -> Result<LazyTenso
     let mask = if mask.dtype() == dtype { mask.clone() } else { mask.to_dtype(dtype)? };
     Ok(mask.affine(large, -large)?.unsqueeze(1)?.unsqueeze(1)?)
 }
+
+/// The builder below `prefix`, where the weights have their names behind it and not at once.
+pub(super) fn without_prefix<'a>(vb: VarBuilder<'a>, prefix: &str) -> VarBuilder<'a> {
+    let has_words = |vb: &VarBuilder<'_>| vb.contains_tensor("embeddings.word_embeddings.weight");
+    if !has_words(&vb) && has_words(&vb.pp(prefix)) {
+        vb.pp(prefix)
+    } else {
+        vb
+    }
+}
+
+/// Refuses a size of 0.
+pub(super) fn check_positive(what: &str, sizes: &[(&str, usize)]) -> Result<()> {
+    match sizes.iter().find(|(_, value)| *value == 0) {
+        Some((name, _)) => Err(Error::config(what, format_args!("{name} is 0"))),
+        None => Ok(()),
+    }
+}
+
+/// Refuses a width that the heads do not share evenly.
+pub(super) fn check_heads(what: &str, hidden: usize, heads: usize) -> Result<()> {
+    if hidden.is_multiple_of(heads) {
+        return Ok(());
+    }
+    Err(Error::config(what, format_args!("hidden_size {hidden} is no multiple of num_attention_heads {heads}")))
+}
+
+/// Refuses an epsilon of layer norms that is negative or no number.
+pub(super) fn check_eps(what: &str, eps: f64) -> Result<()> {
+    if eps.is_finite() && eps >= 0. {
+        return Ok(());
+    }
+    Err(Error::config(what, format_args!("layer_norm_eps is {eps}")))
+}

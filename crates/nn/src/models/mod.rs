@@ -8,6 +8,7 @@ pub mod causal_lm;
 pub mod causal_lm_config;
 mod decoder_block;
 mod encoder;
+mod encoder_block;
 pub mod generate;
 pub mod mpnet;
 mod rope_config;

@@ -5,16 +5,15 @@
 //! `mpnet.` in front.
 
 use super::encoder;
+use super::encoder_block::{AttentionNames, BlockSizes, EncoderBlock};
 use crate::activation::Activation;
 use crate::embedding::{embedding, Embedding};
 use crate::error::{Error, Result};
-use crate::linear::{linear, Linear};
-use crate::mlp::FeedForward;
 use crate::module::Module;
 use crate::norm::{layer_norm, LayerNorm};
 use crate::scope;
 use candle_core::{DType, Device};
-use candle_lazy_exec::{AttentionOptions, LazyTensor};
+use candle_lazy_exec::LazyTensor;
 use candle_nn::VarBuilder;
 use serde::Deserialize;
 use std::path::Path;
@@ -118,11 +117,7 @@ impl MpnetConfig {
             ("num_attention_heads", self.num_attention_heads),
             ("intermediate_size", self.intermediate_size),
         ];
-        for (name, value) in positive {
-            if value == 0 {
-                return Err(Error::config(what, format_args!("{name} is 0")));
-            }
-        }
+        encoder::check_positive(what, &positive)?;
         if self.max_tokens() == 0 {
             return Err(Error::config(
                 what,
@@ -132,15 +127,7 @@ impl MpnetConfig {
                 ),
             ));
         }
-        if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
-            return Err(Error::config(
-                what,
-                format_args!(
-                    "hidden_size {} is no multiple of num_attention_heads {}",
-                    self.hidden_size, self.num_attention_heads
-                ),
-            ));
-        }
+        encoder::check_heads(what, self.hidden_size, self.num_attention_heads)?;
         let buckets = self.relative_attention_num_buckets;
         // Half of a side's buckets are single distances, which must be fewer than the largest distance.
         if buckets < 4 || !buckets.is_multiple_of(4) || buckets / 4 >= MAX_DISTANCE as usize {
@@ -149,9 +136,7 @@ impl MpnetConfig {
                 format_args!("relative_attention_num_buckets is {buckets}: expected a multiple of 4 below 512"),
             ));
         }
-        if !(self.layer_norm_eps.is_finite() && self.layer_norm_eps >= 0.) {
-            return Err(Error::config(what, format_args!("layer_norm_eps is {}", self.layer_norm_eps)));
-        }
+        encoder::check_eps(what, self.layer_norm_eps)?;
         Activation::from_name(&self.hidden_act).map(|_| ())
     }
 }
@@ -189,59 +174,13 @@ impl Embeddings {
     }
 }
 
-/// One block: attention, then a feed-forward block, each added to its input and normalised.
-#[derive(Debug, Clone)]
-struct Layer {
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    attention_out: Linear,
-    attention_norm: LayerNorm,
-    feed_forward: FeedForward,
-    norm: LayerNorm,
-    heads: usize,
-    path: Arc<str>,
-}
-
-impl Layer {
-    #[track_caller]
-    fn load(config: &MpnetConfig, activation: Activation, vb: VarBuilder<'_>) -> Result<Self> {
-        let (hidden, ffn, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
-        let attention = vb.pp("attention");
-        let own = attention.pp("attn");
-        let up = linear(hidden, ffn, vb.pp("intermediate").pp("dense"))?;
-        let down = linear(ffn, hidden, vb.pp("output").pp("dense"))?;
-        Ok(Self {
-            query: linear(hidden, hidden, own.pp("q"))?,
-            key: linear(hidden, hidden, own.pp("k"))?,
-            value: linear(hidden, hidden, own.pp("v"))?,
-            attention_out: linear(hidden, hidden, own.pp("o"))?,
-            attention_norm: layer_norm(hidden, eps, attention.pp("LayerNorm"))?,
-            feed_forward: FeedForward::new(up, activation, down),
-            norm: layer_norm(hidden, eps, vb.pp("output").pp("LayerNorm"))?,
-            heads: config.num_attention_heads,
-            path: vb.prefix().into(),
-        })
-    }
-
-    /// `bias` is added to the scores, (batch or 1, heads, s, s).
-    #[track_caller]
-    fn forward(&self, xs: &LazyTensor, bias: &LazyTensor) -> Result<LazyTensor> {
-        let _scope = scope::enter(&self.path);
-        let (b, s, hidden) = xs.dims3()?;
-        let head_dim = hidden.checked_div(self.heads).unwrap_or(hidden);
-        let split = (b, s, self.heads, head_dim);
-        let q = self.query.forward(xs)?.reshape(split)?.transpose(1, 2)?;
-        let k = self.key.forward(xs)?.reshape(split)?.transpose(1, 2)?;
-        let v = self.value.forward(xs)?.reshape(split)?.transpose(1, 2)?;
-        let options =
-            AttentionOptions { scale: 1. / (head_dim as f64).sqrt(), causal: false, softcap: None, window: None };
-        let y = LazyTensor::attention(&q, &k, &v, Some(bias), &options)?;
-        let y = y.transpose(1, 2)?.reshape((b, s, hidden))?;
-        let xs = self.attention_norm.forward(&self.attention_out.forward(&y)?.add(xs)?)?;
-        self.norm.forward(&self.feed_forward.forward(&xs)?.add(&xs)?)
-    }
-}
+const ATTENTION: AttentionNames = AttentionNames {
+    query: "attention.attn.q",
+    key: "attention.attn.k",
+    value: "attention.attn.v",
+    out: "attention.attn.o",
+    norm: "attention.LayerNorm",
+};
 
 /// The bucket of every distance from −(s−1) to s−1, key minus query: half of the buckets for keys on either side, half of these for
 /// single distances and the others for ranges that grow by a constant factor (Raffel et al. 2020).
@@ -267,7 +206,7 @@ fn distance_buckets(s: usize, buckets: usize) -> Vec<u32> {
 #[derive(Debug, Clone)]
 pub struct MpnetModel {
     embeddings: Embeddings,
-    layers: Vec<Layer>,
+    layers: Vec<EncoderBlock>,
     /// (buckets, heads)
     distance_bias: Embedding,
     config: MpnetConfig,
@@ -288,19 +227,19 @@ impl MpnetModel {
         if !dtype.is_float() {
             return Err(Error::float_expected("mpnet", "", "the weights", dtype));
         }
-        let has_words = |vb: &VarBuilder<'_>| vb.contains_tensor("embeddings.word_embeddings.weight");
-        let vb = if !has_words(&vb) && has_words(&vb.pp("mpnet")) { vb.pp("mpnet") } else { vb };
-        let activation = Activation::from_name(&config.hidden_act)?;
+        let vb = encoder::without_prefix(vb, "mpnet");
+        let sizes = BlockSizes {
+            hidden: config.hidden_size,
+            ffn: config.intermediate_size,
+            heads: config.num_attention_heads,
+            eps: config.layer_norm_eps,
+            activation: Activation::from_name(&config.hidden_act)?,
+        };
         let embeddings = Embeddings::load(config, vb.pp("embeddings"))?;
         let encoder = vb.pp("encoder");
-        let (buckets, heads) = (config.relative_attention_num_buckets, config.num_attention_heads);
-        let distance_bias = embedding(buckets, heads, encoder.pp("relative_attention_bias"))?;
-        let stack = encoder.pp("layer");
-        let mut layers = Vec::new();
-        for index in 0..config.num_hidden_layers {
-            layers.push(Layer::load(config, activation, stack.pp(index))?);
-        }
-        encoder::check_layers(&stack, config.num_hidden_layers)?;
+        let buckets = config.relative_attention_num_buckets;
+        let distance_bias = embedding(buckets, sizes.heads, encoder.pp("relative_attention_bias"))?;
+        let layers = EncoderBlock::load_all(&encoder.pp("layer"), config.num_hidden_layers, sizes, &ATTENTION)?;
         Ok(Self { embeddings, layers, distance_bias, config: config.clone(), dtype, device })
     }
 
@@ -337,7 +276,7 @@ impl MpnetModel {
         }
         let mut xs = self.embeddings.forward(ids)?;
         for layer in &self.layers {
-            xs = layer.forward(&xs, &bias)?;
+            xs = layer.forward(&xs, Some(&bias))?;
         }
         Ok(xs)
     }

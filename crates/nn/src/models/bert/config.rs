@@ -2,6 +2,7 @@
 
 use crate::activation::Activation;
 use crate::error::{Error, Result};
+use crate::models::encoder;
 use serde::Deserialize;
 use std::path::Path;
 
@@ -113,23 +114,9 @@ impl BertConfig {
             ("max_position_embeddings", self.max_position_embeddings),
             ("type_vocab_size", self.type_vocab_size),
         ];
-        for (name, value) in positive {
-            if value == 0 {
-                return Err(Error::config(what, format_args!("{name} is 0")));
-            }
-        }
-        if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
-            return Err(Error::config(
-                what,
-                format_args!(
-                    "hidden_size {} is no multiple of num_attention_heads {}",
-                    self.hidden_size, self.num_attention_heads
-                ),
-            ));
-        }
-        if !(self.layer_norm_eps.is_finite() && self.layer_norm_eps >= 0.) {
-            return Err(Error::config(what, format_args!("layer_norm_eps is {}", self.layer_norm_eps)));
-        }
+        encoder::check_positive(what, &positive)?;
+        encoder::check_heads(what, self.hidden_size, self.num_attention_heads)?;
+        encoder::check_eps(what, self.layer_norm_eps)?;
         Activation::from_name(&self.hidden_act).map(|_| ())
     }
 }

@@ -8,16 +8,15 @@ mod config;
 pub use config::BertConfig;
 
 use super::encoder;
+use super::encoder_block::{AttentionNames, BlockSizes, EncoderBlock};
 use crate::activation::Activation;
 use crate::embedding::{embedding, Embedding};
 use crate::error::{Error, Result};
-use crate::linear::{linear, Linear};
-use crate::mlp::FeedForward;
 use crate::module::Module;
 use crate::norm::{layer_norm, LayerNorm};
 use crate::scope;
 use candle_core::{DType, Device};
-use candle_lazy_exec::{AttentionOptions, LazyTensor};
+use candle_lazy_exec::LazyTensor;
 use candle_nn::VarBuilder;
 use std::sync::Arc;
 
@@ -55,64 +54,19 @@ impl Embeddings {
     }
 }
 
-/// One block: attention, then a feed-forward block, each added to its input and normalised.
-#[derive(Debug, Clone)]
-struct Layer {
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    attention_out: Linear,
-    attention_norm: LayerNorm,
-    feed_forward: FeedForward,
-    norm: LayerNorm,
-    heads: usize,
-    path: Arc<str>,
-}
-
-impl Layer {
-    #[track_caller]
-    fn load(config: &BertConfig, activation: Activation, vb: VarBuilder<'_>) -> Result<Self> {
-        let (hidden, ffn, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
-        let attention = vb.pp("attention");
-        let own = attention.pp("self");
-        let up = linear(hidden, ffn, vb.pp("intermediate").pp("dense"))?;
-        let down = linear(ffn, hidden, vb.pp("output").pp("dense"))?;
-        Ok(Self {
-            query: linear(hidden, hidden, own.pp("query"))?,
-            key: linear(hidden, hidden, own.pp("key"))?,
-            value: linear(hidden, hidden, own.pp("value"))?,
-            attention_out: linear(hidden, hidden, attention.pp("output").pp("dense"))?,
-            attention_norm: layer_norm(hidden, eps, attention.pp("output").pp("LayerNorm"))?,
-            feed_forward: FeedForward::new(up, activation, down),
-            norm: layer_norm(hidden, eps, vb.pp("output").pp("LayerNorm"))?,
-            heads: config.num_attention_heads,
-            path: vb.prefix().into(),
-        })
-    }
-
-    #[track_caller]
-    fn forward(&self, xs: &LazyTensor, mask: Option<&LazyTensor>) -> Result<LazyTensor> {
-        let _scope = scope::enter(&self.path);
-        let (b, s, hidden) = xs.dims3()?;
-        let head_dim = hidden.checked_div(self.heads).unwrap_or(hidden);
-        let split = (b, s, self.heads, head_dim);
-        let q = self.query.forward(xs)?.reshape(split)?.transpose(1, 2)?;
-        let k = self.key.forward(xs)?.reshape(split)?.transpose(1, 2)?;
-        let v = self.value.forward(xs)?.reshape(split)?.transpose(1, 2)?;
-        let options =
-            AttentionOptions { scale: 1. / (head_dim as f64).sqrt(), causal: false, softcap: None, window: None };
-        let y = LazyTensor::attention(&q, &k, &v, mask, &options)?;
-        let y = y.transpose(1, 2)?.reshape((b, s, hidden))?;
-        let xs = self.attention_norm.forward(&self.attention_out.forward(&y)?.add(xs)?)?;
-        self.norm.forward(&self.feed_forward.forward(&xs)?.add(&xs)?)
-    }
-}
+const ATTENTION: AttentionNames = AttentionNames {
+    query: "attention.self.query",
+    key: "attention.self.key",
+    value: "attention.self.value",
+    out: "attention.output.dense",
+    norm: "attention.output.LayerNorm",
+};
 
 /// A BERT encoder.
 #[derive(Debug, Clone)]
 pub struct BertModel {
     embeddings: Embeddings,
-    layers: Vec<Layer>,
+    layers: Vec<EncoderBlock>,
     config: BertConfig,
     dtype: DType,
     device: Device,
@@ -131,16 +85,17 @@ impl BertModel {
         if !dtype.is_float() {
             return Err(Error::float_expected("bert", "", "the weights", dtype));
         }
-        let has_words = |vb: &VarBuilder<'_>| vb.contains_tensor("embeddings.word_embeddings.weight");
-        let vb = if !has_words(&vb) && has_words(&vb.pp("bert")) { vb.pp("bert") } else { vb };
-        let activation = Activation::from_name(&config.hidden_act)?;
+        let vb = encoder::without_prefix(vb, "bert");
+        let sizes = BlockSizes {
+            hidden: config.hidden_size,
+            ffn: config.intermediate_size,
+            heads: config.num_attention_heads,
+            eps: config.layer_norm_eps,
+            activation: Activation::from_name(&config.hidden_act)?,
+        };
         let embeddings = Embeddings::load(config, vb.pp("embeddings"))?;
         let stack = vb.pp("encoder").pp("layer");
-        let mut layers = Vec::new();
-        for index in 0..config.num_hidden_layers {
-            layers.push(Layer::load(config, activation, stack.pp(index))?);
-        }
-        encoder::check_layers(&stack, config.num_hidden_layers)?;
+        let layers = EncoderBlock::load_all(&stack, config.num_hidden_layers, sizes, &ATTENTION)?;
         Ok(Self { embeddings, layers, config: config.clone(), dtype, device })
     }
 
