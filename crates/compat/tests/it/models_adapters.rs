@@ -4,6 +4,7 @@
 use crate::decoder::{
     assert_near, builder, causal, config, flat, layer, logits, mask_tensor, random, rows, weights, Weights,
 };
+use crate::training::ALL;
 use candle_core::{DType, Device, Tensor};
 use candle_lazy_compat as metal_candle;
 use metal_candle::error::{Error, TrainingError};
@@ -14,16 +15,6 @@ use metal_candle::{Generator, GeneratorConfig, LoRAAdapter, LoRAAdapterConfig, T
 use std::sync::Arc;
 
 const BOUND: f64 = 5e-5;
-
-const ALL: [TargetModule; 7] = [
-    TargetModule::QProj,
-    TargetModule::KProj,
-    TargetModule::VProj,
-    TargetModule::OProj,
-    TargetModule::GateProj,
-    TargetModule::UpProj,
-    TargetModule::DownProj,
-];
 
 fn targets(target_modules: &[TargetModule]) -> LoRAAdapterConfig {
     LoRAAdapterConfig { rank: 3, alpha: 6.0, dropout: 0.0, target_modules: target_modules.to_vec() }

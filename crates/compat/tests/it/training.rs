@@ -2,6 +2,18 @@
 #![allow(dead_code)] // each test file uses its part
 
 use candle_core::{DType, Device, Tensor};
+use candle_lazy_compat::training::TargetModule;
+
+/// Every projection that an adapter can have.
+pub(crate) const ALL: [TargetModule; 7] = [
+    TargetModule::QProj,
+    TargetModule::KProj,
+    TargetModule::VProj,
+    TargetModule::OProj,
+    TargetModule::GateProj,
+    TargetModule::UpProj,
+    TargetModule::DownProj,
+];
 
 /// Values in ±1 without a pattern that a wrong layout would keep; each is one of f32.
 pub(crate) fn numbers(n: usize, seed: usize) -> Vec<f64> {

@@ -1,23 +1,13 @@
 //! Adapters, their registry, and the trait of models that take one.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // tests fail so, outside of their own functions too
 
-use crate::training::{assert_near, numbers, tensor, wide};
+use crate::training::{assert_near, numbers, tensor, wide, ALL};
 use candle_core::{DType, Device, Tensor};
 use candle_lazy_compat::training::{
     AdapterRegistry, ApplyAdapter, LoRAAdapter, LoRAAdapterConfig, ProjectionSizes, TargetModule,
 };
 use candle_lazy_compat::Result;
 use std::sync::Arc;
-
-const ALL: [TargetModule; 7] = [
-    TargetModule::QProj,
-    TargetModule::KProj,
-    TargetModule::VProj,
-    TargetModule::OProj,
-    TargetModule::GateProj,
-    TargetModule::UpProj,
-    TargetModule::DownProj,
-];
 
 fn config(targets: &[TargetModule]) -> LoRAAdapterConfig {
     LoRAAdapterConfig { rank: 2, alpha: 6.0, dropout: 0.0, target_modules: targets.to_vec() }

@@ -311,29 +311,17 @@ pub(super) fn rows() -> Vec<Row> {
         ));
     }
     let dims = [4, 16, 1024];
-    type Way = fn(&Tensor) -> candle_core::Result<Tensor>;
-    let ops: [(&str, Way, Way, Way); 3] = [
-        ("softmax_stable", candle_nn::ops::softmax_last_dim, |x| x.softmax_stable(), plain_softmax),
-        ("layer_norm", fused_layer_norm, |x| TensorExt::layer_norm(x, EPS), plain_layer_norm),
-        ("rms_norm", fused_rms_norm, |x| TensorExt::rms_norm(x, EPS), plain_rms_norm),
+    type Eager = fn(&Tensor) -> candle_core::Result<Tensor>;
+    type Ours = fn(&Tensor) -> candle_lazy::compat::Result<Tensor>;
+    let ops: [(&str, Eager, Ours, Eager); 3] = [
+        ("softmax_stable", candle_nn::ops::softmax_last_dim, |x| Ok(x.softmax_stable()?), plain_softmax),
+        ("layer_norm", fused_layer_norm, |x| Ok(TensorExt::layer_norm(x, EPS)?), plain_layer_norm),
+        ("rms_norm", fused_rms_norm, |x| Ok(TensorExt::rms_norm(x, EPS)?), plain_rms_norm),
     ];
     for (name, fused, ours, plain) in ops {
         rows.push(row(
             format!("v1/{name}/{}", named(dims)),
-            Box::new(move || {
-                let xs = ring(&dims, DType::F32)?;
-                let one = bytes_of(&xs[0]);
-                Ok(Work {
-                    eager: vec![eagerly(&xs, fused), eagerly(&xs, plain)],
-                    lazy: eagerly(&xs, ours),
-                    rough: None,
-                    exact: exactly(&xs, move |x| by_row(plain(x)?)),
-                    bytes: 2 * one,
-                    footprint: (RING + 1) * one,
-                    flops: 0.0,
-                    per: 1.0,
-                })
-            }),
+            Box::new(move || over_rows(dims, &[fused, plain], ours, plain)),
         ));
     }
     rows.push(row("v1/gradient/2x16x512".into(), Box::new(|| gradient([2, 16, 512], 8))));
