@@ -8,13 +8,14 @@
 //! 4. [`run`]: a plan is bound to sizes, scalars and leaves, and run.
 //! 5. [`report`]: what a run did.
 //!
-//! [`buffer`] holds the memory of values that no Candle tensor owns.
+//! [`grad`](mod@grad) records backward passes. [`buffer`] holds the memory of values that no Candle tensor owns.
 #![doc = include_str!("../README.md")]
 #![deny(unsafe_code)]
 
 pub mod buffer;
 pub mod config;
 pub mod error;
+pub mod grad;
 pub mod lower;
 pub mod plan;
 pub mod report;
@@ -24,6 +25,7 @@ pub mod tensor;
 pub use candle_lazy_graph::{module_scope, BuildSite, ModuleScope};
 pub use config::EvalOptions;
 pub use error::{Difference, Error, Member, Result};
+pub use grad::{grad, value_and_grad, vjp};
 pub use report::EvalReport;
 pub use run::{
     eval_all, eval_all_checked, eval_all_with, eval_all_with_report, first_nan, first_nonfinite, materialize, prepare,

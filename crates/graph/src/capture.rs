@@ -407,6 +407,7 @@ impl Walk<'_, '_> {
             }
         }
         builder.outputs(&outputs.arena);
+        let history = history(seen, visits, &nodes);
         let bindings = &mut builder.bindings;
         bindings.publish = outputs.publish;
         bindings.leaves = leaves
@@ -416,12 +417,34 @@ impl Walk<'_, '_> {
                 let alone = of.edges == 1 && Arc::strong_count(node) <= 2;
                 // a reader that still waits held its edge when the count was taken: the other reference is that edge
                 let exclusive = alone && nodes.get(of.reader as usize).is_some_and(|reader| reader.is_pending());
+                let exclusive = exclusive && !history.get(visit as usize).copied().unwrap_or(false);
                 LeafBinding { index, node: visit, value, exclusive }
             })
             .collect();
         bindings.nodes = nodes;
         builder.finish()
     }
+}
+
+/// Which visits stay reachable from a traced node that becomes ready, by what it keeps for its gradient; nothing where there is none.
+fn history(seen: &Table, visits: &[Visit], nodes: &[Arc<Node>]) -> Vec<bool> {
+    let keeps = |v: usize| nodes[v].traced() && !nodes[v].is_variable();
+    let mut todo: Vec<usize> = (0..visits.len()).filter(|&v| visits[v].published && keeps(v)).collect();
+    if todo.is_empty() {
+        return Vec::new();
+    }
+    let mut reached = vec![false; visits.len()];
+    while let Some(v) = todo.pop() {
+        // what is not traced drops its inputs when it becomes ready
+        if std::mem::replace(&mut reached[v], true) || visits[v].published && !keeps(v) {
+            continue;
+        }
+        nodes[v].with_inputs(|inputs| {
+            let visits = inputs.iter().filter_map(|input| seen.find(input.id().get(), |_| true));
+            todo.extend(visits.map(|visit| visit as usize));
+        });
+    }
+    reached
 }
 
 /// The outputs of a graph, in order.

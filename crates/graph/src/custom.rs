@@ -12,6 +12,8 @@ pub enum CustomOp {
     Two(Arc<Box<dyn CustomOp2 + Send + Sync>>),
     /// Of three inputs.
     Three(Arc<Box<dyn CustomOp3 + Send + Sync>>),
+    /// The backward of a custom op: takes its inputs, its result and the gradient of that, and gives the gradient of one input.
+    Backward(Box<CustomOp>, u8),
 }
 
 impl CustomOp {
@@ -22,6 +24,7 @@ impl CustomOp {
             Self::One(op) => op.name(),
             Self::Two(op) => op.name(),
             Self::Three(op) => op.name(),
+            Self::Backward(op, _) => op.name(),
         }
     }
 
@@ -32,6 +35,7 @@ impl CustomOp {
             Self::One(_) => 1,
             Self::Two(_) => 2,
             Self::Three(_) => 3,
+            Self::Backward(op, _) => op.arity().saturating_add(2),
         }
     }
 
@@ -42,6 +46,7 @@ impl CustomOp {
             (Self::One(a), Self::One(b)) => Arc::ptr_eq(a, b),
             (Self::Two(a), Self::Two(b)) => Arc::ptr_eq(a, b),
             (Self::Three(a), Self::Three(b)) => Arc::ptr_eq(a, b),
+            (Self::Backward(a, i), Self::Backward(b, j)) => i == j && a.is(b),
             _ => false,
         }
     }
@@ -49,6 +54,9 @@ impl CustomOp {
 
 impl std::fmt::Debug for CustomOp {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "CustomOp{}({})", self.arity(), self.name())
+        match self {
+            Self::Backward(op, input) => write!(f, "{op:?}.bwd[{input}]"),
+            Self::One(_) | Self::Two(_) | Self::Three(_) => write!(f, "CustomOp{}({})", self.arity(), self.name()),
+        }
     }
 }

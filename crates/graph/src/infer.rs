@@ -490,7 +490,8 @@ fn infer_op(op: &Op, ctx: &Ctx<'_>) -> Result<OutMeta> {
         Op::QMatmul => qmatmul(ctx)?,
         Op::Custom { arity, shape, dtype, .. } => {
             ctx.known(*dtype)?;
-            if !(1..=3).contains(arity) {
+            // a backward takes the result and its gradient, too
+            if !(1..=5).contains(arity) {
                 return ctx.shape(format!("a custom op of {arity} inputs; Candle knows one to three"));
             }
             out(shape.clone(), *dtype)

@@ -9,7 +9,8 @@
 //! 4. [`mod@capture`]: from several roots into a hash-consed [`Graph`] in topological order, in relative form.
 //! 5. [`mod@decompose`]: what a composite means, in primitives.
 //! 6. [`mod@passes`]: pure functions `Graph → Graph`, each validated and counted.
-//! 7. [`mod@dump`]: a graph as text.
+//! 7. [`mod@grad`]: the backward pass of recorded nodes, recorded as nodes.
+//! 8. [`mod@dump`]: a graph as text.
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
@@ -18,11 +19,13 @@ pub mod custom;
 pub mod decompose;
 pub mod dump;
 pub mod error;
+pub mod grad;
 mod hash;
 pub mod infer;
 pub mod node;
 pub mod op;
 pub mod passes;
+mod recorder;
 pub mod site;
 pub mod validate;
 
@@ -30,12 +33,14 @@ pub use capture::{
     capture, Bindings, CaptureOptions, Captured, GNode, Graph, GraphKey, LeafKey, LeafKind, Sym, Workspace,
 };
 pub use custom::CustomOp;
-pub use decompose::{decompose, Recorder};
+pub use decompose::decompose;
 pub use error::{describe, Error, ErrorKind, Result};
+pub use grad::{vjp, why_unreached};
 pub use hash::{FastHasher, FastMap};
 pub use infer::{infer, Meta, OutMeta};
 pub use node::{live_nodes, EngineValue, Expr, Node, NodeId, Value};
 pub use op::{
     ArgOp, BinaryOp, CmpOp, Dims, Distribution, Exactness, Op, OpClass, ReduceOp, Scalars, ScatterOp, UnaryOp,
 };
+pub use recorder::Recorder;
 pub use site::{module_scope, BuildSite, ModuleScope};

@@ -1,8 +1,11 @@
 //! The implicit graph: shared nodes that are pending or ready.
 //!
 //! There is no graph object. An edge is an `Arc<Node>` in the inputs of a pending node, so a subgraph that nobody can
-//! reach frees itself, and a node that becomes ready drops its op and its inputs. Building, reading and dropping are
-//! iterative: a chain of a million nodes needs no stack.
+//! reach frees itself, and a node that becomes ready drops its inputs. Building, reading and dropping are iterative: a chain of a
+//! million nodes needs no stack.
+//!
+//! A node that depends on a *variable* ([`Node::variable`], or a tensor that Candle's autograd tracks) is *traced*: it keeps its inputs
+//! when it becomes ready, so that a gradient does not depend on what was evaluated before. It is freed with the last handle above it.
 
 mod pending;
 
@@ -20,7 +23,7 @@ use smallvec::SmallVec;
 use std::any::Any;
 use std::borrow::Borrow;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// A number that no other node of this process has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -107,10 +110,13 @@ pub struct Node {
     dtype: DType,
     device: Device,
     tracked: bool,
+    traced: bool,
     quantized: bool,
     site: BuildSite,
     /// What was recorded; `None` for a leaf. It never changes, so reading it takes no lock.
     recorded: Option<(Op, Scalars)>,
+    /// What a traced node waited for, from when it is ready.
+    history: OnceLock<Box<Waiting>>,
     /// For the pending budget.
     pending: Pending,
     state: Mutex<State>,
@@ -126,9 +132,11 @@ impl Node {
             dtype: tensor.dtype(),
             device: tensor.device().clone(),
             tracked: tensor.track_op(),
+            traced: tensor.track_op(),
             quantized: false,
             site,
             recorded: None,
+            history: OnceLock::new(),
             pending: Pending::none(),
             state: Mutex::new(State::Ready(Value::Tensor(tensor))),
         })
@@ -143,9 +151,11 @@ impl Node {
             dtype: DType::F32,
             device: weight.device(),
             tracked: false,
+            traced: false,
             quantized: true,
             site,
             recorded: None,
+            history: OnceLock::new(),
             pending: Pending::none(),
             state: Mutex::new(State::Ready(Value::Quantized(weight))),
         })
@@ -222,9 +232,9 @@ impl Node {
                 return Err(Error::new(op.name(), ErrorKind::Device(detail)).on(&metas).at(&site));
             }
         }
-        let tracked = !matches!(op, Op::Detach | Op::Compare(_) | Op::CompareScalar(_) | Op::Random { .. })
-            && meta.dtype.is_float()
-            && inputs.iter().any(|n| n.borrow().tracked);
+        let differentiable = op.is_differentiable() && meta.dtype.is_float();
+        let tracked = differentiable && inputs.iter().any(|n| n.borrow().tracked);
+        let traced = differentiable && inputs.iter().any(|n| n.borrow().traced);
         let own_bytes = meta.dims.iter().product::<usize>() * meta.dtype.size_in_bytes();
         let id = NodeId::next();
         let pending = Pending::above(id, inputs.iter().map(|n| &n.borrow().pending), own_bytes as u64);
@@ -234,9 +244,11 @@ impl Node {
             dtype: meta.dtype,
             device,
             tracked,
+            traced,
             quantized: false,
             site,
             recorded: Some((op, Scalars::from_slice(scalars))),
+            history: OnceLock::new(),
             pending,
             state: Mutex::new(State::Pending(Waiting {
                 inputs: inputs.iter().map(|n| n.borrow().clone()).collect(),
@@ -248,6 +260,23 @@ impl Node {
     /// Records [`Op::Detach`] on `input`: the one op that no input can make fail.
     #[must_use]
     pub fn detached(input: &Arc<Node>, site: BuildSite) -> Arc<Self> {
+        Self::cut(input, false, site)
+    }
+
+    /// A new variable with the value of `input`: what is recorded on it is traced, and gradients are taken with respect to it. `input`
+    /// gets none through it.
+    ///
+    /// # Errors
+    /// When `input` is not of a floating-point dtype.
+    pub fn variable(input: &Arc<Node>, site: BuildSite) -> Result<Arc<Self>> {
+        if !input.dtype.is_float() || input.quantized {
+            let detail = "only floating-point tensors have gradients; cast it first, or leave it out".to_string();
+            return Err(Error::new("variable", ErrorKind::DType(detail)).on(&[input.meta()]).at(&site));
+        }
+        Ok(Self::cut(input, true, site))
+    }
+
+    fn cut(input: &Arc<Node>, traced: bool, site: BuildSite) -> Arc<Self> {
         let own_bytes = input.shape.elem_count() * input.dtype.size_in_bytes();
         let inputs = SmallVec::from_iter([input.clone()]);
         let id = NodeId::next();
@@ -257,12 +286,22 @@ impl Node {
             dtype: input.dtype,
             device: input.device.clone(),
             tracked: false,
+            traced,
             quantized: false,
             site,
             recorded: Some((Op::Detach, Scalars::new())),
+            history: OnceLock::new(),
             pending: Pending::above(id, std::iter::once(&input.pending), own_bytes as u64),
             state: Mutex::new(State::Pending(Waiting { inputs, custom: None })),
         })
+    }
+
+    /// What the node waits for or has kept of it; the node is being dropped.
+    fn take_waiting(&mut self) -> Option<Waiting> {
+        match std::mem::replace(self.state.get_mut(), State::Lent) {
+            State::Pending(waiting) => Some(waiting),
+            State::Ready(_) | State::Lent => self.history.take().map(|waiting| *waiting),
+        }
     }
 
     /// The node's own number.
@@ -293,6 +332,18 @@ impl Node {
     #[must_use]
     pub fn tracked(&self) -> bool {
         self.tracked
+    }
+
+    /// Whether the node is a variable or depends on one differentiably, so that gradients can be taken through it.
+    #[must_use]
+    pub fn traced(&self) -> bool {
+        self.traced
+    }
+
+    /// Whether gradients can be taken with respect to the node: a variable, or a leaf that Candle's autograd tracks.
+    #[must_use]
+    pub fn is_variable(&self) -> bool {
+        self.traced && self.recorded.as_ref().is_none_or(|(op, _)| *op == Op::Detach)
     }
 
     /// Where the node was recorded.
@@ -350,6 +401,22 @@ impl Node {
         }
     }
 
+    /// The op and the inputs of a node that is pending, or ready and traced; `None` of a leaf, and of what has dropped them.
+    #[must_use]
+    pub fn history(&self) -> Option<Expr> {
+        let (op, scalars) = self.recorded.as_ref()?;
+        let of = |waiting: &Waiting| Expr {
+            op: op.clone(),
+            scalars: scalars.clone(),
+            inputs: waiting.inputs.clone(),
+            custom: waiting.custom.clone(),
+        };
+        if let State::Pending(waiting) = &*self.state.lock() {
+            return Some(of(waiting));
+        }
+        self.history.get().map(|waiting| of(waiting))
+    }
+
     /// Calls `pending` with the inputs and the custom op, if it is one, or `ready` with the value, while the node is locked, so that
     /// neither must ask this node or another one for anything that a lock guards; `None` where the value is lent.
     #[inline]
@@ -385,14 +452,23 @@ impl Node {
 
     /// Makes a pending node ready: the first to publish wins. Returns whether `value` was taken.
     ///
-    /// The op and the inputs are dropped here, outside the lock.
+    /// The inputs are dropped here, outside the lock, but for those of a traced node.
     pub fn publish(&self, value: Value) -> bool {
         let old = {
             let mut state = self.state.lock();
             if !matches!(*state, State::Pending(_)) {
                 return false;
             }
-            std::mem::replace(&mut *state, State::Ready(value))
+            let old = std::mem::replace(&mut *state, State::Ready(value));
+            match old {
+                // under the lock: whoever sees the value sees the history
+                State::Pending(waiting) if self.traced && !self.is_variable() => {
+                    // it is empty, since nothing becomes ready twice
+                    self.history.set(Box::new(waiting)).err().map(|waiting| *waiting)
+                }
+                State::Pending(waiting) => Some(waiting),
+                State::Ready(_) | State::Lent => None,
+            }
         };
         self.pending.set(0, 0);
         drop_iteratively(old);
@@ -484,14 +560,13 @@ pub enum Look {
 }
 
 /// Drops a pending state without recursion: whoever holds the last reference to an input takes that input apart too.
-fn drop_iteratively(state: State) {
-    let State::Pending(waiting) = state else { return };
+fn drop_iteratively(waiting: Option<Waiting>) {
+    let Some(waiting) = waiting else { return };
     let mut stack = waiting.inputs;
     while let Some(node) = stack.pop() {
         // `into_inner` gives the node to exactly one of the threads that drop it at the same time
         if let Some(mut node) = Arc::into_inner(node) {
-            let state = std::mem::replace(node.state.get_mut(), State::Lent);
-            if let State::Pending(waiting) = state {
+            if let Some(waiting) = node.take_waiting() {
                 stack.extend(waiting.inputs);
             }
         }
@@ -501,8 +576,7 @@ fn drop_iteratively(state: State) {
 impl Drop for Node {
     fn drop(&mut self) {
         DROPPED.fetch_add(1, Ordering::Release);
-        let state = std::mem::replace(self.state.get_mut(), State::Lent);
-        drop_iteratively(state);
+        drop_iteratively(self.take_waiting());
     }
 }
 

@@ -195,7 +195,25 @@ pub(super) fn custom(customs: &[CustomOp], params: &[f64], x: &[Tensor]) -> Resu
             Ok(a.apply_op3_arc(b, c, op.clone())?)
         }
         (Some(CustomOp::Three(op)), [a, b, c]) => Ok(a.apply_op3_arc(b, c, op.clone())?),
+        (Some(CustomOp::Backward(op, input)), x) => backward(op, usize::from(*input), x),
         _ => Err(Error::Internal("a custom op with other inputs than recorded".into())),
+    }
+}
+
+/// The gradient of one input by the op's own backward, from its inputs, its result and the gradient of that; zeros where it gives none.
+fn backward(op: &CustomOp, input: usize, x: &[Tensor]) -> Result<Tensor> {
+    let gradients: SmallVec<[Option<Tensor>; 3]> = match (op, x) {
+        (CustomOp::One(op), [a, y, g]) => SmallVec::from_iter([op.bwd(a, y, g)?]),
+        (CustomOp::Two(op), [a, b, y, g]) => op.bwd(a, b, y, g).map(|(a, b)| SmallVec::from_iter([a, b]))?,
+        (CustomOp::Three(op), [a, b, c, y, g]) => {
+            op.bwd(a, b, c, y, g).map(|(a, b, c)| SmallVec::from_iter([a, b, c]))?
+        }
+        _ => return Err(Error::Internal("a backward with other inputs than recorded".into())),
+    };
+    match (gradients.into_iter().nth(input).flatten(), x.get(input)) {
+        (Some(gradient), _) => Ok(gradient),
+        (None, Some(x)) => Ok(x.zeros_like()?),
+        (None, None) => Err(Error::Internal("a backward of an input that is not there".into())),
     }
 }
 

@@ -3,12 +3,13 @@
 use super::key::{hash, push, push_indices};
 use super::{Arena, Bindings, CaptureOptions, GNode, GOp, Graph, Info, LeafKey, LeafKind, Sym};
 use crate::custom::CustomOp;
-use crate::decompose::{decompose, is_composite, Recorder};
+use crate::decompose::{decompose, is_composite};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hash::FastHasher;
 use crate::infer::{infer, Meta};
 use crate::node::{Node, Value};
 use crate::op::{Dims, Op, Scalars};
+use crate::recorder::Recorder;
 use candle_core::{DType, Device};
 use smallvec::SmallVec;
 use std::hash::{Hash, Hasher};

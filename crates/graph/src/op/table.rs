@@ -101,6 +101,15 @@ impl<S> Op<S> {
         }
     }
 
+    /// Whether a gradient can pass the op: the rest is cut (detach) or has none (comparisons, indices, random numbers).
+    #[must_use]
+    pub fn is_differentiable(&self) -> bool {
+        !matches!(
+            self,
+            Self::Detach | Self::Compare(_) | Self::CompareScalar(_) | Self::Random { .. } | Self::ArgReduce { .. }
+        )
+    }
+
     /// Whether swapping the two inputs gives the same result.
     #[must_use]
     pub fn is_commutative(&self) -> bool {

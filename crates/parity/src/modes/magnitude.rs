@@ -77,6 +77,19 @@ pub(super) fn magnitudes(case: &Case, x: &[Tensor], g: &Tensor) -> Result<Magnit
             };
             plus.into_iter().zip(minus).map(larger).collect::<Result<_>>()?
         }
+        Op::Binary(_) => broadcast_terms(case, x, g)?,
+        // the weight exp(x − y) has the relative error of its exponent
+        Op::Reduce { op: ReduceOp::LogSumExp, axes, .. } => {
+            let dims: Vec<usize> = (0..x[0].rank()).filter(|d| axes & (1 << d) != 0).collect();
+            if x[0].elem_count() == 0 {
+                return Ok(vec![None]);
+            }
+            let g = g.reshape(x[0].sum_keepdim(dims.clone())?.dims())?;
+            let y = eager::run(&Op::Reduce { op: ReduceOp::LogSumExp, axes: *axes, keepdim: true }, &[], &x[..1])?;
+            let weight = x[0].broadcast_sub(&y)?.exp()?;
+            let widest = ((x[0].abs()?.broadcast_add(&y.abs()?)?) * factor)?.maximum(1.0)?;
+            vec![Some(weight.broadcast_mul(&g)?.mul(&widest)?)]
+        }
         Op::Matmul | Op::Linear { .. } | Op::Lora { .. } | Op::Embedding => without_signs(case, x, g)?,
         _ => vec![None; x.len()],
     })
@@ -124,6 +137,28 @@ fn without_signs(case: &Case, x: &[Tensor], g: &Tensor) -> Result<Magnitudes> {
     let y = eager::run(&case.op, &scalars, &inputs)?;
     let grads = (y * g)?.sum_all()?.backward()?;
     Ok(vars.iter().map(|v| v.as_ref().and_then(|v| grads.get(v.as_tensor()).cloned())).collect())
+}
+
+/// The terms of the gradients of an elementwise op of two tensors, added up where an operand was broadcast.
+fn broadcast_terms(case: &Case, x: &[Tensor], g: &Tensor) -> Result<Magnitudes> {
+    let whole: Vec<Var> = x
+        .iter()
+        .map(|x| Var::from_tensor(&x.broadcast_as(g.dims())?.contiguous()?))
+        .collect::<candle_core::Result<_>>()?;
+    let y = eager::run(&case.op, &case.scalars, &whole.iter().map(|v| v.as_tensor().clone()).collect::<Vec<_>>())?;
+    let grads = (y * g)?.sum_all()?.backward()?;
+    let mut magnitudes = Vec::new();
+    for (x, var) in x.iter().zip(&whole) {
+        let Some(terms) = grads.get(var.as_tensor()) else {
+            magnitudes.push(None);
+            continue;
+        };
+        let extra = g.rank() - x.rank();
+        let stretched = |&d: &usize| d < extra || x.dims()[d - extra] != g.dims()[d];
+        let dims: Vec<usize> = (0..g.rank()).filter(stretched).collect();
+        magnitudes.push(Some(terms.abs()?.sum_keepdim(dims)?.reshape(x.dims())?));
+    }
+    Ok(magnitudes)
 }
 
 /// `g` with the first of every pair of a rotary embedding negative.

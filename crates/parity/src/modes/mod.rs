@@ -64,6 +64,8 @@ pub enum Mode {
     Replay,
     /// Lazy on tracked leaves: result and gradients.
     Tracked,
+    /// Lazy on variables: the gradients that the graph transform records.
+    Grad,
     /// Lazy, between an elementwise op and an elementwise op with a reduction.
     Chain,
 }
@@ -82,6 +84,7 @@ impl Mode {
             Self::RoundsOnce,
             Self::Replay,
             Self::Tracked,
+            Self::Grad,
             Self::Chain,
             Self::NnModule,
             Self::Compat,
@@ -111,6 +114,7 @@ impl Mode {
             Self::OtherSizes => "other-sizes".into(),
             Self::Replay => "replay".into(),
             Self::Tracked => "tracked".into(),
+            Self::Grad => "grad".into(),
             Self::Chain => "chain".into(),
         }
     }
@@ -326,6 +330,7 @@ impl Subject {
             Mode::Ops => functions::check(self),
             Mode::OpsTracked => functions::check_tracked(self),
             Mode::Tracked => gradient::check(self),
+            Mode::Grad => gradient::check_recorded(self),
             _ => lazy_modes::check(self, mode),
         }
     }

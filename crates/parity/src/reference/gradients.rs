@@ -2,7 +2,8 @@
 //! measure no better than the f64 gradients that it judges.
 
 use super::double::Double;
-use super::{log_softmax, softmax, strides, Arr};
+use super::{indices, log_softmax, softmax, strides, Arr};
+use std::collections::BTreeMap;
 
 /// Calls `f` with the flat positions of every row along `dim`.
 fn rows(x: &Arr, dim: usize, mut f: impl FnMut(&[usize])) {
@@ -100,4 +101,61 @@ pub fn norm_gradient(x: &Arr, w: Option<&Arr>, g: &Arr, shape: NormShape) -> [Ar
     }
     let vector = |v: Vec<Double>| Arr { dims: vec![shape.channels], data: v.into_iter().map(Double::round).collect() };
     [Arr { dims: x.dims.clone(), data: dx }, vector(dw), vector(db)]
+}
+
+/// Of log Σ exp over the dims in `axes`: g·exp(x − max)/Σ exp(x − max), with one gradient per result.
+#[must_use]
+pub fn log_sum_exp_gradient(x: &Arr, g: &Arr, axes: u32) -> Arr {
+    let mut groups: BTreeMap<Vec<usize>, Vec<usize>> = BTreeMap::new();
+    for (flat, mut at) in indices(&x.dims).enumerate() {
+        at.iter_mut().enumerate().filter(|(d, _)| axes & 1 << d != 0).for_each(|(_, i)| *i = 0);
+        groups.entry(at).or_default().push(flat);
+    }
+    let mut out = x.clone();
+    // the results stand in the order of their places
+    for (group, &g) in groups.values().zip(&g.data) {
+        let max = group.iter().map(|&i| x.data[i]).fold(f64::NEG_INFINITY, f64::max);
+        let weight = |&i: &usize| libm::exp(x.data[i] - max);
+        let sum = total(group.iter().map(|i| weight(i).into())).round();
+        for i in group {
+            out.data[*i] = g * weight(i) / sum;
+        }
+    }
+    out
+}
+
+/// The flat place in an array of `dims` that element `at` of ids of `id_dims` names along `dim`.
+fn named(dims: &[usize], ids: &Arr, at: &[usize], flat: usize, dim: usize) -> usize {
+    let place =
+        |(d, (&i, step)): (usize, (&usize, usize))| if d == dim { ids.data[flat] as usize * step } else { i * step };
+    at.iter().zip(strides(dims)).enumerate().map(place).sum()
+}
+
+/// Of gather along `dim` from an array of `dims`: each gradient goes where its element came from.
+#[must_use]
+pub fn gather_gradient(dims: &[usize], ids: &Arr, g: &Arr, dim: usize) -> Arr {
+    let mut dx = Arr::full(dims, 0.0);
+    for (flat, at) in indices(&ids.dims).enumerate() {
+        dx.data[named(dims, ids, &at, flat, dim)] += g.data[flat];
+    }
+    dx
+}
+
+/// Of scatter along `dim` (`adds`: scatter-add), of the array and of the source: what was replaced, in the array or by a later source,
+/// has no part in the result.
+#[must_use]
+pub fn scatter_gradient(ids: &Arr, g: &Arr, dim: usize, adds: bool) -> [Arr; 2] {
+    let (mut dx, mut dsrc) = (g.clone(), Arr::full(&ids.dims, 0.0));
+    let places: Vec<usize> =
+        indices(&ids.dims).enumerate().map(|(flat, at)| named(&g.dims, ids, &at, flat, dim)).collect();
+    for (flat, &place) in places.iter().enumerate() {
+        let last = !places[flat + 1..].contains(&place);
+        if adds || last {
+            dsrc.data[flat] = g.data[place];
+        }
+        if !adds {
+            dx.data[place] = 0.0;
+        }
+    }
+    [dx, dsrc]
 }

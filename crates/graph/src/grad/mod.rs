@@ -1,0 +1,264 @@
+//! Gradients as a graph transform: the backward pass of recorded nodes, recorded as nodes.
+//!
+//! [`vjp`] walks from outputs back to variables (Baydin et al. 2018, arXiv:1502.05767, §3.2) and records for each op its
+//! vector–Jacobian product: [`rules`] says which. What comes out is a graph as any other, so it is captured, fused, planned and cached
+//! together with the forward pass, and it is traced where its inputs are: gradients have gradients.
+//!
+//! A traced node keeps its inputs when it becomes ready ([`Node::history`]), and the walk reads those, so that the same nodes are recorded
+//! whatever has been evaluated before.
+
+mod composites;
+mod contractions;
+mod elementwise;
+mod movement;
+mod rules;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::hash::FastMap;
+use crate::node::{Expr, Node, NodeId};
+use crate::op::{BinaryOp, Dims, Op, Scalars};
+use crate::recorder::{Rec, Recorder};
+use crate::site::BuildSite;
+use candle_core::{DType, Device};
+use smallvec::{smallvec, SmallVec};
+use std::sync::Arc;
+
+/// A recorded node.
+type Ref = Arc<Node>;
+/// For each input of an op its gradient, where one was asked for and there is one.
+type Parts = SmallVec<[Option<Ref>; 4]>;
+
+/// Records on nodes, at the line that wrote the op whose derivative it is.
+struct OnNodes<'a> {
+    site: &'a BuildSite,
+    device: Device,
+}
+
+impl Recorder for OnNodes<'_> {
+    type Ref = Ref;
+
+    fn dims(&self, node: &Ref) -> Dims {
+        Dims::from_slice(node.shape().dims())
+    }
+
+    fn dtype(&self, node: &Ref) -> DType {
+        node.dtype()
+    }
+
+    fn push(&mut self, op: Op, scalars: Scalars, inputs: &[Ref]) -> Result<Ref> {
+        Node::record(op, &scalars, inputs, Some(&self.device), self.site.clone())
+    }
+}
+
+/// An op as its derivative sees it.
+struct Call<'a> {
+    expr: &'a Expr,
+    /// Its result.
+    y: &'a Ref,
+    /// The gradient of that, of its shape and dtype.
+    g: &'a Ref,
+    /// Which inputs need one.
+    needs: &'a [bool],
+}
+
+impl Call<'_> {
+    fn x(&self, i: usize) -> &Ref {
+        &self.expr.inputs[i]
+    }
+
+    fn needs(&self, i: usize) -> bool {
+        self.needs.get(i).copied().unwrap_or(false)
+    }
+
+    /// No gradient for any input.
+    fn none(&self) -> Parts {
+        smallvec![None; self.expr.inputs.len()]
+    }
+}
+
+/// What a node is to a walk.
+struct Met {
+    node: Ref,
+    expr: Option<Expr>,
+    /// Whether a variable that is asked for stands here or above.
+    needed: bool,
+}
+
+/// The nodes above some outputs that a gradient passes, inputs first.
+struct Walk {
+    met: Vec<Met>,
+    index: FastMap<NodeId, usize>,
+}
+
+impl Walk {
+    /// `stop` ends the walk at the variables instead of looking for others above them.
+    fn new(outputs: &[Ref], wrt: &[Ref], stop: bool) -> Self {
+        let asked: FastMap<NodeId, ()> = wrt.iter().map(|n| (n.id(), ())).collect();
+        let mut walk = Self { met: Vec::new(), index: FastMap::default() };
+        // (node, its expression once it was opened, the next input)
+        let mut stack: Vec<(Ref, Option<Expr>, usize)> = Vec::new();
+        for output in outputs {
+            stack.push((output.clone(), None, 0));
+            while let Some((node, expr, next)) = stack.last_mut() {
+                let here = asked.contains_key(&node.id());
+                if *next == 0 {
+                    if walk.index.contains_key(&node.id()) {
+                        stack.pop();
+                        continue;
+                    }
+                    let open = node.traced() && !node.is_variable() && !(stop && here);
+                    *expr = if open { node.history() } else { None };
+                }
+                let input = expr.as_ref().and_then(|expr| expr.inputs.get(*next).cloned());
+                *next += 1;
+                if let Some(input) = input {
+                    if input.traced() && !walk.index.contains_key(&input.id()) {
+                        stack.push((input, None, 0));
+                    }
+                    continue;
+                }
+                if let Some((node, expr, _)) = stack.pop() {
+                    let above = |expr: &Expr| expr.inputs.iter().any(|i| walk.needed(i.id()));
+                    let needed = here || expr.as_ref().is_some_and(above);
+                    walk.index.insert(node.id(), walk.met.len());
+                    walk.met.push(Met { node, expr, needed });
+                }
+            }
+        }
+        walk
+    }
+
+    fn needed(&self, id: NodeId) -> bool {
+        self.index.get(&id).is_some_and(|&i| self.met[i].needed)
+    }
+
+    /// The gradients of all nodes that have one and are asked for, from those of the outputs.
+    fn backward(&self, outputs: &[Ref], cotangents: &[Ref], wrt: &[Ref], stop: bool) -> Result<Vec<Option<Ref>>> {
+        let mut sums: Vec<Option<Ref>> = vec![None; self.met.len()];
+        for (output, cotangent) in outputs.iter().zip(cotangents) {
+            if let Some(&at) = self.index.get(&output.id()) {
+                add(&mut sums[at], cotangent.clone(), output.site())?;
+            }
+        }
+        for at in (0..self.met.len()).rev() {
+            let Met { node, expr, needed } = &self.met[at];
+            let (Some(expr), true) = (expr, *needed) else { continue };
+            let asked = wrt.iter().any(|n| n.id() == node.id());
+            // what nobody asks for is not needed any more
+            let g = if asked { sums[at].clone() } else { sums[at].take() };
+            let Some(g) = g else { continue };
+            debug_assert!(!(stop && asked), "a walk ends at its variables");
+            let needs: SmallVec<[bool; 4]> = expr.inputs.iter().map(|i| self.needed(i.id())).collect();
+            let mut on = OnNodes { site: node.site(), device: node.device().clone() };
+            let call = Call { expr, y: node, g: &g, needs: &needs };
+            let parts = rules::apply(&call, &mut Rec(&mut on)).map_err(|e| e.at(node.site()))?;
+            for (input, part) in expr.inputs.iter().zip(parts) {
+                if let (Some(part), Some(&to)) = (part, self.index.get(&input.id())) {
+                    if self.met[to].needed {
+                        add(&mut sums[to], part, node.site())?;
+                    }
+                }
+            }
+        }
+        Ok(wrt.iter().map(|n| self.index.get(&n.id()).and_then(|&at| sums[at].clone())).collect())
+    }
+}
+
+/// Adds a gradient to the others of a node.
+fn add(sum: &mut Option<Ref>, part: Ref, site: &BuildSite) -> Result<()> {
+    *sum = Some(match sum.take() {
+        None => part,
+        Some(sum) => Node::record(Op::Binary(BinaryOp::Add), &[], &[sum, part], None, site.clone())?,
+    });
+    Ok(())
+}
+
+/// Records the gradients of `outputs` with respect to the variables `wrt`, each of its variable's shape and dtype, given the gradient of
+/// each output (its cotangent): Σₖ cotangentₖ·∂outputₖ/∂variable. `None` for a variable that no gradient reaches; [`why_unreached`] says
+/// why.
+///
+/// # Errors
+/// When one of `wrt` is no variable, a cotangent does not have its output's shape and dtype, or an op on the way has no derivative: the
+/// error names the op and its line.
+pub fn vjp(outputs: &[Ref], cotangents: &[Ref], wrt: &[Ref]) -> Result<Vec<Option<Ref>>> {
+    for (i, variable) in wrt.iter().enumerate() {
+        if !variable.is_variable() {
+            let detail = format!("number {i} is no variable: make it one before it is used, with variable()");
+            return Err(Error::new("grad", ErrorKind::Unsupported(detail)).on(&[variable.meta()]).at(variable.site()));
+        }
+    }
+    if outputs.len() != cotangents.len() {
+        let detail = format!("{} outputs and {} cotangents", outputs.len(), cotangents.len());
+        return Err(Error::new("grad", ErrorKind::Shape(detail)));
+    }
+    for (output, cotangent) in outputs.iter().zip(cotangents) {
+        let metas = [output.meta(), cotangent.meta()];
+        if output.shape() != cotangent.shape() {
+            let detail = "a cotangent has the shape of its output".to_string();
+            return Err(Error::new("grad", ErrorKind::Shape(detail)).on(&metas).at(output.site()));
+        }
+        if output.dtype() != cotangent.dtype() || !output.dtype().is_float() {
+            let detail = "a cotangent has the dtype of its output, which is floating-point".to_string();
+            return Err(Error::new("grad", ErrorKind::DType(detail)).on(&metas).at(output.site()));
+        }
+        if !output.device().same_device(cotangent.device()) {
+            let detail = "a cotangent is on the device of its output".to_string();
+            return Err(Error::new("grad", ErrorKind::Device(detail)).on(&metas).at(output.site()));
+        }
+    }
+    Walk::new(outputs, wrt, false).backward(outputs, cotangents, wrt, false)
+}
+
+/// Why no gradient reaches `variable` from `outputs`: an error that names the op and the line that cut it off, where that can still be
+/// seen.
+#[must_use]
+pub fn why_unreached(outputs: &[Ref], variable: &Ref) -> Error {
+    let mut seen: FastMap<NodeId, ()> = FastMap::default();
+    // each node with the cut that stands between it and the outputs
+    let mut stack: Vec<(Ref, Option<Ref>)> = outputs.iter().map(|o| (o.clone(), None)).collect();
+    let mut forgotten: Option<Ref> = None;
+    while let Some((node, cut)) = stack.pop() {
+        if node.id() == variable.id() {
+            if let Some(cut) = cut {
+                let op = cut.recorded().map_or("leaf", |(op, _)| op.name());
+                let detail = format!(
+                    "no gradient passes it, and the variable of {} {:?} is used behind it alone",
+                    variable.dtype().as_str(),
+                    variable.shape().dims()
+                );
+                return Error::new(op, ErrorKind::Unsupported(detail)).at(cut.site());
+            }
+            continue;
+        }
+        if seen.insert(node.id(), ()).is_some() {
+            continue;
+        }
+        match node.history() {
+            Some(expr) => {
+                let through = expr.op.is_differentiable() && node.dtype().is_float();
+                let cut = if through { cut } else { cut.or_else(|| Some(node.clone())) };
+                // an integer input is no way for a gradient either
+                stack.extend(expr.inputs.iter().map(|i| (i.clone(), cut.clone())));
+            }
+            // evaluated, and not traced: what stood above it is gone
+            None if node.recorded().is_some() && !node.is_variable() => forgotten = Some(node),
+            None => {}
+        }
+    }
+    let what = format!("variable of {} {:?}", variable.dtype().as_str(), variable.shape().dims());
+    let error = Error::new(
+        "grad",
+        ErrorKind::Unsupported(match &forgotten {
+            Some(node) => format!(
+                "the {what} is not reached; if it was used, it was cut off above the {} at {}, which was evaluated",
+                node.recorded().map_or("leaf", |(op, _)| op.name()),
+                node.site()
+            ),
+            None => format!("the result does not depend on the {what}"),
+        }),
+    );
+    error.at(variable.site())
+}
+
+#[cfg(test)]
+mod tests;
