@@ -159,16 +159,31 @@ fn a_custom_op_that_holds_less_than_its_shape_is_named() {
     }
 }
 
+/// An op without a backward.
+struct Zeros;
+
+impl CustomOp1 for Zeros {
+    fn name(&self) -> &'static str {
+        "zeros"
+    }
+    fn cpu_fwd(&self, _: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0; layout.shape().elem_count()]), layout.shape().clone()))
+    }
+}
+
 #[test]
 fn errors_of_a_backward_and_of_a_conversion_name_the_callers_line() {
     let var = Var::zeros((5, 3), DType::F32, &CPU).unwrap();
-    let ids = LazyTensor::zeros((7, 3), DType::U32, &CPU).unwrap();
     let src = LazyTensor::ones((7, 3), DType::F32, &CPU).unwrap();
-    let loss = LazyTensor::from(var.as_tensor()).scatter_add(&ids, &src, 0).unwrap().sum_all().unwrap();
+    let written = line!() + 1;
+    let loss = LazyTensor::from(var.as_tensor()).custom_op1(Zeros, (5, 3), DType::F32).unwrap().sum_all().unwrap();
     let line = line!() + 1;
     let refused = loss.backward().map(|_| ()).unwrap_err();
     assert_eq!(refused.site().unwrap().location().line(), line, "{refused}");
     assert_eq!(refused.to_string().lines().count(), 1, "{refused}");
+    // the op that has no backward, and its own line
+    let text = refused.to_string();
+    assert!(text.contains("zeros") && text.contains(&format!("candle_edges.rs:{written}:")), "{text}");
     let line = line!() + 1;
     let refused = f32::try_from(&src).unwrap_err();
     assert_eq!(refused.site().unwrap().location().line(), line, "{refused}");

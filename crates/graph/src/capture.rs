@@ -103,9 +103,8 @@ pub struct Captured {
 
 /// What capture asks its caller.
 pub struct CaptureOptions<'a> {
-    /// Whether a composite is replaced by its decomposition: called with the op, its result's dtype, whether it is
-    /// tracked by Candle's autograd, and its device.
-    pub expand: &'a dyn Fn(&Op, DType, bool, &Device) -> bool,
+    /// Whether a composite is replaced by its decomposition: called with the op, its result's dtype and its device.
+    pub expand: &'a dyn Fn(&Op, DType, &Device) -> bool,
 }
 
 /// Why a capture did not finish.
@@ -172,7 +171,6 @@ struct Info {
     rank: u16,
     device: u16,
     dtype: DType,
-    tracked: bool,
 }
 
 /// The memory of a capture, for the next one.

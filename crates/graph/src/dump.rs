@@ -21,13 +21,12 @@ pub fn dump(graph: &Graph, bindings: Option<&Bindings>) -> String {
             }
             GOp::Op(op) => op.to_string(),
         };
-        let tracked = if node.tracked { " tracked" } else { "" };
         let mark = if graph.outputs.contains(&(i as u32)) { " -> out" } else { "" };
         let space = if inputs.is_empty() { "" } else { " " };
         // writing to a String cannot fail
         let _ = writeln!(
             text,
-            "%{i} = {what}{space}{} : {} [{}]{tracked}{mark}",
+            "%{i} = {what}{space}{} : {} [{}]{mark}",
             inputs.join(", "),
             node.dtype.as_str(),
             dims.join(", ")

@@ -304,6 +304,27 @@ impl Node {
         }
     }
 
+    /// A ready node with this one's history and the value `value`, which nothing that this node holds refers to; `None` if it has none.
+    #[must_use]
+    pub fn twin(&self, value: Value) -> Option<Arc<Self>> {
+        let Expr { inputs, custom, .. } = self.history()?;
+        let history = OnceLock::from(Box::new(Waiting { inputs, custom }));
+        Some(Arc::new(Self {
+            id: NodeId::next(),
+            shape: self.shape.clone(),
+            dtype: self.dtype,
+            device: self.device.clone(),
+            tracked: self.tracked,
+            traced: self.traced,
+            quantized: false,
+            site: self.site.clone(),
+            recorded: self.recorded.clone(),
+            history,
+            pending: Pending::none(),
+            state: Mutex::new(State::Ready(value)),
+        }))
+    }
+
     /// The node's own number.
     #[must_use]
     pub fn id(&self) -> NodeId {
@@ -505,6 +526,19 @@ impl Node {
         if matches!(*state, State::Lent) {
             *state = State::Ready(value);
         }
+    }
+
+    /// Gives a ready node the same value in another form. Returns whether it was ready.
+    pub fn replace(&self, value: Value) -> bool {
+        let mut state = self.state.lock();
+        let ready = matches!(*state, State::Ready(_));
+        if ready {
+            // the old value is dropped behind the lock: its tape may hold other nodes
+            let old = std::mem::replace(&mut *state, State::Ready(value));
+            drop(state);
+            drop(old);
+        }
+        ready
     }
 
     /// Whether the value is lent to a running plan.

@@ -1,7 +1,7 @@
 //! The reviewed table: cells that Candle computes instead of a kernel of ours, and cells that nobody computes. Every entry
 //! has its reason.
 
-use crate::case::{Case, Domain, Layout};
+use crate::case::{Case, Domain};
 use candle_core::DType;
 use candle_lazy_graph::{BinaryOp, Op, OpClass, ReduceOp, ScatterOp, UnaryOp};
 
@@ -75,7 +75,7 @@ fn signed_power(case: &Case) -> bool {
 pub fn replay_is_wrong(case: &Case) -> Option<&'static str> {
     match &case.op {
         Op::Binary(BinaryOp::Pow) if signed_power(case) => {
-            Some("Candle's power, which a replay and a tracked input ask for, is exp(b·log a), no number where a is negative")
+            Some("Candle's power, which a replay asks for, is exp(b·log a), no number where a is negative")
         }
         _ => None,
     }
@@ -129,39 +129,6 @@ pub fn no_gradient(case: &Case) -> Option<&'static str> {
                 .then_some("Candle's backward of gather scatters into x, whose other dims the ids must have then")
         }
         _ => no_twin(&case.op).or_else(|| eager_refuses(case)),
-    }
-}
-
-/// Why lazy evaluation of tracked leaves may round the gradient otherwise than eager does, or `None` where it has eager's bits.
-#[must_use]
-pub fn gradient_rounds(case: &Case) -> Option<&'static str> {
-    let half = matches!(case.dtype(), DType::F16 | DType::BF16);
-    let lies = |layout| case.inputs.first().is_some_and(|i| i.layout == layout);
-    match &case.op {
-        Op::Unary(UnaryOp::Sigmoid) | Op::Glu { act: UnaryOp::Sigmoid } => {
-            Some("candle-nn's backward of sigmoid is s·(1 − s), ours that of a quotient: 1 − s cancels")
-        }
-        Op::Softmax { .. }
-        | Op::LogSoftmax { .. }
-        | Op::RmsNorm { .. }
-        | Op::LayerNorm { .. }
-        | Op::Lora { base: false } => Some("it stays whole on the tape, with a backward of its own"),
-        Op::Attention { .. } | Op::GroupNorm { .. } | Op::CrossEntropy => {
-            Some("the softmax or the norm in it stays whole on the tape, with a backward of its own")
-        }
-        Op::Glu { .. } | Op::Rope { .. } if half => {
-            Some("a composite in f16 or bf16 computes in f32 and rounds once, eager's ops round one by one")
-        }
-        Op::Matmul | Op::Linear { .. } | Op::Lora { .. }
-            if case.inputs.iter().any(|i| i.layout != Layout::Contiguous) =>
-        {
-            Some("the twin copies what does not lie in order: the library then adds products in another order")
-        }
-        Op::Rope { interleaved: true } => Some("the gradients of a table's heads are added in another order"),
-        Op::Reduce { op: ReduceOp::Var, .. } if lies(Layout::Broadcast) => {
-            Some("a repeated row is copied before it is added up, and Candle adds what lies in order otherwise")
-        }
-        _ => None,
     }
 }
 

@@ -12,7 +12,7 @@ pub(crate) use pool::running;
 pub use pool::{memory_stats, set_pool_cap, trim, MemoryStats};
 
 use crate::error::{Error, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{CpuStorage, DType, Device, Tensor};
 use candle_lazy_graph::EngineValue;
 use candle_lazy_ops::kernels::fresh;
 use candle_lazy_ops::view::{Slice, SliceMut, Strided};
@@ -48,6 +48,14 @@ macro_rules! for_dtypes {
                     $(Self::$variant(v) => {
                         let len = len.min(v.len());
                         SliceMut::$variant(&mut v[..len])
+                    })*
+                }
+            }
+            fn into_storage(self, len: usize) -> CpuStorage {
+                match self {
+                    $(Self::$variant(mut v) => {
+                        v.truncate(len);
+                        CpuStorage::$variant(v)
                     })*
                 }
             }
@@ -174,6 +182,20 @@ impl Buffer {
         };
         pool::forget(&data);
         Ok(data.into_tensor(self.len, dims)?)
+    }
+}
+
+impl Buffer {
+    /// As the storage of a Candle tensor; nothing is copied.
+    ///
+    /// # Errors
+    /// When the buffer was taken apart before.
+    pub(crate) fn into_storage(mut self) -> Result<CpuStorage> {
+        let Some(data) = self.data.take() else {
+            return Err(Error::Internal("a buffer without data".into()));
+        };
+        pool::forget(&data);
+        Ok(data.into_storage(self.len))
     }
 }
 

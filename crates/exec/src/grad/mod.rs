@@ -4,6 +4,7 @@
 //! is the same whatever has been evaluated meanwhile, for as long as a handle on the result lives. The backward pass is recorded by
 //! [`candle_lazy_graph::grad`] and evaluated as any graph; evaluated together with the loss, both are one plan.
 
+pub(crate) mod tape;
 mod transform;
 
 pub use transform::{value_and_grad, ValueAndGrad};
@@ -98,3 +99,6 @@ pub fn vjp(
         .map_err(|e| e.at(&BuildSite::here()))?;
     gradients.into_iter().map(|g| g.map(LazyTensor::within_budget).transpose()).collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -21,25 +21,12 @@ pub enum Choice {
     Candle(CandleReason),
 }
 
-/// Whether `ops` has a function of this composite with a backward of its own, so that it can stay whole on Candle's tape.
-fn has_backward(op: &Op) -> bool {
-    matches!(
-        op,
-        Op::Softmax { .. }
-            | Op::LogSoftmax { .. }
-            | Op::RmsNorm { .. }
-            | Op::LayerNorm { .. }
-            | Op::Lora { base: false }
-    )
-}
-
-/// Whether capture replaces a composite by its decomposition: where Candle's autograd tracks it and `ops` has no backward for it, where
-/// the device has no kernels of ours, or where the caller wants to see the parts.
+/// Whether capture replaces a composite by its decomposition: where the device has no kernels of ours, or where the caller wants to see
+/// the parts.
 #[must_use]
-pub fn expands(op: &Op, tracked: bool, device: &Device, options: &EvalOptions) -> bool {
+pub fn expands(op: &Op, device: &Device, options: &EvalOptions) -> bool {
     // these two have no kernel of their own: their parts fuse
     matches!(op, Op::GroupNorm { .. } | Op::CrossEntropy)
-        || (tracked && !has_backward(op))
         || options.decompose
         || options.replay
         || !has_kernels(device.location())
@@ -53,8 +40,7 @@ pub(super) fn choose(graph: &Graph, node: &GNode, options: &EvalOptions) -> Choi
         return Choice::Kernel;
     }
     let device = graph.devices.get(usize::from(node.device)).copied();
-    let tracked = (node.tracked || tracked_input(graph, node)) && !fault::active("choose.untracked");
-    if tracked || options.replay || !device.is_some_and(has_kernels) {
+    if options.replay || !device.is_some_and(has_kernels) {
         return REPLAY;
     }
     if matches!(op, Op::Matmul) && fault::active("choose.replays_matmul") {
@@ -77,12 +63,6 @@ pub(super) fn choose(graph: &Graph, node: &GNode, options: &EvalOptions) -> Choi
         | Op::Reduce { .. } => Choice::Candle(CandleReason::Fallback),
         _ => Choice::Kernel,
     }
-}
-
-/// A value that Candle tracks must reach its user as Candle's own tensor, even where the user is not tracked (a comparison,
-/// a detach): the step that cuts the tape is Candle's.
-fn tracked_input(graph: &Graph, node: &GNode) -> bool {
-    node.inputs.iter().any(|&i| graph.nodes[i as usize].tracked)
 }
 
 /// The class of arithmetic of a row program that computes `node`, if one can.

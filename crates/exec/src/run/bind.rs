@@ -110,6 +110,8 @@ pub(super) fn leaves(plan: &Plan, bindings: &mut Bindings, lent: &mut Lent) -> R
         };
         let donatable = plan.donatable.get(i).copied().unwrap_or(false);
         let value = match leaf.value {
+            // the tape of a result is made behind the run
+            Value::Tensor(tensor) if tensor.track_op() => SlotValue::foreign(tensor.detach()),
             Value::Tensor(tensor) => SlotValue::foreign(tensor),
             Value::Quantized(weight) => SlotValue::Quantized(weight),
             Value::Engine(shared) if donatable && leaf.exclusive => {

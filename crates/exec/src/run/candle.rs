@@ -98,14 +98,6 @@ pub(super) fn apply(op: &Op, scalars: &[f64], x: &[Tensor], dims: &[usize], devi
         Op::IndexSelect { dim } => at(0)?.contiguous()?.index_select(&at(1)?.contiguous()?, usize::from(*dim))?,
         // Candle transposes twice where dim is not 0, and a result of an op is row-major
         Op::SliceAssign { dim, start } => at(0)?.slice_scatter(at(1)?, usize::from(*dim), *start)?.contiguous()?,
-        Op::Softmax { dim } => candle_lazy_ops::softmax(at(0)?, usize::from(*dim))?,
-        Op::LogSoftmax { dim } => candle_lazy_ops::log_softmax(at(0)?, usize::from(*dim))?,
-        Op::RmsNorm { .. } => candle_lazy_ops::rms_norm(at(0)?, x.get(1), scalar(0)?)?,
-        Op::LayerNorm { weight, .. } => {
-            let (weight, bias) = if *weight { (x.get(1), x.get(2)) } else { (None, x.get(1)) };
-            candle_lazy_ops::layer_norm(at(0)?, weight, bias, scalar(0)?)?
-        }
-        Op::Lora { base: false } => candle_lazy_ops::lora(at(0)?, at(1)?, at(2)?, scalar(0)?)?,
         other => return Err(Error::Internal(format!("{} was not decomposed", other.name()))),
     })
 }
@@ -159,18 +151,12 @@ fn gather(x: &Tensor, ids: &Tensor, dim: usize) -> candle_core::Result<Tensor> {
     x.contiguous()?.gather(&ids.contiguous()?, dim)
 }
 
-/// x·wᵀ by Candle's quantised kernel, which has no backward: where x is tracked, by a product with the dequantised weight.
+/// x·wᵀ by Candle's quantised kernel.
 pub(super) fn qmatmul(x: &[Tensor], weight: &QTensor, dims: &[usize]) -> Result<Tensor> {
     let [x] = x else {
         return Err(Error::Internal("qmatmul takes one tensor and one quantised weight".into()));
     };
     let dtype = x.dtype();
-    if x.track_op() && !fault::active("replay.qmatmul") {
-        let w = weight.dequantize(x.device())?.to_dtype(dtype)?.t()?;
-        let rows = x.elem_count() / x.dim(candle_core::D::Minus1)?.max(1);
-        let flat = x.reshape((rows, x.dim(candle_core::D::Minus1)?))?;
-        return Ok(flat.matmul(&w)?.reshape(dims)?);
-    }
     let native = match dtype {
         DType::F32 | DType::F16 => dtype,
         _ => DType::F32,
@@ -258,7 +244,6 @@ fn unary(f: UnaryOp, x: &Tensor) -> candle_core::Result<Tensor> {
         UnaryOp::GeluErf => x.gelu_erf(),
         UnaryOp::Relu => x.relu(),
         UnaryOp::Silu => x.silu(),
-        UnaryOp::Sigmoid if fault::active("replay.detached") => sigmoid(&x.detach()),
         UnaryOp::Sigmoid => sigmoid(x),
         UnaryOp::Floor => x.floor(),
         UnaryOp::Ceil => x.ceil(),

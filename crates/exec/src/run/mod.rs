@@ -14,6 +14,7 @@ mod judge;
 mod kernel;
 mod slots;
 
+use crate::grad::tape;
 pub use checked::eval_all_checked;
 pub(crate) use direct::eval_direct;
 pub use inspect::{first_nan, first_nonfinite, NonFinite};
@@ -60,7 +61,7 @@ pub fn eval_all_with_report(tensors: &[&LazyTensor]) -> Result<(Vec<Tensor>, Eva
 /// # Errors
 /// As [`eval_all`].
 pub fn eval_all_with(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<(Vec<Tensor>, EvalReport)> {
-    let report = evaluate(tensors, options, true)?;
+    let report = evaluate(tensors, options, As::Tensors)?;
     let values = tensors.iter().map(|t| tensor_of(t.node())).collect::<Result<Vec<_>>>()?;
     Ok((values, report))
 }
@@ -70,7 +71,7 @@ pub fn eval_all_with(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<(
 /// # Errors
 /// As [`eval_all`].
 pub fn materialize(tensors: &[&LazyTensor]) -> Result<EvalReport> {
-    evaluate(tensors, &EvalOptions::default(), false)
+    evaluate(tensors, &EvalOptions::default(), As::Values)
 }
 
 /// The plan that evaluating `tensors` would run, as text; nothing is run and nothing is cached.
@@ -108,7 +109,7 @@ pub fn peak_bytes(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<u64>
     Ok(plan::needs(&plan, &bindings).peak)
 }
 
-fn evaluate(tensors: &[&LazyTensor], options: &EvalOptions, as_tensors: bool) -> Result<EvalReport> {
+fn evaluate(tensors: &[&LazyTensor], options: &EvalOptions, as_tensors: As) -> Result<EvalReport> {
     let start = Instant::now();
     let mut report = EvalReport::default();
     if tensors.iter().all(|t| t.is_ready()) {
@@ -229,9 +230,7 @@ fn waiting<T>(
     options: &EvalOptions,
     mut capture: impl FnMut(&CaptureOptions<'_>) -> std::result::Result<T, CaptureFailure>,
 ) -> Result<T> {
-    let expand = |op: &candle_lazy_graph::Op, _, tracked: bool, device: &candle_core::Device| {
-        lower::expands(op, tracked, device, options)
-    };
+    let expand = |op: &candle_lazy_graph::Op, _, device: &candle_core::Device| lower::expands(op, device, options);
     loop {
         let seen = *LENT.lock();
         match capture(&CaptureOptions { expand: &expand }) {
@@ -267,6 +266,11 @@ fn tensor_of(node: &Arc<Node>) -> Result<Tensor> {
     loop {
         let seen = *LENT.lock();
         match node.value() {
+            Some(Value::Tensor(tensor)) if node.tracked() && !tensor.track_op() => {
+                let tensor = tape::attach(node, tape::Finished::Tensor(tensor))?;
+                node.replace(Value::Tensor(tensor.clone()));
+                return Ok(tensor);
+            }
             Some(Value::Tensor(tensor)) => return Ok(tensor),
             Some(Value::Quantized(weight)) => return Ok(weight.dequantize(node.device())?),
             Some(Value::Engine(shared)) => {
@@ -291,8 +295,13 @@ fn settle_as_tensor(node: &Arc<Node>, value: Engine, dims: &[usize]) -> Result<T
     // only a value that will be copied can fail, and then a second reference is no loss
     let will_move = value.is_whole() && Arc::strong_count(&value.buffer) == 1;
     let spare = (!will_move).then(|| value.clone());
-    match slots::to_tensor(value, dims) {
-        Ok((tensor, _)) => {
+    let tensor = if node.tracked() {
+        slots::to_buffer(value, dims).and_then(|buffer| tape::attach(node, tape::Finished::Buffer(buffer)))
+    } else {
+        slots::to_tensor(value, dims).map(|(tensor, _)| tensor)
+    };
+    match tensor {
+        Ok(tensor) => {
             node.settle(Value::Tensor(tensor.clone()));
             Ok(tensor)
         }
@@ -311,18 +320,29 @@ enum Executed {
     Again,
 }
 
+/// What becomes of the values of the roots.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum As {
+    /// Tensors, but for those that Candle tracks.
+    Tensors,
+    /// Tensors, all of them without a tape.
+    Untracked,
+    /// They stay in the engine's memory.
+    Values,
+}
+
 /// How a run goes about its results and its memory.
 #[derive(Clone, Copy)]
 struct Terms {
-    /// Whether the roots become tensors.
-    as_tensors: bool,
+    /// What the roots become.
+    as_tensors: As,
     /// The most bytes that it may need.
     budget: Option<u64>,
 }
 
 impl Terms {
     /// For tools that look at a graph: tensors, whatever they need.
-    const INSPECTION: Self = Self { as_tensors: true, budget: None };
+    const INSPECTION: Self = Self { as_tensors: As::Untracked, budget: None };
 }
 
 /// Runs a plan. A failure gives back what was lent; success leaves that to the caller, who publishes first.
@@ -415,7 +435,7 @@ fn values(
     bindings: &Bindings,
     slots: &mut [SlotValue],
     roots: &[Arc<Node>],
-    as_tensors: bool,
+    as_tensors: As,
 ) -> Result<Vec<Value>> {
     let wanted: FastMap<NodeId, ()> = roots.iter().map(|n| (n.id(), ())).collect();
     let mut uses: FastMap<u32, u32> = FastMap::default();
@@ -429,7 +449,9 @@ fn values(
             values.push(value.clone());
             continue;
         }
-        let asked = as_tensors && nodes.any(|n| wanted.contains_key(&n.id()));
+        // what Candle tracks gets its tape when it is asked for as a tensor
+        let asked = as_tensors != As::Values
+            && nodes.any(|n| wanted.contains_key(&n.id()) && (as_tensors == As::Untracked || !n.tracked()));
         let taken = std::mem::replace(&mut slots[slot as usize], SlotValue::Empty);
         let value = match taken {
             SlotValue::Foreign(foreign) => Value::Tensor(foreign.tensor),

@@ -54,9 +54,9 @@ impl SlotValue {
 }
 
 /// A view without elements may begin behind the end of its storage, where Candle's kernels panic: it gets a storage of its
-/// own, unless Candle's autograd tracks it.
+/// own.
 pub(super) fn rebased(tensor: Tensor) -> Tensor {
-    if tensor.elem_count() > 0 || tensor.layout().start_offset() == 0 || tensor.track_op() {
+    if tensor.elem_count() > 0 || tensor.layout().start_offset() == 0 {
         return tensor;
     }
     Tensor::zeros(tensor.shape(), tensor.dtype(), tensor.device()).unwrap_or(tensor)
@@ -125,12 +125,22 @@ pub(super) fn with_views<R>(
 /// A buffer value as a Candle tensor: moved where nobody else holds it and it is whole, else copied. Returns whether it was
 /// copied.
 pub(super) fn to_tensor(value: Engine, dims: &[usize]) -> Result<(Tensor, bool)> {
+    let (buffer, copied) = own(value, dims)?;
+    Ok((buffer.into_tensor(dims)?, copied))
+}
+
+/// The same as a buffer that is nobody else's.
+pub(super) fn to_buffer(value: Engine, dims: &[usize]) -> Result<Buffer> {
+    Ok(own(value, dims)?.0)
+}
+
+fn own(value: Engine, dims: &[usize]) -> Result<(Buffer, bool)> {
     let whole = value.is_whole()
         || fault::active("run.view_taken_whole") && value.buffer.slice().len() == dims.iter().product::<usize>();
     let value = if whole {
         let Engine { buffer, layout } = value;
         match Arc::try_unwrap(buffer) {
-            Ok(buffer) => return Ok((buffer.into_tensor(dims)?, false)),
+            Ok(buffer) => return Ok((buffer, false)),
             Err(buffer) => Engine { buffer, layout },
         }
     } else {
@@ -139,7 +149,7 @@ pub(super) fn to_tensor(value: Engine, dims: &[usize]) -> Result<(Tensor, bool)>
     let view = View::new(value.buffer.slice(), value.layout.clone()).map_err(kernel_error)?;
     let mut copy = Buffer::take(view.dtype(), value.layout.elem_count())?;
     kernels::copy_into(&view, &mut copy.slice_mut(), &Strided::contiguous(&value.layout.dims)).map_err(kernel_error)?;
-    Ok((copy.into_tensor(dims)?, true))
+    Ok((copy, true))
 }
 
 /// The value of a slot as a Candle tensor. The slot keeps it in that form, so that a second reader does not convert again.

@@ -35,8 +35,8 @@ pub(super) struct Builder<'a, 'o> {
 /// What a node's words begin with: all that does not vary in length, and how long the rest is. The rank of the dims that follow is
 /// added by [`with_rank`].
 #[inline(always)]
-fn header(dtype: DType, device: u16, tracked: bool, inputs: usize, scalars: usize) -> u64 {
-    (dtype as u64) | u64::from(tracked) << 8 | (scalars as u64) << 9 | u64::from(device) << 20 | (inputs as u64) << 36
+fn header(dtype: DType, device: u16, inputs: usize, scalars: usize) -> u64 {
+    (dtype as u64) | (scalars as u64) << 9 | u64::from(device) << 20 | (inputs as u64) << 36
 }
 
 /// A header before dims.
@@ -157,13 +157,13 @@ impl<'a, 'o> Builder<'a, 'o> {
         }
         let id = self.len() as u32;
         self.arena.same.insert(identity, id);
-        let (dims, dtype, tracked) = (node.shape().dims(), node.dtype(), node.tracked());
+        let (dims, dtype) = (node.shape().dims(), node.dtype());
         let device = self.device(node.device());
-        self.key.push(with_rank(header(dtype, device, tracked, 0, 0), dims.len()));
+        self.key.push(with_rank(header(dtype, device, 0, 0), dims.len()));
         // where an op has its discriminant, a leaf has a number that no discriminant is
         self.key.push(!(leaf.kind as u64 * 2 + u64::from(leaf.contiguous)));
         let (at, rank) = (self.push_dims(dims), dims.len() as u16);
-        let info = Info { words: (0, 0), dims: at, rank, device, dtype, tracked };
+        let info = Info { words: (0, 0), dims: at, rank, device, dtype };
         self.add(visit, info, &[], 0, || GOp::Leaf(leaf));
         (id, true)
     }
@@ -187,32 +187,23 @@ impl<'a, 'o> Builder<'a, 'o> {
                 &number
             }
         };
-        if is_composite(op) && (self.options.expand)(op, node.dtype(), node.tracked(), node.device()) {
+        if is_composite(op) && (self.options.expand)(op, node.dtype(), node.device()) {
             self.current = (visit, Some(node.device().clone()));
             let expanded = decompose(op, &Scalars::from_slice(scalars), inputs, self);
             self.current.1 = None;
             return expanded.map_err(|e| e.at(node.site()));
         }
         let meta = Meta { dims: node.shape().dims(), dtype: node.dtype() };
-        Ok(self.intern(visit, node.device(), op, scalars, inputs, meta, node.tracked()))
+        Ok(self.intern(visit, node.device(), op, scalars, inputs, meta))
     }
 
     #[allow(clippy::too_many_arguments)] // the parts of a node, once
-    fn intern(
-        &mut self,
-        visit: u32,
-        device: &Device,
-        op: &Op,
-        scalars: &[f64],
-        inputs: &[u32],
-        meta: Meta<'_>,
-        tracked: bool,
-    ) -> u32 {
+    fn intern(&mut self, visit: u32, device: &Device, op: &Op, scalars: &[f64], inputs: &[u32], meta: Meta<'_>) -> u32 {
         let device = match inputs.first() {
             Some(&first) if !matches!(op, Op::ToDevice) => self.arena.infos[first as usize].device,
             _ => self.device(device),
         };
-        let header = header(meta.dtype, device, tracked, inputs.len(), scalars.len());
+        let header = header(meta.dtype, device, inputs.len(), scalars.len());
         let Arena { infos, words, equal, dims, .. } = &mut *self.arena;
         let from = words.len();
         words.push(header);
@@ -253,7 +244,7 @@ impl<'a, 'o> Builder<'a, 'o> {
             Some((at, _)) => at,
             None => self.push_dims(meta.dims),
         };
-        let info = Info { words: range, dims: at, rank: rank as u16, device, dtype: meta.dtype, tracked };
+        let info = Info { words: range, dims: at, rank: rank as u16, device, dtype: meta.dtype };
         let graph_op = || GOp::Op(relative.unwrap_or_else(|| op.map_sizes(|_| Sym::ZERO)));
         self.add(visit, info, inputs, scalars.len(), graph_op);
         id
@@ -278,13 +269,13 @@ impl<'a, 'o> Builder<'a, 'o> {
         if self.graph.is_none() {
             return;
         }
-        let Info { dims, rank, device, dtype, tracked, .. } = info;
+        let Info { dims, rank, device, dtype, .. } = info;
         let sizes = Dims::<usize>::from_slice(&self.arena.dims[dims as usize..][..usize::from(rank)]);
         let (op, dims) = (op(), sizes.iter().map(|&d| self.shared_sym(d)).collect());
         let end = self.bindings.params.len();
         let params = (end - scalars..end).map(|p| p as u32).collect();
         if let Some(graph) = &mut self.graph {
-            graph.nodes.push(GNode { op, inputs: inputs.into(), params, dims, dtype, device, tracked });
+            graph.nodes.push(GNode { op, inputs: inputs.into(), params, dims, dtype, device });
         }
     }
 
@@ -337,11 +328,10 @@ impl Recorder for Builder<'_, '_> {
         let metas: SmallVec<[Meta<'_>; 4]> =
             dims.iter().zip(inputs).map(|(dims, i)| Meta { dims, dtype: self.dtype(i) }).collect();
         let meta = infer(&op, &metas)?;
-        let tracked = meta.dtype.is_float() && inputs.iter().any(|&i| self.arena.infos[i as usize].tracked);
-        if is_composite(&op) && (self.options.expand)(&op, meta.dtype, tracked, &device) {
+        if is_composite(&op) && (self.options.expand)(&op, meta.dtype, &device) {
             return decompose(&op, &scalars, inputs, self);
         }
         let meta = Meta { dims: &meta.dims, dtype: meta.dtype };
-        Ok(self.intern(visit, &device, &op, &scalars, inputs, meta, tracked))
+        Ok(self.intern(visit, &device, &op, &scalars, inputs, meta))
     }
 }

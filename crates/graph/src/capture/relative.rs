@@ -74,8 +74,6 @@ pub struct GNode {
     pub dtype: DType,
     /// Index into [`Bindings::devices`](super::Bindings::devices).
     pub device: u16,
-    /// Whether Candle's autograd tracks a leaf above.
-    pub tracked: bool,
 }
 
 impl GNode {

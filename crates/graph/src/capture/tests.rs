@@ -6,11 +6,11 @@ use crate::site::BuildSite;
 use crate::validate::validate;
 use candle_core::Tensor;
 
-fn keep(_: &Op, _: DType, _: bool, _: &Device) -> bool {
+fn keep(_: &Op, _: DType, _: &Device) -> bool {
     false
 }
 
-fn expand(_: &Op, _: DType, _: bool, _: &Device) -> bool {
+fn expand(_: &Op, _: DType, _: &Device) -> bool {
     true
 }
 

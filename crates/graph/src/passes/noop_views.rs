@@ -31,7 +31,8 @@ fn changes_nothing(r: &Rewriter, op: &Op<crate::Sym>, node: &GNode, x: u32) -> b
         Op::Reshape { .. } | Op::Broadcast { .. } | Op::Narrow { .. } | Op::Stride { .. } => input.dims == node.dims,
         Op::Permute { perm } => perm.iter().enumerate().all(|(i, &d)| i == usize::from(d)),
         Op::Cast(dtype) => input.dtype == *dtype,
-        Op::Detach => !input.tracked,
+        // a gradient is cut where it is recorded, not where it is computed
+        Op::Detach => true,
         Op::Contiguous => match &input.op {
             GOp::Leaf(key) => key.contiguous,
             // every op gives row-major results but a view, and a copy to another device, which keeps its strides

@@ -19,7 +19,7 @@ fn rec(op: Op, scalars: &[f64], inputs: &[&Arc<Node>]) -> Arc<Node> {
 }
 
 fn get(roots: Vec<Arc<Node>>) -> Captured {
-    capture(&roots, &CaptureOptions { expand: &|_, _, _, _| false }).unwrap()
+    capture(&roots, &CaptureOptions { expand: &|_, _, _| false }).unwrap()
 }
 
 fn only(name: &str, captured: &Captured) -> (Graph, usize) {
@@ -184,7 +184,7 @@ proptest! {
         prop_assert_eq!(a.graph == b.graph, a.key == b.key);
         let mut workspace = Workspace::default();
         for (captured, bytes) in [(&a, &bytes), (&b, &changed)] {
-            let options = CaptureOptions { expand: &|_, _, _, _| false };
+            let options = CaptureOptions { expand: &|_, _, _| false };
             let bindings = workspace.key(&random_graph(bytes), &options).unwrap();
             prop_assert!(workspace.words() == captured.key.words());
             prop_assert_eq!(&bindings.sizes, &captured.bindings.sizes);

@@ -72,7 +72,7 @@ pub(super) fn check_tracked(subject: &Subject) -> Result<Option<Cell>> {
     let got = got?;
     let mut cell = subject.verdict("ops, tracked", &got)?;
     if matches!(cell.outcome, Outcome::Passed) {
-        cell.and(judge_gradients(subject, gradients(&got, &vars), false)?);
+        cell.and(judge_gradients(subject, gradients(&got, &vars))?);
     }
     Ok(Some(cell))
 }

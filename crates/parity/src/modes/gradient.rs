@@ -1,7 +1,6 @@
 //! Gradients through Candle's autograd.
 //!
-//! The loss is Σ y·w with fixed weights w. Where Candle's own ops run in the same order as eagerly, the gradients have eager's
-//! bits; where they do not (`unsupported::gradient_rounds` says why), the rule for results holds: an error of at most the larger
+//! The loss is Σ y·w with fixed weights w. The rule for results holds: eager's bits, or an error of at most the larger
 //! of 1.5 × eager's in the same dtype and 2 units in the last place at the row's scale. The measure is the gradient of the eager
 //! twin in f64 (with gelu composed: the constants of Candle's own backward for it have six digits), the scale the sum of the
 //! absolute terms ([`super::magnitude`]). In f64 the measure is no better than what it measures, so it may be off as well, and
@@ -168,12 +167,11 @@ fn worst(got: &Arr, measure: &Measure, dtype: DType) -> Worst {
     worst
 }
 
-/// Judges gradients: every gradient that eager gives must be there and near enough, and no other may differ from zero. `exact`
-/// asks for eager's bits.
+/// Judges gradients: every gradient that eager gives must be there and near enough, and no other may differ from zero.
 ///
 /// # Errors
 /// When a tensor cannot be read, or the twin has no gradient and the table of unsupported cells no reason.
-pub fn judge_gradients(subject: &Subject, ours: Result<Gradients>, exact: bool) -> Result<Cell> {
+pub fn judge_gradients(subject: &Subject, ours: Result<Gradients>) -> Result<Cell> {
     let failed = |what: String| Ok(Cell::of(Outcome::Failed(what)));
     let mut cell = Cell::of(Outcome::Passed);
     let same = match (eager_gradients(subject), unsupported::no_gradient(&subject.case)) {
@@ -196,9 +194,7 @@ pub fn judge_gradients(subject: &Subject, ours: Result<Gradients>, exact: bool) 
             (Some(ours), Some(same)) => {
                 match same_bits(&format!("the gradient of input {i} against eager's"), ours, same)? {
                     Ok(()) => {}
-                    Err(what) if exact || ours.dims() != same.dims() || ours.dtype() != same.dtype() => {
-                        return failed(what)
-                    }
+                    Err(what) if ours.dims() != same.dims() || ours.dtype() != same.dtype() => return failed(what),
                     Err(_) => pairs.push((i, ours, same)),
                 }
             }
@@ -251,15 +247,10 @@ pub(super) fn check(subject: &Subject) -> Result<Option<Cell>> {
     let (vars, inputs) = case.tracked_inputs(subject.seed)?;
     let leaves: Vec<LazyTensor> = inputs.iter().map(LazyTensor::from).collect();
     let (got, report) = lazy::record_case(case, &leaves)?.eval_with_report()?;
-    let mut cell = match case.op {
-        // a tracked input meets the dequantised weight instead of Candle's quantised kernel
-        Op::QMatmul => subject.verdict_against("tracked", &got, &eager::run_case(case, &inputs)?)?,
-        _ => subject.verdict("tracked", &got)?,
-    };
+    let mut cell = subject.verdict("tracked", &got)?;
     cell.kernels = report.kernels;
     if matches!(cell.outcome, Outcome::Passed) && got.dtype().is_float() {
-        let exact = unsupported::gradient_rounds(case).is_none();
-        cell.and(judge_gradients(subject, gradients(&got, &vars), exact)?);
+        cell.and(judge_ours(subject, gradients(&got, &vars))?);
     }
     Ok(Some(cell))
 }
@@ -344,6 +335,17 @@ fn judge_placed(subject: &Subject, ours: Result<Gradients>, references: Vec<Opti
     Ok(Cell::of(Outcome::Passed))
 }
 
+/// Judges gradients by the graph transform, by references alone where Candle's are wrong.
+fn judge_ours(subject: &Subject, ours: Result<Gradients>) -> Result<Cell> {
+    match placed(&subject.case, &subject.inputs)? {
+        Some(references) => judge_placed(subject, ours, references),
+        None => match unsupported::eager_is_wrong(&subject.case) {
+            Some(why) if ours.is_ok() => Ok(Cell::of(Outcome::Skipped(why.into()))),
+            _ => judge_gradients(subject, ours),
+        },
+    }
+}
+
 /// Gradients by the graph transform.
 pub(super) fn check_recorded(subject: &Subject) -> Result<Option<Cell>> {
     let case = &subject.case;
@@ -355,13 +357,7 @@ pub(super) fn check_recorded(subject: &Subject) -> Result<Option<Cell>> {
         Ok(Some((ours, kernels))) => (Ok(ours), kernels),
         Err(error) => (Err(error), BTreeMap::new()),
     };
-    let mut cell = match placed(case, &subject.inputs)? {
-        Some(references) => judge_placed(subject, ours, references)?,
-        None => match unsupported::eager_is_wrong(case) {
-            Some(why) if ours.is_ok() => Cell::of(Outcome::Skipped(why.into())),
-            _ => judge_gradients(subject, ours, false)?,
-        },
-    };
+    let mut cell = judge_ours(subject, ours)?;
     cell.kernels = kernels;
     Ok(Some(cell))
 }

@@ -283,7 +283,7 @@ impl Subject {
     /// eagerly.
     #[must_use]
     pub fn candle_refuses(&self, mode: Mode) -> Option<&'static str> {
-        let candles = matches!(mode, Mode::Replay | Mode::Tracked) || unsupported::candle_runs(&self.case).is_some();
+        let candles = matches!(mode, Mode::Replay) || unsupported::candle_runs(&self.case).is_some();
         unsupported::eager_refuses(&self.case).filter(|_| candles)
     }
 
@@ -318,7 +318,7 @@ impl Subject {
     /// # Errors
     /// When something fails that should not.
     pub fn check(&mut self, mode: Mode) -> Result<Option<Cell>> {
-        if let (Mode::Replay | Mode::Tracked, Some(why)) = (mode, unsupported::replay_is_wrong(&self.case)) {
+        if let (Mode::Replay, Some(why)) = (mode, unsupported::replay_is_wrong(&self.case)) {
             return Ok(Some(Cell::of(Outcome::Skipped(why.into()))));
         }
         match mode {
