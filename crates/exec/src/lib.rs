@@ -13,6 +13,7 @@
 #![deny(unsafe_code)]
 
 pub mod buffer;
+pub mod compile;
 pub mod config;
 pub mod error;
 pub mod grad;
@@ -23,6 +24,7 @@ pub mod run;
 pub mod tensor;
 
 pub use candle_lazy_graph::{module_scope, BuildSite, ModuleScope};
+pub use compile::compile;
 pub use config::EvalOptions;
 pub use error::{Difference, Error, Member, Result};
 pub use grad::{grad, value_and_grad, vjp};

@@ -13,11 +13,13 @@ mod inspect;
 mod judge;
 mod kernel;
 mod slots;
+mod trace;
 
 use crate::grad::tape;
 pub use checked::eval_all_checked;
 pub(crate) use direct::eval_direct;
 pub use inspect::{first_nan, first_nonfinite, NonFinite};
+pub(crate) use trace::Trace;
 
 use crate::buffer::{self, BufferValue};
 use crate::config::{self, EvalOptions};
@@ -110,6 +112,7 @@ pub fn peak_bytes(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<u64>
 }
 
 fn evaluate(tensors: &[&LazyTensor], options: &EvalOptions, as_tensors: As) -> Result<EvalReport> {
+    crate::compile::refuse_while_recording(tensors)?;
     let start = Instant::now();
     let mut report = EvalReport::default();
     if tensors.iter().all(|t| t.is_ready()) {

@@ -271,14 +271,6 @@ impl Subject {
         Ok(cell)
     }
 
-    /// Judges a result by the reference and this eager result.
-    fn verdict_against(&self, what: &str, got: &Tensor, eager: &Tensor) -> Result<Cell> {
-        let verdict = rounding(what, got, Some(eager), &self.judged, 1.0)?;
-        let mut cell = Cell::of(verdict.wrong.clone().map_or(Outcome::Passed, Outcome::Failed));
-        (cell.ulp, cell.share) = (verdict.ours.ulp, verdict.share());
-        Ok(cell)
-    }
-
     /// Why an error in this mode is Candle's, if it is: its own op runs, and the table says that it refuses the same inputs
     /// eagerly.
     #[must_use]

@@ -1,0 +1,115 @@
+//! A recorded function as a plan with open leaves, run again and again.
+
+use super::{capture_waiting, execute, plan, tensor_of, Executed, Terms};
+use crate::config::EvalOptions;
+use crate::error::{Error, Result};
+use crate::lower;
+use crate::plan::Plan;
+use crate::report::EvalReport;
+use crate::tensor::LazyTensor;
+use candle_core::Tensor;
+use candle_lazy_graph::capture::LeafBinding;
+use candle_lazy_graph::{Bindings, Captured, FastMap, Node, NodeId, Value};
+use std::sync::Arc;
+
+/// Where a result comes from.
+enum From {
+    /// From the plan, by the number of the output.
+    Output(usize),
+    /// An argument.
+    Argument(usize),
+    /// A tensor that was there before.
+    Constant(Tensor),
+}
+
+/// A plan, and what to bind to it beside the arguments.
+pub(crate) struct Trace {
+    plan: Arc<Plan>,
+    bindings: Bindings,
+    /// For each leaf the argument that it stands for.
+    arguments: Vec<Option<usize>>,
+    results: Vec<From>,
+    roots: Vec<Arc<Node>>,
+}
+
+impl Trace {
+    /// Of `outputs`, recorded on `leaves`. Nothing is run.
+    pub(crate) fn new(leaves: &[LazyTensor], outputs: Vec<LazyTensor>) -> Result<Self> {
+        let options = EvalOptions::default();
+        let numbers: FastMap<NodeId, usize> = leaves.iter().enumerate().map(|(i, x)| (x.node().id(), i)).collect();
+        let roots: Vec<Arc<Node>> = outputs.iter().map(|y| y.node().clone()).collect();
+        drop(outputs);
+        let Captured { graph, key, mut bindings } = capture_waiting(&roots, &options)?;
+        let plan = match plan::find(key.hash(), key.words(), &options) {
+            Some(plan) => plan,
+            None => {
+                let plan = Arc::new(lower::make_plan(&graph, &bindings, &options)?);
+                plan::keep(key, &options, plan)
+            }
+        };
+        let mut arguments = Vec::with_capacity(bindings.leaves.len());
+        for leaf in &mut bindings.leaves {
+            // it is read again at the next call
+            leaf.exclusive = false;
+            let node = bindings.nodes.get(leaf.node as usize);
+            arguments.push(node.and_then(|node| numbers.get(&node.id()).copied()));
+        }
+        let mut published: FastMap<NodeId, usize> = FastMap::default();
+        for (output, nodes) in bindings.published().enumerate() {
+            published.extend(nodes.map(|node| (node.id(), output)));
+        }
+        let mut results = Vec::with_capacity(roots.len());
+        for root in &roots {
+            results.push(match (numbers.get(&root.id()), published.get(&root.id())) {
+                (Some(&argument), _) => From::Argument(argument),
+                (None, Some(&output)) => From::Output(output),
+                (None, None) => From::Constant(tensor_of(root)?),
+            });
+        }
+        Ok(Self { plan, bindings, arguments, results, roots })
+    }
+
+    /// The results at `values`.
+    pub(crate) fn run(&self, values: &[Tensor]) -> Result<Vec<LazyTensor>> {
+        let missing = || Error::Internal("a compiled function with another number of arguments".into());
+        let template = &self.bindings;
+        let mut leaves = Vec::with_capacity(template.leaves.len());
+        for (leaf, argument) in template.leaves.iter().zip(&self.arguments) {
+            let value = match argument {
+                Some(i) => Value::Tensor(values.get(*i).ok_or_else(missing)?.clone()),
+                None => leaf.value.clone(),
+            };
+            leaves.push(LeafBinding { value, ..leaf.clone() });
+        }
+        let mut bindings = Bindings {
+            sizes: template.sizes.clone(),
+            params: template.params.clone(),
+            customs: template.customs.clone(),
+            nodes: template.nodes.clone(),
+            leaves,
+            devices: template.devices.clone(),
+            publish: template.publish.clone(),
+            recorded: template.recorded.clone(),
+            pending: template.pending,
+        };
+        let terms = Terms { budget: crate::config::memory_budget(), ..Terms::INSPECTION };
+        let executed = execute(&self.plan, &mut bindings, &self.roots, terms, &mut EvalReport::default())?;
+        let Executed::Values(found, lent) = executed else {
+            return Err(Error::Internal("a compiled function took a leaf".into()));
+        };
+        lent.finish();
+        let mut results = Vec::with_capacity(self.results.len());
+        for from in &self.results {
+            let tensor = match from {
+                From::Argument(i) => values.get(*i).ok_or_else(missing)?.clone(),
+                From::Constant(tensor) => tensor.clone(),
+                From::Output(i) => match found.get(*i) {
+                    Some(Value::Tensor(tensor)) => tensor.clone(),
+                    _ => return Err(Error::Internal("a result of a compiled function is no tensor".into())),
+                },
+            };
+            results.push(LazyTensor::from(tensor));
+        }
+        Ok(results)
+    }
+}
