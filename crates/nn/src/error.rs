@@ -105,6 +105,15 @@ pub enum Error {
         message: String,
     },
 
+    /// A parameter, a pattern or a gradient that does not fit the others.
+    #[error("parameters: {message}, at {site}")]
+    Params {
+        /// What does not fit.
+        message: String,
+        /// The line that gave it.
+        site: Box<BuildSite>,
+    },
+
     /// Something that exists in the wild and is not supported, by name.
     #[error("{what} `{found}` is not supported (supported: {supported})")]
     Unsupported {
@@ -303,6 +312,12 @@ impl Error {
     /// A config that is incomplete or contradicts itself or its weights.
     pub(crate) fn config(what: impl std::fmt::Display, message: impl std::fmt::Display) -> Self {
         Self::Config { what: what.to_string(), message: message.to_string() }
+    }
+
+    /// Parameters that do not fit.
+    #[track_caller]
+    pub(crate) fn params(message: impl std::fmt::Display) -> Self {
+        Self::Params { message: message.to_string(), site: Box::new(BuildSite::here()) }
     }
 
     /// Logits or options that no token can be chosen by.

@@ -11,7 +11,7 @@
 //! | ported models | [`candle`] and [`candle_nn`]: the names that models written for Candle import |
 //! | weights | [`weights`]: safetensors and GGUF behind Candle's `VarBuilder` |
 //! | a model on disk | [`ModelDir`] |
-//! | training | [`loss`], [`optim`] |
+//! | training | [`params`], [`loss`], [`optim`] |
 //! | the next token | [`sampling`]: greedy, temperature, top-k, top-p, a penalty for repetition |
 //! | text | `tokenizer` (feature `tokenizers`) |
 //! | fetching | `hub` (feature `hub`) |
@@ -41,6 +41,7 @@ pub mod hub;
 pub mod loss;
 pub mod models;
 pub mod optim;
+pub mod params;
 pub mod sampling;
 #[cfg(feature = "tokenizers")]
 pub mod tokenizer;

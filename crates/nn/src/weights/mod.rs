@@ -1,4 +1,4 @@
-//! Weights from files, behind Candle's `VarBuilder`.
+//! Weights from files, behind Candle's `VarBuilder`, and into files.
 //!
 //! Each tensor is read once, straight into the memory it stays in (asked for in huge pages, converted to the wanted
 //! dtype on the way): no map of the file stays behind, so the file may change or vanish after loading. Every count and
@@ -8,12 +8,14 @@ mod gguf;
 mod gguf_header;
 mod read;
 mod safetensors;
+mod write;
 
 #[cfg(feature = "tokenizers")]
 pub(crate) use gguf::as_u64;
 pub use gguf::Gguf;
 pub use gguf_header::{GgufHeader, GgufTensorInfo};
 pub use safetensors::{safetensors, SafetensorsFile};
+pub use write::{save_safetensors, write_whole};
 
 /// The number of elements; `None` where sizes overflow, a 0 among them or not: Candle multiplies some of them for strides.
 fn elements(shape: &[usize]) -> Option<u64> {

@@ -35,6 +35,7 @@ pub struct SafetensorsFile {
     path: PathBuf,
     file: Mutex<File>,
     tensors: BTreeMap<String, Stored>,
+    metadata: BTreeMap<String, String>,
 }
 
 impl std::fmt::Debug for SafetensorsFile {
@@ -89,10 +90,12 @@ impl SafetensorsFile {
         file.read_exact(&mut header).map_err(|e| Error::io(path, e))?;
         let header: BTreeMap<String, serde_json::Value> =
             serde_json::from_slice(&header).map_err(|e| bad(format!("the header is no JSON object: {e}")))?;
-        let mut tensors = BTreeMap::new();
+        let (mut tensors, mut metadata) = (BTreeMap::new(), BTreeMap::new());
         let mut ranges = Vec::new();
         for (name, value) in header {
             if name == "__metadata__" {
+                // the format wants texts under names; others' entries are nothing to refuse a file for
+                metadata = serde_json::from_value(value).unwrap_or_default();
                 continue;
             }
             let entry: Entry = serde_json::from_value(value).map_err(|e| bad(format!("tensor `{name}`: {e}")))?;
@@ -134,7 +137,7 @@ impl SafetensorsFile {
         if covered != data_len {
             return Err(bad(format!("{} bytes follow the last tensor", data_len - covered)));
         }
-        Ok(Self { path: path.to_path_buf(), file: Mutex::new(file), tensors })
+        Ok(Self { path: path.to_path_buf(), file: Mutex::new(file), tensors, metadata })
     }
 
     /// The file's path.
@@ -150,6 +153,24 @@ impl SafetensorsFile {
     /// Shape of a tensor; `None` where there is no such tensor or Candle does not have its dtype.
     pub fn shape(&self, name: &str) -> Option<&Shape> {
         self.tensors.get(name).and_then(|t| t.extent.as_ref().ok()).map(|extent| &extent.shape)
+    }
+
+    /// The dtype that a tensor is stored in; `None` as for [`SafetensorsFile::shape`].
+    pub fn dtype(&self, name: &str) -> Option<DType> {
+        self.tensors.get(name).and_then(|t| t.extent.as_ref().ok()).map(|extent| extent.stored)
+    }
+
+    /// What the header says beside the tensors.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// Reads one tensor as `dtype`.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], [`Error::Tensor`] where it cannot be read as `dtype`.
+    pub fn tensor(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        self.read(name, None, dtype, device).map_err(|e| Error::from_var(e, name))
     }
 
     /// Names and shapes of all tensors, sorted by name; those of dtypes that Candle does not have too.

@@ -16,6 +16,7 @@ mod model_dir;
 mod modules;
 mod mpnet;
 mod optim;
+mod params;
 mod ported;
 mod rope;
 mod safetensors;
