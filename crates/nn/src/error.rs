@@ -114,6 +114,17 @@ pub enum Error {
         site: Box<BuildSite>,
     },
 
+    /// A gradient with a NaN or an infinity in it, where that was to stop the training.
+    #[error("the gradient of `{name}` is not finite (the norm of all is {norm}): nothing was changed, at {site}")]
+    NonFiniteGradient {
+        /// The first parameter, by name, with such a gradient.
+        name: String,
+        /// The norm of all gradients together.
+        norm: f64,
+        /// The line that made the step.
+        site: Box<BuildSite>,
+    },
+
     /// Something that exists in the wild and is not supported, by name.
     #[error("{what} `{found}` is not supported (supported: {supported})")]
     Unsupported {
@@ -318,6 +329,12 @@ impl Error {
     #[track_caller]
     pub(crate) fn params(message: impl std::fmt::Display) -> Self {
         Self::Params { message: message.to_string(), site: Box::new(BuildSite::here()) }
+    }
+
+    /// Gradients that no step can be made with.
+    #[track_caller]
+    pub(crate) fn non_finite_gradient(name: String, norm: f64) -> Self {
+        Self::NonFiniteGradient { name, norm, site: Box::new(BuildSite::here()) }
     }
 
     /// Logits or options that no token can be chosen by.

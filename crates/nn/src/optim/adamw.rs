@@ -1,36 +1,11 @@
-//! AdamW: Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2).
+//! AdamW of one parameter at a time, for programs that take their gradients from Candle's tape (Loshchilov and Hutter 2019,
+//! arXiv:1711.05101, algorithm 2).
 
+use super::rules::{self, validate_adamw};
 use super::ParamsAdamW;
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_lazy_exec::{eval_all, LazyTensor};
-
-/// Checks the numbers of an update.
-///
-/// # Errors
-/// [`Error::Config`] where one is not finite, the learning rate or the decay is below 0, a beta is not in 0 ≤ β < 1, or `eps` is not
-/// above 0.
-pub fn validate_adamw(params: &ParamsAdamW) -> Result<()> {
-    let ParamsAdamW { lr, beta1, beta2, eps, weight_decay } = *params;
-    let refuse = |what: &str, value: f64, wanted: &str| {
-        Err(Error::config("AdamW", format_args!("{what} must be {wanted}, got {value}")))
-    };
-    if !(lr >= 0.0 && lr.is_finite()) {
-        return refuse("the learning rate", lr, "finite and not below 0");
-    }
-    for (what, beta) in [("beta1", beta1), ("beta2", beta2)] {
-        if !(0.0..1.0).contains(&beta) {
-            return refuse(what, beta, "in [0, 1)");
-        }
-    }
-    if !(eps > 0.0 && eps.is_finite()) {
-        return refuse("epsilon", eps, "finite and above 0");
-    }
-    if !(weight_decay >= 0.0 && weight_decay.is_finite()) {
-        return refuse("the weight decay", weight_decay, "finite and not below 0");
-    }
-    Ok(())
-}
 
 /// The running means of one parameter's gradient and of its square, in f32, and how many steps they are of.
 #[derive(Debug, Clone)]
@@ -100,7 +75,6 @@ impl Moments {
     /// θ, m and v after a step. Handles on what lies between end here: the engine would keep such values.
     #[track_caller]
     fn record(&self, param: &Tensor, grad: &Tensor, params: &ParamsAdamW) -> Result<[LazyTensor; 3]> {
-        let ParamsAdamW { lr, beta1, beta2, eps, weight_decay } = *params;
         let dtype = if param.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
         let load = |tensor: &Tensor| LazyTensor::from_tensor(tensor.detach()).to_dtype(dtype);
         let (theta, g) = (load(param)?, load(grad)?);
@@ -111,12 +85,7 @@ impl Moments {
                 [zeros.clone(), zeros]
             }
         };
-        let first = first.affine(beta1, 0.0)?.add(&g.affine(1.0 - beta1, 0.0)?)?;
-        let second = second.affine(beta2, 0.0)?.add(&g.sqr()?.affine(1.0 - beta2, 0.0)?)?;
-        let t = (self.steps + 1) as f64;
-        let root = second.affine(1.0 / (1.0 - beta2.powf(t)), 0.0)?.sqrt()?.affine(1.0, eps)?;
-        let step = first.affine(lr / (1.0 - beta1.powf(t)), 0.0)?.div(&root)?;
-        let theta = theta.sub(&step.add(&theta.affine(lr * weight_decay, 0.0)?)?)?;
+        let [theta, first, second] = rules::adamw(&theta, &g, [&first, &second], params, self.steps as u64 + 1)?;
         let (first, second) = (first.to_dtype(DType::F32)?, second.to_dtype(DType::F32)?);
         Ok([theta.to_dtype(param.dtype())?, first, second])
     }

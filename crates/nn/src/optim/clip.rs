@@ -4,6 +4,16 @@ use crate::error::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_lazy_exec::{eval_all, LazyTensor};
 
+/// Added to the norm that is divided by, as in PyTorch's `clip_grad_norm_`.
+pub(super) const EPSILON: f64 = 1e-6;
+
+/// Σ g², recorded: a scalar of f64 (on Metal, which has none, of f32).
+#[track_caller]
+pub(super) fn square(grad: &LazyTensor) -> Result<LazyTensor> {
+    let wide = if grad.device().is_metal() { DType::F32 } else { DType::F64 };
+    Ok(grad.to_dtype(wide)?.sqr()?.sum_all()?)
+}
+
 /// √(Σ g²) over all elements of all gradients; 0 for none. Summed in f64 (on Metal, which has none, in f32).
 ///
 /// # Errors
@@ -15,8 +25,7 @@ pub fn grad_norm(grads: &[Tensor]) -> Result<f64> {
         if !grad.dtype().is_float() {
             return Err(Error::float_expected("grad_norm", "", "a gradient", grad.dtype()));
         }
-        let wide = if grad.device().is_metal() { DType::F32 } else { DType::F64 };
-        squares.push(LazyTensor::from_tensor(grad.detach()).to_dtype(wide)?.sqr()?.sum_all()?);
+        squares.push(square(&LazyTensor::from_tensor(grad.detach()))?);
     }
     let mut sum = 0.0;
     for value in eval_all(&squares.iter().collect::<Vec<_>>())? {
@@ -40,7 +49,7 @@ pub fn clip_grad_norm(grads: &mut [Tensor], max_norm: f64) -> Result<f64> {
     if !norm.is_finite() {
         return Err(Error::module("clip_grad_norm", "", format_args!("the norm of the gradients is {norm}")));
     }
-    let scale = max_norm / (norm + 1e-6);
+    let scale = max_norm / (norm + EPSILON);
     if scale < 1.0 {
         let mut scaled = Vec::with_capacity(grads.len());
         for grad in grads.iter() {

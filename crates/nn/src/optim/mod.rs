@@ -1,14 +1,20 @@
-//! What trains variables: the update of AdamW, clipping of gradients, schedules of the learning rate.
+//! What trains parameters: rules of updates, clipping of gradients, schedules of the learning rate.
 //!
-//! Everything takes and returns plain Candle tensors, as Candle's `backward` gives them; an update is recorded and evaluated as one
-//! plan. Nothing here is tracked by autograd.
+//! [`Optimizer`] moves the parameters of a tree ([`crate::params`]) by gradients that may be recorded only: a step is recorded, and
+//! evaluated with them as one plan. [`Moments`], [`grad_norm`] and [`clip_grad_norm`] take and return plain Candle tensors, as Candle's
+//! `backward` gives them. Nothing here is tracked by Candle's autograd.
 
 mod adamw;
 mod clip;
+mod optimizer;
+mod rules;
 mod schedule;
+mod state;
 
-pub use adamw::{validate_adamw, Moments};
+pub use adamw::Moments;
 pub use clip::{clip_grad_norm, grad_norm};
+pub use optimizer::{OnNonFinite, Optimizer, OptimizerOptions, ParamGroup, StepReport};
+pub use rules::{validate_adamw, Lion, Rule, Sgd};
 pub use schedule::LrSchedule;
 
 pub use ::candle_nn::ParamsAdamW;

@@ -4,15 +4,21 @@ use super::{quoted, Params};
 use crate::error::{Error, Result};
 use crate::weights::{save_safetensors, SafetensorsFile};
 use candle_core::{DType, Device, Shape, Tensor};
-use candle_lazy_exec::{eval_all, LazyTensor};
+use candle_lazy_exec::{eval_all, materialize, LazyTensor};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-/// The values of named tensors on the CPU, evaluated as one plan.
+/// A copy, recorded: two signs give the same bits back.
+pub(crate) fn copied(value: &LazyTensor) -> Result<LazyTensor> {
+    Ok(value.neg()?.neg()?)
+}
+
+/// The values of named tensors on the CPU, evaluated as one plan. They are copies: a value of the engine's that becomes a tensor of
+/// Candle's would make another plan of the next step.
 pub(crate) fn values(named: &[(String, LazyTensor)]) -> Result<BTreeMap<String, Tensor>> {
-    let handles: Vec<&LazyTensor> = named.iter().map(|(_, tensor)| tensor).collect();
+    let copies = named.iter().map(|(_, tensor)| copied(tensor)).collect::<Result<Vec<_>>>()?;
     let mut values = BTreeMap::new();
-    for ((name, _), value) in named.iter().zip(eval_all(&handles)?) {
+    for ((name, _), value) in named.iter().zip(eval_all(&copies.iter().collect::<Vec<_>>())?) {
         values.insert(name.clone(), value.detach().to_device(&Device::Cpu)?.contiguous()?);
     }
     Ok(values)
@@ -20,7 +26,7 @@ pub(crate) fn values(named: &[(String, LazyTensor)]) -> Result<BTreeMap<String, 
 
 /// Refuses a file that does not have exactly these tensors, by the names of what is missing and what is too much, or by the first tensor
 /// of another shape or dtype.
-pub(crate) fn check(file: &SafetensorsFile, wanted: &[(&str, &Shape, DType)]) -> Result<()> {
+pub(crate) fn check_file(file: &SafetensorsFile, wanted: &[(&str, &Shape, DType)]) -> Result<()> {
     let names: BTreeSet<&str> = wanted.iter().map(|(name, _, _)| *name).collect();
     let stored: BTreeSet<&str> = file.names().collect();
     let bad = |message: String| Err(Error::format(file.path(), "parameter", message));
@@ -41,17 +47,27 @@ pub(crate) fn check(file: &SafetensorsFile, wanted: &[(&str, &Shape, DType)]) ->
         if file.dtype(name) != Some(dtype) {
             let found = file.dtype(name).map_or("a dtype that Candle does not have".to_string(), |d| format!("{d:?}"));
             let message = format!("expected {dtype:?}, found {found}");
-            return Err(Error::Tensor {
-                name: name.to_string(),
-                file: Some(file.path().to_path_buf()),
-                message,
-            });
+            return Err(Error::Tensor { name: name.to_string(), file: Some(file.path().to_path_buf()), message });
         }
     }
     Ok(())
 }
 
 impl Params {
+    /// Makes the values of trainable parameters values of the engine's own, as those are that a step computes, so that the first step's
+    /// plan is that of later ones.
+    pub(crate) fn copy_into_engine(&self) -> Result<()> {
+        let mut copies = Vec::new();
+        for param in self.trainable() {
+            copies.push((param, copied(&param.value())?));
+        }
+        materialize(&copies.iter().map(|(_, copy)| copy).collect::<Vec<_>>())?;
+        for (param, copy) in copies {
+            param.replace(copy);
+        }
+        Ok(())
+    }
+
     /// Writes all parameters, frozen ones too, to a safetensors file, whole or not at all.
     ///
     /// # Errors
@@ -77,7 +93,7 @@ impl Params {
     pub fn load(&self, path: impl AsRef<Path>) -> Result<()> {
         let file = SafetensorsFile::open(path)?;
         let wanted: Vec<_> = self.iter().map(|param| (param.name(), param.shape(), param.dtype())).collect();
-        check(&file, &wanted)?;
+        check_file(&file, &wanted)?;
         let mut read = Vec::with_capacity(self.len());
         for param in self.iter() {
             read.push((param, file.tensor(param.name(), param.dtype(), param.device())?));

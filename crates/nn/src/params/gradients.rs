@@ -11,6 +11,23 @@ pub struct Gradients {
     by_name: BTreeMap<String, LazyTensor>,
 }
 
+impl Param {
+    /// Refuses what is no gradient of it.
+    #[track_caller]
+    pub(crate) fn grad_fits(&self, grad: &LazyTensor) -> Result<()> {
+        let name = self.name();
+        if grad.shape() != self.shape() || !grad.dtype().is_float() {
+            let (shape, found, dtype) = (self.shape(), grad.shape(), grad.dtype());
+            return Err(Error::params(format_args!("`{name}` is {shape:?}, its gradient {found:?} of {dtype:?}")));
+        }
+        if !grad.device().same_device(self.device()) {
+            let (has, found) = (self.device().location(), grad.device().location());
+            return Err(Error::params(format_args!("`{name}` is on {has:?}, its gradient on {found:?}")));
+        }
+        Ok(())
+    }
+}
+
 impl Gradients {
     /// None yet.
     #[must_use]
@@ -47,14 +64,7 @@ impl Gradients {
     #[track_caller]
     pub fn insert(&mut self, param: &Param, grad: impl Into<LazyTensor>) -> Result<()> {
         let (name, grad) = (param.name(), grad.into());
-        if grad.shape() != param.shape() || !grad.dtype().is_float() {
-            let (shape, found, dtype) = (param.shape(), grad.shape(), grad.dtype());
-            return Err(Error::params(format_args!("`{name}` is {shape:?}, its gradient {found:?} of {dtype:?}")));
-        }
-        if !grad.device().same_device(param.device()) {
-            let (has, found) = (param.device().location(), grad.device().location());
-            return Err(Error::params(format_args!("`{name}` is on {has:?}, its gradient on {found:?}")));
-        }
+        param.grad_fits(&grad)?;
         if self.by_name.contains_key(name) {
             return Err(Error::params(format_args!("`{name}` has a gradient already")));
         }

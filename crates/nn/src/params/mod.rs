@@ -21,6 +21,7 @@ mod file;
 mod gradients;
 mod pattern;
 
+pub(crate) use file::{check_file, copied, values};
 pub use gradients::Gradients;
 pub(crate) use pattern::{quoted, Glob};
 

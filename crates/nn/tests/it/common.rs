@@ -150,3 +150,9 @@ pub(crate) fn decoder_vars(config: &CausalLmConfig, seed: u64) -> candle_core::R
 pub(crate) fn row(ids: &[u32]) -> candle_core::Result<Tensor> {
     Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu)
 }
+
+/// The message of what must fail.
+#[allow(clippy::expect_used)] // the test fails so
+pub(crate) fn text<T>(result: candle_lazy_nn::Result<T>) -> String {
+    result.err().expect("an error").to_string()
+}

@@ -16,6 +16,8 @@ mod model_dir;
 mod modules;
 mod mpnet;
 mod optim;
+mod optimizer;
+mod optimizer_state;
 mod params;
 mod ported;
 mod rope;

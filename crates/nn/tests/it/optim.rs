@@ -178,6 +178,17 @@ fn rates_of_schedules() {
 }
 
 #[test]
+fn lines_go_down_and_stay() {
+    let line = LrSchedule::Linear { total_steps: 4, max_lr: 1.0, min_lr: 0.5 };
+    line.validate().unwrap();
+    assert_eq!([0, 1, 2, 4, 9].map(|step| line.lr(step)), [1.0, 0.875, 0.75, 0.5, 0.5]);
+    let warm = LrSchedule::WarmupLinear { warmup_steps: 2, total_steps: 6, max_lr: 1.0, min_lr: 0.5 };
+    warm.validate().unwrap();
+    assert_eq!([0, 1, 2, 4, 6, usize::MAX].map(|step| warm.lr(step)), [0.0, 0.5, 1.0, 0.75, 0.5, 0.5]);
+    LrSchedule::WarmupLinear { warmup_steps: 0, total_steps: 1, max_lr: 1.0, min_lr: 0.0 }.validate().unwrap();
+}
+
+#[test]
 fn schedules_that_mean_nothing() {
     let refused = |schedule: LrSchedule, what: &str| {
         let text = schedule.validate().unwrap_err().to_string();
@@ -199,6 +210,14 @@ fn schedules_that_mean_nothing() {
     for min_lr in [-0.1, 1.1, f64::NAN] {
         refused(cosine(4, min_lr), "min_lr must be from 0 to max_lr 1");
     }
+    assert_eq!(
+        refused(LrSchedule::Linear { total_steps: 0, max_lr: 1.0, min_lr: 0.25 }, "total_steps must be"),
+        [0.25; 6]
+    );
+    let line =
+        |warmup_steps, total_steps| LrSchedule::WarmupLinear { warmup_steps, total_steps, max_lr: 1., min_lr: 0. };
+    refused(line(3, 3), "warmup_steps 3 must be less than total_steps 3");
+    refused(line(0, 0), "total_steps must be greater than 0");
     let both =
         |warmup_steps, total_steps| LrSchedule::WarmupCosine { warmup_steps, total_steps, max_lr: 1.0, min_lr: 0.25 };
     let rates = refused(both(3, 2), "warmup_steps 3 must be less than total_steps 2");

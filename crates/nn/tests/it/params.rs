@@ -1,6 +1,7 @@
 //! The parameter tree: names, patterns, files; gradients by name.
 #![allow(clippy::unwrap_used)] // tests fail so, outside of their own functions too
 
+use crate::common::text;
 use candle_core::{DType, Device, Tensor};
 use candle_lazy_nn::params::{Gradients, Param, Params};
 use candle_lazy_nn::{Error, LazyTensor};
@@ -22,13 +23,6 @@ fn tree() -> Params {
 
 fn names<'a>(params: impl Iterator<Item = &'a Param>) -> Vec<&'a str> {
     params.map(Param::name).collect()
-}
-
-fn text<T>(result: Result<T, Error>) -> String {
-    match result {
-        Ok(_) => panic!("an error was expected"),
-        Err(error) => error.to_string(),
-    }
 }
 
 #[test]
