@@ -273,7 +273,26 @@ impl Node {
             let detail = "only floating-point tensors have gradients; cast it first, or leave it out".to_string();
             return Err(Error::new("variable", ErrorKind::DType(detail)).on(&[input.meta()]).at(&site));
         }
-        Ok(Self::cut(input, true, site))
+        let value = match input.value() {
+            None => return Ok(Self::cut(input, true, site)),
+            Some(Value::Tensor(tensor)) => Value::Tensor(tensor.detach()),
+            Some(value) => value,
+        };
+        // a leaf on the same data: a graph has the same key as when the variable was computed by a plan
+        Ok(Arc::new(Self {
+            id: NodeId::next(),
+            shape: input.shape.clone(),
+            dtype: input.dtype,
+            device: input.device.clone(),
+            tracked: false,
+            traced: true,
+            quantized: false,
+            site,
+            recorded: None,
+            history: OnceLock::new(),
+            pending: Pending::none(),
+            state: Mutex::new(State::Ready(value)),
+        }))
     }
 
     fn cut(input: &Arc<Node>, traced: bool, site: BuildSite) -> Arc<Self> {

@@ -20,9 +20,6 @@ const FAULTS: &[Fault] = &[
     }),
     ("pass.noop_views.cast", "noop_views", |g| after("noop_views", g, bypass_round_trip)),
     ("pass.noop_views.permutes", "noop_views", skip_inner_permute),
-    ("pass.noop_views.detach", "noop_views", |g| {
-        after("noop_views", g, |g| bypass(g, is(|op| matches!(op, Op::Detach))))
-    }),
     ("pass.cse.scalars", "cse", |g| after("cse", g, |g| merge(g, |a, b| a.op == b.op && a.inputs == b.inputs))),
     ("pass.cse.attributes", "cse", |g| after("cse", g, |g| merge(g, same_but_attributes))),
     ("pass.cse.order", "cse", |g| after("cse", g, |g| merge(g, same_but_order))),

@@ -305,7 +305,7 @@ impl Optimizer {
         let mut before = Vec::with_capacity(moves.len());
         for Move { at, theta, kept } in moves {
             if let Some(slot) = self.slots.get_mut(at) {
-                let theta = Before::of(slot.param.replace(theta));
+                let theta = Before::of(slot.param.replace(theta)?);
                 let kept = std::mem::replace(&mut slot.kept, kept).into_iter().map(Before::of).collect::<Vec<_>>();
                 before.push((at, theta, kept));
             }
@@ -323,7 +323,7 @@ impl Optimizer {
         if ran.is_err() {
             for (at, theta, kept) in before {
                 if let (Some(slot), Some(theta)) = (self.slots.get_mut(at), theta.back()) {
-                    slot.param.replace(theta);
+                    slot.param.put_back(theta);
                     slot.kept = kept.into_iter().filter_map(Before::back).collect();
                 }
             }
@@ -378,7 +378,8 @@ impl Slot {
         finite: Option<&LazyTensor>,
     ) -> Result<(LazyTensor, Vec<LazyTensor>)> {
         let dtype = compute_dtype(&self.param);
-        let theta = self.param.value().to_dtype(dtype)?;
+        // the new value is no function of the old one that a gradient passes
+        let theta = self.param.value().detach().to_dtype(dtype)?;
         let mut g = grad.to_dtype(dtype)?;
         if let Some(factor) = factor {
             g = g.broadcast_mul(&factor.to_dtype(dtype)?)?;

@@ -63,7 +63,7 @@ impl Params {
         }
         materialize(&copies.iter().map(|(_, copy)| copy).collect::<Vec<_>>())?;
         for (param, copy) in copies {
-            param.replace(copy);
+            param.replace(copy)?;
         }
         Ok(())
     }
@@ -99,7 +99,7 @@ impl Params {
             read.push((param, file.tensor(param.name(), param.dtype(), param.device())?));
         }
         for (param, tensor) in read {
-            param.replace(tensor.into());
+            param.replace(tensor.into())?;
         }
         Ok(())
     }

@@ -68,7 +68,8 @@ impl Gradients {
         if self.by_name.contains_key(name) {
             return Err(Error::params(format_args!("`{name}` has a gradient already")));
         }
-        self.by_name.insert(name.to_string(), grad);
+        // a gradient is traced where its variables are, and would hold the graph that it was made by
+        self.by_name.insert(name.to_string(), grad.detach());
         Ok(())
     }
 
@@ -119,7 +120,7 @@ impl Gradients {
                 return Err(Error::params(format_args!("gradients of {mine} and of {theirs} do not add up")));
             }
             for (sum, grad) in self.by_name.values().zip(sums.values_mut()) {
-                *grad = sum.add(grad)?;
+                *grad = sum.add(grad)?.detach();
             }
         }
         let roots: Vec<&LazyTensor> = sums.values().chain(also.iter().copied()).collect();

@@ -18,10 +18,12 @@
 //! ```
 
 mod file;
+mod grad;
 mod gradients;
 mod pattern;
 
 pub(crate) use file::{check_file, copied, values};
+pub use grad::{GradEntry, GradOutcome, GradReport};
 pub use gradients::Gradients;
 pub(crate) use pattern::{quoted, Glob};
 
@@ -68,7 +70,7 @@ impl Param {
             return Err(Error::params(format_args!("`{name}` is {:?}: a float tensor is needed", value.dtype())));
         }
         let (shape, dtype, device) = (value.shape().clone(), value.dtype(), value.device().clone());
-        let state = RwLock::new(State { value, trainable: true });
+        let state = RwLock::new(State { value: value.variable()?, trainable: true });
         Ok(Self(Arc::new(Cell { name, shape, dtype, device, state })))
     }
 
@@ -78,7 +80,8 @@ impl Param {
         &self.0.name
     }
 
-    /// The value of now: the same handle until another value is set, so that gradients can be taken with respect to it.
+    /// The value of now: the same handle until another value is set, a variable where the parameter is trainable, so that gradients can be
+    /// taken with respect to it ([`Params::grad`]).
     #[must_use]
     pub fn value(&self) -> LazyTensor {
         self.0.state.read().value.clone()
@@ -92,7 +95,7 @@ impl Param {
     pub fn set(&self, value: impl Into<LazyTensor>) -> Result<()> {
         let value = value.into();
         self.fits("the value", &value)?;
-        self.replace(value);
+        self.replace(value)?;
         Ok(())
     }
 
@@ -114,9 +117,17 @@ impl Param {
         Ok(())
     }
 
-    /// Puts a value that fits in the place of the old one.
-    pub(crate) fn replace(&self, value: LazyTensor) -> LazyTensor {
-        std::mem::replace(&mut self.0.state.write().value, value)
+    /// Puts a value that fits in the place of the old one: as a variable where the parameter is trainable.
+    #[track_caller]
+    pub(crate) fn replace(&self, value: LazyTensor) -> Result<LazyTensor> {
+        let mut state = self.0.state.write();
+        let value = if state.trainable { value.variable()? } else { value };
+        Ok(std::mem::replace(&mut state.value, value))
+    }
+
+    /// Puts a value back that was replaced.
+    pub(crate) fn put_back(&self, value: LazyTensor) {
+        self.0.state.write().value = value;
     }
 
     /// Whether an optimiser changes it; so in a new one.
@@ -126,8 +137,19 @@ impl Param {
     }
 
     /// Trainable, or frozen.
-    pub fn set_trainable(&self, trainable: bool) {
-        self.0.state.write().trainable = trainable;
+    ///
+    /// [`Param::value`] is another handle from then on: a variable, which gradients can be taken with respect to, where it is trainable.
+    ///
+    /// # Errors
+    /// None for a float tensor, which a parameter is.
+    #[track_caller]
+    pub fn set_trainable(&self, trainable: bool) -> Result<()> {
+        let mut state = self.0.state.write();
+        if state.trainable != trainable {
+            state.value = if trainable { state.value.variable()? } else { state.value.detach() };
+            state.trainable = trainable;
+        }
+        Ok(())
     }
 
     /// The shape.
@@ -248,7 +270,7 @@ impl Params {
     fn set_trainable(&self, pattern: &str, trainable: bool) -> Result<usize> {
         let found = self.matching(pattern)?;
         for param in &found {
-            param.set_trainable(trainable);
+            param.set_trainable(trainable)?;
         }
         Ok(found.len())
     }

@@ -36,7 +36,7 @@ fn a_parameter_has_the_value_that_was_set_last() {
     assert_eq!(recorded.to_vec1::<f32>().unwrap(), [2., 4.]);
     assert_eq!((param.shape().dims(), param.dtype(), param.elem_count()), (&[2][..], DType::F32, 2));
     assert!(param.device().is_cpu() && param.is_trainable());
-    param.set_trainable(false);
+    param.set_trainable(false).unwrap();
     assert!(!same.is_trainable());
     let error = text(param.set(tensor(&[1.])));
     assert!(error.starts_with("parameters: `w` is [2] of F32, the value is [1] of F32, at "), "{error}");
@@ -199,4 +199,43 @@ fn parts_of_a_batch_add_up_without_a_graph() {
     other.insert(params.get("z.w").unwrap(), tensor(&[1.; 3])).unwrap();
     assert!(text(sums.accumulate(other, &[])).contains("gradients of `a.b`, `a.w` and of `z.w` do not add up"));
     assert_eq!(sums.get("a.b").unwrap().to_vec1::<f32>().unwrap(), [333.]);
+}
+
+/// Two layers of one input, of which the second is cut off.
+fn layers() -> (Params, [candle_lazy_nn::params::Param; 3]) {
+    let mut params = Params::new();
+    let w = params.insert("w", Tensor::new(&[2f32, 3.], &Device::Cpu).unwrap()).unwrap();
+    let b = params.insert("b", Tensor::new(&[1f32, 1.], &Device::Cpu).unwrap()).unwrap();
+    let fixed = params.insert("fixed", Tensor::new(&[5f32, 5.], &Device::Cpu).unwrap()).unwrap();
+    params.freeze("fixed").unwrap();
+    (params, [w, b, fixed])
+}
+
+#[test]
+fn gradients_of_a_tree_are_those_of_its_trainable_parameters() {
+    let (params, [w, b, fixed]) = layers();
+    assert!(w.value().is_variable() && !fixed.value().is_traced());
+    let y = ((w.value().sqr().unwrap() + b.value()).unwrap() * fixed.value()).unwrap();
+    let grads = params.grad(&y.sum_all().unwrap()).unwrap();
+    assert_eq!(grads.get("w").unwrap().to_vec1::<f32>().unwrap(), [20., 30.]);
+    assert_eq!(grads.get("b").unwrap().to_vec1::<f32>().unwrap(), [5., 5.]);
+    assert!(grads.get("fixed").is_none() && !grads.get("w").unwrap().is_traced());
+    params.unfreeze("fixed").unwrap();
+    let y = (w.value() * fixed.value()).unwrap().sum_all().unwrap();
+    let error = params.grad(&y).unwrap_err().to_string();
+    assert!(error.contains("does not depend"), "{error}");
+}
+
+#[test]
+fn a_report_says_what_every_parameter_got() {
+    let (params, [w, b, _]) = layers();
+    let line = line!() + 1;
+    let loss = (w.value().sqr().unwrap() + b.value().detach()).unwrap().sum_all().unwrap();
+    let report = params.grad_report(&loss).unwrap();
+    let text = report.to_string();
+    // of w: (4, 6)
+    assert!(text.contains(&format!("w [2]: norm {:.3e}", 52f64.sqrt())), "{text}");
+    assert!(text.contains("fixed [2]: frozen") && text.contains("b [2]: no gradient: detach"), "{text}");
+    assert!(text.contains(&format!("params.rs:{line}:")), "{text}");
+    assert_eq!(report.unreached().map(|entry| entry.name.as_str()).collect::<Vec<_>>(), ["b"]);
 }
