@@ -131,6 +131,19 @@ impl CausalSelfAttention {
         self.joined(&LazyTensor::attention(&q, &k, &v, None, &options)?)
     }
 
+    /// Attention of the positions `xs` (batch, s, hidden) over themselves and those before them, without a cache: what training wants.
+    /// A window of the model's is kept to. The result has shape (batch, s, hidden).
+    ///
+    /// # Errors
+    /// As its ops.
+    #[track_caller]
+    pub fn forward_causal(&self, xs: &LazyTensor, at: &Positions) -> Result<LazyTensor> {
+        let _scope = scope::enter(&self.path);
+        let (q, k, v) = self.heads(xs, at)?;
+        let options = AttentionOptions { causal: true, window: self.window, ..self.options() };
+        self.joined(&LazyTensor::attention(&q, &k, &v, None, &options)?)
+    }
+
     /// Attention of the positions `xs` (batch, s, hidden) over one another, without a cache.
     ///
     /// Every query sees every key, later ones too, but for what `mask` says: it is added to the scores, to (batch, heads, s, s) by

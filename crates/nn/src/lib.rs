@@ -11,7 +11,7 @@
 //! | ported models | [`candle`] and [`candle_nn`]: the names that models written for Candle import |
 //! | weights | [`weights`]: safetensors and GGUF behind Candle's `VarBuilder` |
 //! | a model on disk | [`ModelDir`] |
-//! | training | [`params`], [`loss`], [`optim`] |
+//! | training | [`params`], [`loss`], [`optim`], [`LoraAdapter`] |
 //! | the next token | [`sampling`]: greedy, temperature, top-k, top-p, a penalty for repetition |
 //! | text | `tokenizer` (feature `tokenizers`) |
 //! | fetching | `hub` (feature `hub`) |
@@ -53,7 +53,7 @@ pub use embedding::{embedding, Embedding};
 pub use error::{Error, Result};
 pub use kv_cache::KvCache;
 pub use linear::{linear, linear_b, linear_no_bias, Linear};
-pub use lora::{LoraLinear, LoraWeights};
+pub use lora::{LoraAdapter, LoraConfig, LoraLinear, LoraTargets, LoraWeights};
 pub use mlp::{FeedForward, Mlp};
 pub use model_dir::{ModelDir, WeightFiles};
 pub use module::Module;

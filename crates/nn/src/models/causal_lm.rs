@@ -4,7 +4,7 @@
 //! `lm_head.weight`); GGUF files are given those names when they are opened ([`crate::weights::Gguf`]).
 
 use super::causal_lm_config::CausalLmConfig;
-use super::decoder_block::DecoderBlock;
+use super::decoder_block::{DecoderBlock, PROJECTIONS};
 use crate::attention::Positions;
 use crate::embedding::{embedding, Embedding};
 use crate::error::{Error, Result};
@@ -188,6 +188,19 @@ fn no_denied_tensor(config: &CausalLmConfig, vb: &VarBuilder<'_>) -> Result<()> 
     Ok(())
 }
 
+/// The length of `ids` (batch, s), which is not 0.
+#[track_caller]
+fn check_ids(ids: &LazyTensor) -> Result<usize> {
+    match ids.dims() {
+        [_, 0] => Err(Error::empty_prompt()),
+        [_, s] => Ok(*s),
+        _ => {
+            let message = format_args!("ids must have shape (batch, length), found {:?}", ids.shape());
+            Err(Error::module("causal_lm", "model", message))
+        }
+    }
+}
+
 /// A decoder.
 #[derive(Debug, Clone)]
 pub struct CausalLm {
@@ -298,7 +311,14 @@ impl CausalLm {
         Ok(())
     }
 
-    fn projection_mut(&mut self, path: &str) -> Option<&mut LoraLinear> {
+    /// The paths of the linear maps that can carry an adapter, block by block.
+    pub fn projection_paths(&self) -> Vec<String> {
+        let of_block =
+            |index| PROJECTIONS.iter().map(move |(part, name)| format!("model.layers.{index}.{part}.{name}"));
+        (0..self.blocks.len()).flat_map(of_block).collect()
+    }
+
+    pub(crate) fn projection_mut(&mut self, path: &str) -> Option<&mut LoraLinear> {
         let rest = path.strip_prefix("model.layers.")?;
         let (index, rest) = rest.split_once('.')?;
         let block = self.blocks.get_mut(index.parse::<usize>().ok()?)?;
@@ -335,6 +355,39 @@ impl CausalLm {
         self.logits(&hidden)
     }
 
+    /// The rotary table of the first `len` positions, for [`CausalLm::forward_causal`].
+    ///
+    /// # Errors
+    /// [`Error::PromptTooLong`] where the model's context is shorter.
+    #[track_caller]
+    pub fn positions(&self, len: usize) -> Result<Positions> {
+        let context = self.config.max_position_embeddings;
+        if len > context {
+            return Err(Error::prompt_too_long(len, context));
+        }
+        let (cos, sin) = Rope::new(&self.config, len, self.dtype, &self.device)?.slice(0, len, len)?;
+        Ok(Positions { cos, sin })
+    }
+
+    /// Logits (batch, s, vocab) of all positions of whole sequences `ids` (batch, s) without a cache, as training wants them: each
+    /// position sees itself and those before it. `at` are the positions' rows of the rotary table ([`CausalLm::positions`] of s).
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrompt`] for s = 0, and as its ops: where `at` is not of s positions.
+    #[track_caller]
+    pub fn forward_causal(&self, ids: &LazyTensor, at: &Positions) -> Result<LazyTensor> {
+        check_ids(ids)?;
+        let hidden = {
+            let _scope = scope::enter("model");
+            let mut xs = self.embed.forward(ids)?;
+            for block in &self.blocks {
+                xs = block.forward_causal(&xs, at)?;
+            }
+            xs
+        };
+        self.logits(&hidden)
+    }
+
     #[track_caller]
     fn logits(&self, hidden: &LazyTensor) -> Result<LazyTensor> {
         let normed = {
@@ -347,16 +400,7 @@ impl CausalLm {
     /// The residual stream (batch, s, hidden) after all blocks, before the last norm.
     #[track_caller]
     fn hidden(&self, ids: &LazyTensor, cache: &mut Cache) -> Result<LazyTensor> {
-        let &[_, s] = ids.dims() else {
-            return Err(Error::module(
-                "causal_lm",
-                "model",
-                format_args!("ids must have shape (batch, length), found {:?}", ids.shape()),
-            ));
-        };
-        if s == 0 {
-            return Err(Error::empty_prompt());
-        }
+        let s = check_ids(ids)?;
         if cache.blocks.len() != self.blocks.len() {
             let (made, has) = (cache.blocks.len(), self.blocks.len());
             return Err(Error::cache(format_args!("made for {made} blocks, the model has {has}")));

@@ -13,8 +13,16 @@ use candle_lazy_exec::LazyTensor;
 use candle_nn::VarBuilder;
 use std::sync::Arc;
 
-/// The names that the linear maps of a block have in checkpoints.
-const PROJECTIONS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+/// The names that the linear maps of a block have in checkpoints, by the part that they belong to.
+pub(super) const PROJECTIONS: [(&str, &str); 7] = [
+    ("self_attn", "q_proj"),
+    ("self_attn", "k_proj"),
+    ("self_attn", "v_proj"),
+    ("self_attn", "o_proj"),
+    ("mlp", "gate_proj"),
+    ("mlp", "up_proj"),
+    ("mlp", "down_proj"),
+];
 
 /// Attention and MLP, each behind an RMS norm and added to the residual stream.
 #[derive(Debug, Clone)]
@@ -75,7 +83,7 @@ impl DecoderBlock {
     /// # Errors
     /// None in practice: taking an adapter away needs nothing to fit.
     pub fn clear_lora(&mut self) -> Result<()> {
-        for name in PROJECTIONS {
+        for (_, name) in PROJECTIONS {
             if let Some(projection) = self.projection_mut(name) {
                 projection.set_adapter(None)?;
             }
@@ -91,6 +99,17 @@ impl DecoderBlock {
     pub fn forward(&self, xs: &LazyTensor, at: &Positions, cache: &mut KvCache) -> Result<LazyTensor> {
         let _scope = scope::enter(&self.path);
         let attended = self.attention.forward(&self.input_norm.forward(xs)?, at, cache)?;
+        self.fed(xs, &attended)
+    }
+
+    /// The same without a cache: the positions see themselves and those before them.
+    ///
+    /// # Errors
+    /// As [`CausalSelfAttention::forward_causal`].
+    #[track_caller]
+    pub fn forward_causal(&self, xs: &LazyTensor, at: &Positions) -> Result<LazyTensor> {
+        let _scope = scope::enter(&self.path);
+        let attended = self.attention.forward_causal(&self.input_norm.forward(xs)?, at)?;
         self.fed(xs, &attended)
     }
 

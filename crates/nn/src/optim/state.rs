@@ -65,8 +65,10 @@ impl Optimizer {
         for (slot, _) in self.slots.iter().zip(&known).filter(|(_, updates)| **updates > 0) {
             names.extend(kept.iter().map(|what| (name_of(slot.param.name(), what), slot)));
         }
-        let wanted: Vec<_> =
-            names.iter().map(|(name, slot)| (name.as_str(), slot.param.shape(), compute_dtype(&slot.param))).collect();
+        let wanted: Vec<_> = names
+            .iter()
+            .map(|(name, slot)| (name.as_str(), slot.param.shape(), Some(compute_dtype(&slot.param))))
+            .collect();
         check_file(&file, &wanted)?;
         let mut read = Vec::with_capacity(self.slots.len());
         for (slot, updates) in self.slots.iter().zip(&known) {

@@ -25,8 +25,8 @@ pub(crate) fn values(named: &[(String, LazyTensor)]) -> Result<BTreeMap<String, 
 }
 
 /// Refuses a file that does not have exactly these tensors, by the names of what is missing and what is too much, or by the first tensor
-/// of another shape or dtype.
-pub(crate) fn check_file(file: &SafetensorsFile, wanted: &[(&str, &Shape, DType)]) -> Result<()> {
+/// of another shape, or of another dtype where one is asked for.
+pub(crate) fn check_file(file: &SafetensorsFile, wanted: &[(&str, &Shape, Option<DType>)]) -> Result<()> {
     let names: BTreeSet<&str> = wanted.iter().map(|(name, _, _)| *name).collect();
     let stored: BTreeSet<&str> = file.names().collect();
     let bad = |message: String| Err(Error::format(file.path(), "parameter", message));
@@ -44,7 +44,7 @@ pub(crate) fn check_file(file: &SafetensorsFile, wanted: &[(&str, &Shape, DType)
             let (name, expected, found) = (name.to_string(), shape.clone(), found.clone());
             return Err(Error::TensorShape { name, expected, found, file: Some(file.path().to_path_buf()) });
         }
-        if file.dtype(name) != Some(dtype) {
+        if let Some(dtype) = dtype.filter(|dtype| file.dtype(name) != Some(*dtype)) {
             let found = file.dtype(name).map_or("a dtype that Candle does not have".to_string(), |d| format!("{d:?}"));
             let message = format!("expected {dtype:?}, found {found}");
             return Err(Error::Tensor { name: name.to_string(), file: Some(file.path().to_path_buf()), message });
@@ -92,7 +92,7 @@ impl Params {
     /// [`Error::TensorShape`] and [`Error::Tensor`] for another shape or dtype. All parameters are as they were then.
     pub fn load(&self, path: impl AsRef<Path>) -> Result<()> {
         let file = SafetensorsFile::open(path)?;
-        let wanted: Vec<_> = self.iter().map(|param| (param.name(), param.shape(), param.dtype())).collect();
+        let wanted: Vec<_> = self.iter().map(|param| (param.name(), param.shape(), Some(param.dtype()))).collect();
         check_file(&file, &wanted)?;
         let mut read = Vec::with_capacity(self.len());
         for param in self.iter() {

@@ -11,6 +11,7 @@ mod gguf;
 mod gguf_broken;
 mod kv_cache;
 mod lora;
+mod lora_adapter;
 mod loss;
 mod model_dir;
 mod modules;
