@@ -144,6 +144,11 @@ pub(super) fn alone(effort: Effort, side: Side<'_>) -> Result<f64, Error> {
     Ok(median(&all))
 }
 
+/// What has no second side.
+pub(super) fn single(lazy_us: f64, ratio: f64) -> Paired {
+    Paired { eager_us: f64::NAN, lazy_us, ratio, ratio_hi: ratio, idle_us: f64::NAN }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -9,6 +9,7 @@ mod decoder;
 mod encoder;
 mod measure;
 mod pair;
+mod training;
 mod twin;
 
 use crate::Result;
@@ -18,6 +19,7 @@ use std::time::Duration;
 pub use encoder::{cosine, SENTENCES};
 pub use measure::{measure, Measured, Side, Way};
 pub use pair::{DecoderPair, EncoderPair};
+pub use training::TrainingPair;
 
 /// The largest difference of lazy from eager, relative to eager's largest number, that counts as agreement.
 pub const TOLERANCE: f64 = 1e-4;

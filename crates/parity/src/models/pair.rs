@@ -62,21 +62,25 @@ impl EncoderPair {
     /// # Errors
     /// When a side fails.
     pub fn peaks(&self, texts: &[Vec<u32>]) -> Result<(u64, u64)> {
-        struct Pass<'a>(&'a dyn Fn() -> Result<Tensor>);
-        impl Way for Pass<'_> {
-            fn begin(&mut self) -> Result<()> {
-                Ok(())
-            }
-            fn step(&mut self, _: usize) -> Result<Option<EvalReport>> {
-                (self.0)()?;
-                Ok(None)
-            }
-            fn end(&mut self) {}
-        }
-        let (eager, lazy) = (|| self.eager(texts), || self.lazy(texts));
-        let measured = measure(1, 1, Some(&mut Pass(&eager)), &mut Pass(&lazy))?;
-        Ok((measured.eager.map_or(0, |Side { peak, .. }| peak), measured.lazy.peak))
+        peaks(&|| self.eager(texts), &|| self.lazy(texts))
     }
+}
+
+/// The most bytes that either side had allocated at once, beyond what was alive when it began.
+pub(super) fn peaks(eager: &dyn Fn() -> Result<Tensor>, lazy: &dyn Fn() -> Result<Tensor>) -> Result<(u64, u64)> {
+    struct Pass<'a>(&'a dyn Fn() -> Result<Tensor>);
+    impl Way for Pass<'_> {
+        fn begin(&mut self) -> Result<()> {
+            Ok(())
+        }
+        fn step(&mut self, _: usize) -> Result<Option<EvalReport>> {
+            (self.0)()?;
+            Ok(None)
+        }
+        fn end(&mut self) {}
+    }
+    let measured = measure(1, 1, Some(&mut Pass(eager)), &mut Pass(lazy))?;
+    Ok((measured.eager.map_or(0, |Side { peak, .. }| peak), measured.lazy.peak))
 }
 
 /// A lazy decoder that has read a text of its own choice.

@@ -4,6 +4,7 @@ mod contraction;
 mod elementwise;
 mod model;
 mod overhead;
+mod train;
 mod v1;
 
 use super::measure::{Effort, Paired};
@@ -90,6 +91,7 @@ pub(super) fn all() -> Vec<Row> {
     rows.extend(contraction::rows());
     rows.extend(model::rows());
     rows.extend(overhead::rows());
+    rows.extend(train::rows());
     rows.extend(v1::rows());
     rows
 }

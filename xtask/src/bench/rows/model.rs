@@ -43,7 +43,7 @@ impl Models {
 }
 
 /// Some ids; others for another seed.
-fn ids(seed: usize, count: usize) -> Vec<u32> {
+pub(super) fn ids(seed: usize, count: usize) -> Vec<u32> {
     let span = (WORDS.end - WORDS.start) as usize;
     (0..count).map(|i| WORDS.start + ((seed * 7919 + i * 104_729 + i * i * 31) % span) as u32).collect()
 }
@@ -121,11 +121,6 @@ fn decode(models: &Rc<Models>, dtype: DType) -> Result<Work, Error> {
     })
 }
 
-/// What has no second side.
-fn single(lazy_us: f64, ratio: f64) -> Paired {
-    Paired { eager_us: f64::NAN, lazy_us, ratio, ratio_hi: ratio, idle_us: f64::NAN }
-}
-
 /// Another process that keeps one core busy, until it is dropped.
 struct Busy(Child);
 
@@ -172,7 +167,7 @@ fn busy(models: &Rc<Models>, effort: Effort) -> Result<Paired, Error> {
         ratios.push(idle / beside);
         times.push(beside);
     }
-    let paired = single(measure::median(&times), measure::median(&ratios));
+    let paired = measure::single(measure::median(&times), measure::median(&ratios));
     Ok(Paired { ratio_hi: measure::median_hi(&ratios), ..paired })
 }
 
@@ -180,7 +175,7 @@ fn busy(models: &Rc<Models>, effort: Effort) -> Result<Paired, Error> {
 fn plan(models: &Rc<Models>, effort: Effort, cached: bool) -> Result<Paired, Error> {
     let plan = models.decoder()?.planner(cached)?;
     let us = measure::alone(effort, &|_| Ok(plan()?))?;
-    Ok(single(us, f64::NAN))
+    Ok(measure::single(us, f64::NAN))
 }
 
 /// Eager's peak over lazy's.
@@ -189,7 +184,7 @@ fn memory(models: &Rc<Models>) -> Result<Paired, Error> {
     if eager == 0 || lazy == 0 {
         return Err(Error::Wrong("no allocator counts the memory".into()));
     }
-    Ok(single(f64::NAN, eager as f64 / lazy as f64))
+    Ok(measure::single(f64::NAN, eager as f64 / lazy as f64))
 }
 
 pub(super) fn rows() -> Vec<Row> {
