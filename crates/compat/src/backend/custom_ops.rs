@@ -1,61 +1,99 @@
 //! The fused ops as Candle's custom ops, for `Tensor::apply_op1`.
 //!
-//! They compute on the CPU, whatever the layout, and are refused elsewhere; `CustomMetalOps` runs on every device. The gradient of the
-//! input flows through all of them. Candle asks a custom op of one input for that one gradient only, so A and B of [`FusedLoRAOp`] get
-//! none here; `CustomMetalOps::lora_forward_fused` gives all three theirs.
+//! They run on every device, whatever the layout: what the layout selects becomes a tensor of the storage's device, and the engine's
+//! function computes its result. The gradient of the input flows through all of them. Candle asks a custom op of one input for that one
+//! gradient only, so A and B of [`FusedLoRAOp`] get none here; `CustomMetalOps::lora_forward_fused` gives all three theirs, and copies
+//! nothing.
 
-use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Storage, Tensor};
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::op::BackpropOp;
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, Error, Layout, MetalStorage, Result, Shape, Storage, Tensor, Var, D,
+};
 
-/// The input as a tensor of its own: what the layout selects, contiguous.
-fn tensor_of(op: &str, storage: &CpuStorage, layout: &Layout) -> Result<Tensor> {
-    fn selected<T: Copy>(values: &[T], layout: &Layout) -> Vec<T> {
-        match layout.contiguous_offsets() {
-            Some((start, end)) => values.get(start..end).map(<[T]>::to_vec).unwrap_or_default(),
-            None => {
-                let mut places = vec![layout.start_offset()];
-                for (&len, &stride) in layout.dims().iter().zip(layout.stride()) {
-                    places = places.iter().flat_map(|at| (0..len).map(move |i| at + i * stride)).collect();
-                }
-                places.iter().filter_map(|&at| values.get(at).copied()).collect()
-            }
-        }
-    }
-    let shape = layout.shape();
-    match storage {
-        CpuStorage::F32(values) => Tensor::from_vec(selected(values, layout), shape, &Device::Cpu),
-        CpuStorage::F64(values) => Tensor::from_vec(selected(values, layout), shape, &Device::Cpu),
-        CpuStorage::F16(values) => Tensor::from_vec(selected(values, layout), shape, &Device::Cpu),
-        CpuStorage::BF16(values) => Tensor::from_vec(selected(values, layout), shape, &Device::Cpu),
-        _ => Err(candle_core::Error::Msg(format!("{op}: the input must be of a float dtype"))),
-    }
+/// A storage of one kind of device.
+trait OfDevice: BackendStorage<Device: BackendDevice<Storage = Self>> {
+    fn wrapped(self) -> Storage;
+    fn unwrapped(storage: &Storage) -> Option<&Self>;
 }
 
-/// The storage of a result and its shape.
-fn storage_of(result: &Tensor) -> Result<(CpuStorage, Shape)> {
-    let contiguous = result.contiguous()?;
-    let (guard, layout) = contiguous.storage_and_layout();
-    let Storage::Cpu(storage) = &*guard else {
-        return Err(candle_core::Error::Msg("the result of a CPU op is not on the CPU".into()));
+macro_rules! of_device {
+    ($storage:ty, $variant:ident) => {
+        impl OfDevice for $storage {
+            fn wrapped(self) -> Storage {
+                Storage::$variant(self)
+            }
+
+            fn unwrapped(storage: &Storage) -> Option<&Self> {
+                match storage {
+                    Storage::$variant(storage) => Some(storage),
+                    _ => None,
+                }
+            }
+        }
     };
-    let (start, len) = (layout.start_offset(), layout.shape().elem_count());
-    let part = |what: Option<CpuStorage>| {
-        what.ok_or_else(|| candle_core::Error::Msg("a result that its storage does not hold".into()))
+}
+of_device!(CpuStorage, Cpu);
+of_device!(CudaStorage, Cuda);
+of_device!(MetalStorage, Metal);
+
+/// What `layout` selects of a storage, row by row from offset 0.
+fn selected<S: OfDevice>(storage: &S, layout: &Layout) -> Result<S> {
+    let mut copy = storage.device().zeros_impl(layout.shape(), storage.dtype())?;
+    storage.copy_strided_src(&mut copy, 0, layout)?;
+    Ok(copy)
+}
+
+/// The result of `f` on what `layout` selects.
+fn forward<S: OfDevice>(storage: &S, layout: &Layout, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<(S, Shape)> {
+    let input = selected(storage, layout)?.wrapped();
+    let result = f(&Tensor::from_storage(input, layout.shape().clone(), BackpropOp::none(), false))?;
+    let (guard, layout) = result.storage_and_layout();
+    let Some(storage) = S::unwrapped(&guard) else {
+        return Err(Error::Msg("the result of an op is on another device than its input".into()));
     };
-    let owned = match storage {
-        CpuStorage::F32(v) => part(v.get(start..start + len).map(|v| CpuStorage::F32(v.to_vec())))?,
-        CpuStorage::F64(v) => part(v.get(start..start + len).map(|v| CpuStorage::F64(v.to_vec())))?,
-        CpuStorage::F16(v) => part(v.get(start..start + len).map(|v| CpuStorage::F16(v.to_vec())))?,
-        CpuStorage::BF16(v) => part(v.get(start..start + len).map(|v| CpuStorage::BF16(v.to_vec())))?,
-        _ => return Err(candle_core::Error::Msg("the result of a float op is no float".into())),
-    };
-    Ok((owned, layout.shape().clone()))
+    let whole = layout.is_contiguous() && layout.start_offset() == 0;
+    let own = if whole { storage.try_clone(layout)? } else { selected(storage, layout)? };
+    Ok((own, layout.shape().clone()))
 }
 
 /// The gradient of `f`'s input, from Candle's tape over `f`.
 fn gradient(x: &Tensor, grad: &Tensor, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Option<Tensor>> {
-    let input = candle_core::Var::from_tensor(&x.detach())?;
+    let input = Var::from_tensor(&x.detach())?;
     let weighted = (f(input.as_tensor())? * grad.detach())?.sum_all()?;
     Ok(weighted.backward()?.get(input.as_tensor()).cloned())
+}
+
+/// All of a custom op: its name, and the type's `apply` on each kind of device and for the gradient.
+macro_rules! by_apply {
+    ($name:literal) => {
+        fn name(&self) -> &'static str {
+            $name
+        }
+
+        fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+            forward(storage, layout, |x| self.apply(x))
+        }
+
+        fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+            // without Candle's feature the storage is a type whose methods panic
+            if !candle_core::utils::cuda_is_available() {
+                return Err(Error::NotCompiledWithCudaSupport);
+            }
+            forward(storage, layout, |x| self.apply(x))
+        }
+
+        fn metal_fwd(&self, storage: &MetalStorage, layout: &Layout) -> Result<(MetalStorage, Shape)> {
+            if !candle_core::utils::metal_is_available() {
+                return Err(Error::NotCompiledWithMetalSupport);
+            }
+            forward(storage, layout, |x| self.apply(x))
+        }
+
+        fn bwd(&self, x: &Tensor, _result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+            gradient(x, grad, |x| self.apply(x))
+        }
+    };
 }
 
 /// (x·A·B)·scaling as an op of x.
@@ -78,7 +116,7 @@ impl FusedLoRAOp {
     pub fn new(lora_a: Tensor, lora_b: Tensor, scaling: f32) -> Result<Self> {
         let ((_, rank_a), (rank_b, _)) = (lora_a.dims2()?, lora_b.dims2()?);
         if rank_a != rank_b {
-            return Err(candle_core::Error::Msg(format!(
+            return Err(Error::Msg(format!(
                 "LoRA matrix dimension mismatch: A {:?} and B {:?} have ranks {rank_a} and {rank_b}",
                 lora_a.dims(),
                 lora_b.dims()
@@ -93,17 +131,7 @@ impl FusedLoRAOp {
 }
 
 impl CustomOp1 for FusedLoRAOp {
-    fn name(&self) -> &'static str {
-        "fused_lora_forward"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        storage_of(&self.apply(&tensor_of(self.name(), storage, layout)?)?)
-    }
-
-    fn bwd(&self, x: &Tensor, _result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        gradient(x, grad, |x| self.apply(x))
-    }
+    by_apply!("fused_lora_forward");
 }
 
 /// x/√(mean(x²) + eps) over the last dim.
@@ -119,25 +147,18 @@ impl FusedRMSNormOp {
     /// Where eps is negative or no number.
     pub fn new(eps: f32) -> Result<Self> {
         if eps.is_nan() || eps < 0.0 {
-            return Err(candle_core::Error::Msg(format!("fused-rms-norm: an eps of {eps}")));
+            return Err(Error::Msg(format!("fused-rms-norm: an eps of {eps}")));
         }
         Ok(Self { eps })
+    }
+
+    fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        candle_lazy_ops::rms_norm(x, None, f64::from(self.eps))
     }
 }
 
 impl CustomOp1 for FusedRMSNormOp {
-    fn name(&self) -> &'static str {
-        "fused-rms-norm"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = tensor_of(self.name(), storage, layout)?;
-        storage_of(&candle_lazy_ops::rms_norm(&x, None, f64::from(self.eps))?)
-    }
-
-    fn bwd(&self, x: &Tensor, _result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        gradient(x, grad, |x| candle_lazy_ops::rms_norm(x, None, f64::from(self.eps)))
-    }
+    by_apply!("fused-rms-norm");
 }
 
 /// Softmax over the last dim.
@@ -152,21 +173,14 @@ impl FusedSoftmaxOp {
     pub fn new() -> Result<Self> {
         Ok(Self)
     }
+
+    fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        candle_lazy_ops::softmax(x, D::Minus1)
+    }
 }
 
 impl CustomOp1 for FusedSoftmaxOp {
-    fn name(&self) -> &'static str {
-        "fused-softmax"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = tensor_of(self.name(), storage, layout)?;
-        storage_of(&candle_lazy_ops::softmax(&x, candle_core::D::Minus1)?)
-    }
-
-    fn bwd(&self, x: &Tensor, _result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        gradient(x, grad, |x| candle_lazy_ops::softmax(x, candle_core::D::Minus1))
-    }
+    by_apply!("fused-softmax");
 }
 
 /// (x − mean)/√(var + eps) over the last dim, biased variance.
@@ -181,21 +195,14 @@ impl LayerNormOp {
     pub fn new(eps: f64) -> Self {
         Self { eps }
     }
+
+    fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        candle_lazy_ops::layer_norm(x, None, None, self.eps)
+    }
 }
 
 impl CustomOp1 for LayerNormOp {
-    fn name(&self) -> &'static str {
-        "layer-norm"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = tensor_of(self.name(), storage, layout)?;
-        storage_of(&candle_lazy_ops::layer_norm(&x, None, None, self.eps)?)
-    }
-
-    fn bwd(&self, x: &Tensor, _result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        gradient(x, grad, |x| candle_lazy_ops::layer_norm(x, None, None, self.eps))
-    }
+    by_apply!("layer-norm");
 }
 
 /// (x − mean)/√(var + eps) over the last dim, biased variance, any rank above 0, differentiable.

@@ -123,25 +123,21 @@ impl KVCache {
     /// Appends `key` and `value`, (batch, heads, new positions, head dim) each, to layer `layer_idx` and returns all that it holds:
     /// (batch, heads, positions, head dim).
     ///
+    /// Only dim 2 has a meaning here: it is that of the positions, and there may be any number of other dims. Keys and values may differ in
+    /// all else.
+    ///
     /// # Errors
-    /// [`InferenceError::CacheFull`] where the layer has no room for all of them, [`InferenceError::Failed`] where the tensors have another
-    /// rank, do not fit each other, or do not fit what the layer holds. The cache is as it was then.
+    /// [`InferenceError::CacheFull`] where the layer has no room for all of them, [`InferenceError::Failed`] where a tensor has no dim 2,
+    /// keys and values differ in it, or they do not fit what the layer holds. The cache is as it was then.
     pub fn update(&mut self, layer_idx: usize, key: &Tensor, value: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (&[b, h, added, _], &[bv, hv, added_v, _]) = (key.dims(), value.dims()) else {
-            let (key, value) = (key.dims(), value.dims());
-            return Err(failed(format!(
-                "KV cache: keys and values must be (batch, heads, positions, head dim), got {key:?} and {value:?}"
-            )));
+        let added = match (key.dims(), value.dims()) {
+            (&[_, _, keys, ..], &[_, _, values, ..]) if keys == values => keys,
+            (key, value) => {
+                return Err(failed(format!(
+                    "KV cache: keys and values must have as many positions in dim 2, got {key:?} and {value:?}"
+                )));
+            }
         };
-        if (b, h, added) != (bv, hv, added_v) || key.dtype() != value.dtype() {
-            return Err(failed(format!(
-                "KV cache: keys {:?} ({:?}) and values {:?} ({:?}) differ in batch, heads, positions or dtype",
-                key.dims(),
-                key.dtype(),
-                value.dims(),
-                value.dtype()
-            )));
-        }
         let held = self.layers.get(&layer_idx);
         let position = held.map_or(0, |layer| layer.len);
         let max_len = self.config.max_seq_len;
@@ -175,7 +171,10 @@ impl KVCache {
 
 /// Refuses what differs from what is held in more than its number of positions.
 fn fits(what: &str, held: &Tensor, new: &Tensor, layer: usize) -> Result<()> {
-    let same_dims = matches!((held.dims(), new.dims()), (&[hb, hh, _, hd], &[b, h, _, d]) if (hb, hh, hd) == (b, h, d));
+    let others =
+        |tensor: &Tensor| tensor.dims().iter().enumerate().filter(|(at, _)| *at != 2).map(|(_, n)| *n).collect();
+    let (was, is): (Vec<usize>, Vec<usize>) = (others(held), others(new));
+    let same_dims = was == is;
     if same_dims && held.dtype() == new.dtype() && held.device().same_device(new.device()) {
         return Ok(());
     }

@@ -12,8 +12,9 @@ use candle_lazy_nn::sampling::Sampler;
 ///
 /// `temperature`, `top_k` and `top_p` act together with `sampling`: its temperature times `temperature`, the smaller of its `k` and
 /// `top_k`, the smaller of its `p` and `top_p`. The logits are divided by the temperature, then the `k` largest are kept, and of those
-/// the likeliest that have `p` together. [`SamplingStrategy::Greedy`] is greedy where `temperature` is 1 and the other two are `None`;
-/// with any of them set it draws as they say. A temperature of 0 is greedy.
+/// the likeliest that have `p` together. None of this changes which token is the likeliest: [`SamplingStrategy::Greedy`] takes that one
+/// whatever they are. To draw by the three of them alone, `sampling` is [`SamplingStrategy::Temperature`] with a temperature of 1. A
+/// temperature of 0 is greedy.
 #[derive(Debug, Clone)]
 pub struct GeneratorConfig {
     /// Number of new tokens at most.

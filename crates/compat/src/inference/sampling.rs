@@ -60,7 +60,7 @@ impl Choice {
     }
 
     /// A strategy together with the config's temperature, top-k and top-p: temperatures multiply, of two k and of two p the smaller holds.
-    /// Greedy stays greedy only where they say nothing. A temperature of 0 makes it greedy.
+    /// None of them changes which logit is the largest, so greedy stays greedy. A temperature of 0 makes it greedy.
     pub(super) fn combined(
         strategy: &SamplingStrategy,
         temperature: f64,
@@ -72,9 +72,8 @@ impl Choice {
         for options in [own, config] {
             options.validate().map_err(message)?;
         }
-        let says_nothing = config == SamplingOptions::default();
         let temperature = own.temperature * temperature;
-        if temperature == 0.0 || (matches!(strategy, SamplingStrategy::Greedy) && says_nothing) {
+        if temperature == 0.0 || matches!(strategy, SamplingStrategy::Greedy) {
             return Ok(Self::Greedy);
         }
         let top_k = own.top_k.into_iter().chain(top_k).min();

@@ -1,5 +1,5 @@
 //! Adapters in files: one safetensors file, tensors `layers.{i}.{module}.lora_a` (in, rank) and `.lora_b` (rank, out) of f32, and
-//! optionally the metadata entry `checkpoint_metadata`, JSON of [`CheckpointMetadata`]. Files of v1 load, where they have all that the adapter has.
+//! optionally the metadata entry `checkpoint_metadata`, JSON of [`CheckpointMetadata`]. Files of v1 load.
 //!
 //! Rank, alpha and targets are not in the file: an adapter is made with them, then filled.
 
@@ -14,8 +14,6 @@ use std::io::Write;
 use std::path::Path;
 
 const METADATA: &str = "checkpoint_metadata";
-/// How many names a message lists.
-const NAMED: usize = 4;
 
 /// Where training was when a checkpoint was written.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -84,12 +82,13 @@ fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Fills an adapter from a file and returns the metadata that was saved with it. Tensors that the adapter has no layer for are ignored.
+/// Fills an adapter from a file and returns the metadata that was saved with it. Tensors that the adapter has no layer for are ignored,
+/// and a low-rank layer that the file lacks stays as it is: a new one adds nothing to the model.
 ///
 /// # Errors
 /// [`Error::Candle`] where the file cannot be read; [`CheckpointError::InvalidFormat`] where it is no safetensors file or its metadata
-/// is not readable; [`CheckpointError::LoadFailed`] for tensors that are missing or of another shape or dtype. The adapter is as it was
-/// then.
+/// is not readable; [`CheckpointError::LoadFailed`] for tensors of another shape or dtype, for a layer of which the file has only A or only
+/// B, and for a file that has none of the adapter's layers. The adapter is as it was then.
 pub fn load_checkpoint(adapter: &mut LoRAAdapter, path: impl AsRef<Path>) -> Result<Option<CheckpointMetadata>> {
     let path = path.as_ref();
     let invalid = |error: &dyn std::fmt::Display| CheckpointError::InvalidFormat {
@@ -111,14 +110,14 @@ pub fn load_checkpoint(adapter: &mut LoRAAdapter, path: impl AsRef<Path>) -> Res
 /// Each variable of the adapter with its value in the file.
 fn found<'a>(adapter: &'a LoRAAdapter, file: &SafeTensors<'_>, path: &Path) -> Result<Vec<(&'a Var, Tensor)>> {
     let failed = |reason: String| CheckpointError::LoadFailed { reason: format!("{}: {reason}", path.display()) };
-    let (mut values, mut missing) = (Vec::new(), Vec::new());
+    let mut values = Vec::new();
     for (layer_name, layer) in adapter.layers() {
-        for (part, var) in parts(layer) {
-            let name = format!("{layer_name}.{part}");
-            let Ok(view) = file.tensor(&name) else {
-                missing.push(name);
-                continue;
-            };
+        let named = parts(layer).map(|(part, var)| (format!("{layer_name}.{part}"), var));
+        if named.iter().all(|(name, _)| file.tensor(name).is_err()) {
+            continue;
+        }
+        for (name, var) in named {
+            let view = file.tensor(&name).map_err(|_| failed(format!("missing tensor: {name}")))?;
             if view.shape() != var.dims() || view.dtype() != Dtype::F32 {
                 let (shape, dtype, dims) = (view.shape(), view.dtype(), var.dims());
                 let reason = format!("shape mismatch for {name}: expected {dims:?} of F32, got {shape:?} of {dtype:?}");
@@ -127,13 +126,10 @@ fn found<'a>(adapter: &'a LoRAAdapter, file: &SafeTensors<'_>, path: &Path) -> R
             values.push((var, view.load(var.device())?));
         }
     }
-    if missing.is_empty() {
-        return Ok(values);
+    match adapter.layers().next() {
+        Some((name, _)) if values.is_empty() => {
+            Err(failed(format!("no tensor of {name} or of any other layer of the adapter")).into())
+        }
+        _ => Ok(values),
     }
-    let names = missing.iter().take(NAMED).map(String::as_str).collect::<Vec<_>>().join(", ");
-    let more = match missing.len().saturating_sub(NAMED) {
-        0 => String::new(),
-        more => format!(" and {more} more"),
-    };
-    Err(failed(format!("missing tensors: {names}{more}")).into())
 }

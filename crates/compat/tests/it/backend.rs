@@ -217,6 +217,28 @@ mod fused {
     }
 
     #[test]
+    fn custom_ops_of_broadcast_views_and_of_none() {
+        let row = numbers(8);
+        let x = Tensor::from_vec(row.clone(), (1, 8), &CandleDevice::Cpu).unwrap().broadcast_as((3, 8)).unwrap();
+        let want = rows(&row.repeat(3), 8, softmax);
+        assert_close(&x.apply_op1(FusedSoftmaxOp::new().unwrap()).unwrap(), &want);
+        let none = x.narrow(0, 0, 0).unwrap();
+        assert_eq!(none.apply_op1(LayerNormOp::new(1e-5)).unwrap().dims(), [0, 8]);
+        let ids = Tensor::new(&[1u32, 2], &CandleDevice::Cpu).unwrap();
+        assert!(ids.apply_op1(FusedSoftmaxOp::new().unwrap()).is_err());
+    }
+
+    /// Candle's storage of a device that it was not built for is a type without content.
+    #[cfg(not(target_os = "macos"))]
+    #[test]
+    fn a_custom_op_without_metal_is_an_error() {
+        use candle_core::{CustomOp1, Layout, MetalStorage};
+        let op = FusedSoftmaxOp::new().unwrap();
+        let error = op.metal_fwd(&MetalStorage, &Layout::contiguous((2, 8))).unwrap_err();
+        assert!(matches!(error, candle_core::Error::NotCompiledWithMetalSupport), "{error}");
+    }
+
+    #[test]
     fn factors_that_do_not_fit_are_refused() {
         let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &CandleDevice::Cpu).unwrap();
         assert!(FusedLoRAOp::new(zeros(&[8, 2]), zeros(&[3, 5]), 1.0).is_err());

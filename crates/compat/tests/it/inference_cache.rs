@@ -132,10 +132,11 @@ fn what_does_not_fit_is_refused_and_the_cache_stays() {
     let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
     let ok = zeros(&[2, 3, 1, 4]);
     let cases = [
-        (zeros(&[2]), zeros(&[2]), "must be (batch, heads, positions, head dim), got [2] and [2]"),
-        (zeros(&[2, 3, 1]), zeros(&[2, 3, 1]), "must be (batch, heads, positions, head dim)"),
-        (ok.clone(), zeros(&[2, 3, 2, 4]), "differ in batch, heads, positions or dtype"),
-        (ok.clone(), ok.to_dtype(DType::F64).unwrap(), "differ in batch, heads, positions or dtype"),
+        (zeros(&[2, 3]), zeros(&[2, 3]), "must have as many positions in dim 2, got [2, 3] and [2, 3]"),
+        (zeros(&[2, 3, 1]), zeros(&[2, 3]), "must have as many positions in dim 2, got [2, 3, 1] and [2, 3]"),
+        (ok.clone(), zeros(&[2, 3, 2, 4]), "must have as many positions in dim 2"),
+        (zeros(&[2, 3, 1]), zeros(&[2, 3, 1]), "layer 3 holds keys [2, 3, 2, 4] (F32), cannot take [2, 3, 1] (F32)"),
+        (ok.clone(), ok.to_dtype(DType::F64).unwrap(), "layer 3 holds values"),
         (
             zeros(&[1, 3, 1, 4]),
             zeros(&[1, 3, 1, 4]),
@@ -149,6 +150,28 @@ fn what_does_not_fit_is_refused_and_the_cache_stays() {
         assert!(error.to_string().contains(words), "{error}");
         assert_eq!(values(&cache.get(3).unwrap().0), values(&counted(2, 0.0)));
     }
-    // values may be of another width than keys
-    cache.update(0, &zeros(&[1, 1, 1, 4]), &zeros(&[1, 1, 1, 6])).unwrap();
+}
+
+/// v1 looked at nothing but dim 2.
+#[test]
+fn keys_and_values_of_other_ranks_widths_and_dtypes() {
+    let mut cache = cache(8);
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+    cache.update(0, &zeros(&[1, 1, 1, 4]), &zeros(&[1, 2, 1, 6]).to_dtype(DType::F16).unwrap()).unwrap();
+    let (k, v) = cache.update(0, &zeros(&[1, 1, 2, 4]), &zeros(&[1, 2, 2, 6]).to_dtype(DType::F16).unwrap()).unwrap();
+    assert_eq!((k.dims(), v.dims(), v.dtype()), (&[1, 1, 3, 4][..], &[1, 2, 3, 6][..], DType::F16));
+    cache.clear();
+    for (at, shape) in [&[2, 3, 1][..], &[2, 3, 1, 2, 2]].into_iter().enumerate() {
+        let n: usize = shape.iter().product();
+        let piece = |first: f32| {
+            Tensor::from_vec((0..n).map(|i| first + i as f32).collect::<Vec<_>>(), shape, &Device::Cpu).unwrap()
+        };
+        // the first step, one that makes room, one in place
+        let steps = [piece(0.0), piece(100.0), piece(200.0)];
+        let (k, v) = steps.iter().map(|step| cache.update(at, step, &step.neg().unwrap()).unwrap()).last().unwrap();
+        let want = Tensor::cat(&steps, 2).unwrap();
+        assert_eq!((k.dims(), values(&k)), (want.dims(), values(&want)));
+        assert_eq!(values(&v), values(&want.neg().unwrap()));
+        assert_eq!((cache.position(), cache.num_cached_layers()), (3, at + 1));
+    }
 }

@@ -181,16 +181,21 @@ fn assert_share(config: GeneratorConfig, want: f64) {
 
 #[test]
 fn temperature_top_k_and_top_p_act_together_with_the_strategy() {
-    let greedy = GeneratorConfig::default();
+    let drawn =
+        GeneratorConfig { sampling: SamplingStrategy::Temperature { temperature: 1.0 }, ..GeneratorConfig::default() };
     let (a, b, c) = (4f64, 3f64, -1f64);
     let softmax = |t: f64| (a / t).exp() / ((a / t).exp() + (b / t).exp() + 6.0 * (c / t).exp());
     let best_two = |t: f64| (a / t).exp() / ((a / t).exp() + (b / t).exp());
+    assert_share(drawn.clone(), softmax(1.0));
+    assert_share(GeneratorConfig { temperature: 2.0, ..drawn.clone() }, softmax(2.0));
+    assert_share(GeneratorConfig { top_k: Some(2), ..drawn.clone() }, best_two(1.0));
+    assert_share(GeneratorConfig { top_k: Some(2), temperature: 3.0, ..drawn.clone() }, best_two(3.0));
+    assert_share(GeneratorConfig { top_p: Some(0.9), ..drawn.clone() }, best_two(1.0));
+    assert_share(GeneratorConfig { top_p: Some(0.5), ..drawn }, 1.0);
+    // the likeliest token is the same whatever they say
+    let greedy = GeneratorConfig::default();
     assert_share(greedy.clone(), 1.0);
-    assert_share(GeneratorConfig { temperature: 2.0, ..greedy.clone() }, softmax(2.0));
-    assert_share(GeneratorConfig { top_k: Some(2), ..greedy.clone() }, best_two(1.0));
-    assert_share(GeneratorConfig { top_k: Some(2), temperature: 3.0, ..greedy.clone() }, best_two(3.0));
-    assert_share(GeneratorConfig { top_p: Some(0.9), ..greedy.clone() }, best_two(1.0));
-    assert_share(GeneratorConfig { top_p: Some(0.5), ..greedy.clone() }, 1.0);
+    assert_share(GeneratorConfig { temperature: 5.0, top_k: Some(7), top_p: Some(0.99), ..greedy.clone() }, 1.0);
     let of = |sampling: SamplingStrategy| GeneratorConfig { sampling, ..GeneratorConfig::default() };
     assert_share(of(SamplingStrategy::Temperature { temperature: 2.0 }), softmax(2.0));
     assert_share(

@@ -121,7 +121,7 @@ fn steps_and_rates_go_on_over_runs() {
 fn gradients_are_clipped_by_their_common_norm() {
     // a large ε makes the first update lr·g/(|g| + ε), which the size of g shows in
     let optimizer_config = AdamWConfig { epsilon: 1.0, weight_decay: 0.0, ..AdamWConfig::default() };
-    for max_grad_norm in [Some(0.05), Some(1e3), None] {
+    for max_grad_norm in [Some(0.05), Some(1e3), None, Some(0.0), Some(-1.0), Some(f32::INFINITY)] {
         let mut trainer = trainer(TrainingConfig { optimizer_config, max_grad_norm, ..config(1, 0.1) });
         let (input, target) = &dataset()[0];
         let before = variables(trainer.lora_adapter());
@@ -131,7 +131,11 @@ fn gradients_are_clipped_by_their_common_norm() {
         let grads: Vec<Vec<f64>> = vars.map(|var| wide(store.get(var).unwrap())).collect();
         let norm = grads.iter().flatten().map(|g| g * g).sum::<f64>().sqrt();
         assert!(norm > 0.1, "{norm}");
-        let scale = max_grad_norm.map_or(1.0, |max| (f64::from(max) / (norm + 1e-6)).min(1.0));
+        // none of 0 and less clips, as in v1 and in Hugging Face's Trainer
+        let scale = match max_grad_norm {
+            Some(max) if max > 0.0 => (f64::from(max) / (norm + 1e-6)).min(1.0),
+            _ => 1.0,
+        };
         trainer.train_adapter(&dataset()[..1], logits).unwrap();
         for ((got, theta), grad) in variables(trainer.lora_adapter()).iter().zip(&before).zip(&grads) {
             for ((got, theta), grad) in got.iter().zip(theta).zip(grad) {
@@ -211,15 +215,39 @@ fn configs_that_mean_nothing() {
         let text = error.to_string();
         assert!(text.contains("invalid training configuration") && text.contains(what), "{text}");
     };
-    for norm in [0.0, -1.0, f32::NAN, f32::INFINITY] {
-        refused(TrainingConfig { max_grad_norm: Some(norm), ..config(1, 0.1) }, &lora(), "max_grad_norm");
-    }
-    refused(config(1, f32::NAN), &lora(), "learning rate");
-    let short = LRScheduler::warmup_cosine(4, 2, 0.1, 0.0);
-    refused(TrainingConfig { lr_scheduler: short, ..config(1, 0.1) }, &lora(), "warmup_steps 4 must be less");
+    refused(TrainingConfig { max_grad_norm: Some(f32::NAN), ..config(1, 0.1) }, &lora(), "max_grad_norm");
     let optimizer_config = AdamWConfig { beta1: 1.5, ..AdamWConfig::default() };
     refused(TrainingConfig { optimizer_config, ..config(1, 0.1) }, &lora(), "beta1");
     refused(config(1, 0.1), &LoRAAdapterConfig { rank: 0, ..lora() }, "rank must be greater than 0");
+}
+
+/// v1 took any schedule: what `LRScheduler::validate` refuses trains with the rates that `get_lr` has.
+#[test]
+fn schedules_that_v1_took() {
+    // the rates of the first three steps
+    let schedules = [
+        (LRScheduler::linear(0, 0.1), [0.1, 0.1, 0.1]),
+        (LRScheduler::constant(0.0), [0.0, 0.0, 0.0]),
+        (LRScheduler::cosine(0, 0.1, 0.025), [0.025, 0.025, 0.025]),
+        (LRScheduler::cosine(2, 0.025, 0.1), [0.025, 0.0625, 0.1]),
+        (LRScheduler::warmup_cosine(2, 1, 0.1, 0.025), [0.0, 0.05, 0.025]),
+    ];
+    for (lr_scheduler, want) in schedules {
+        assert!(lr_scheduler.validate().is_err(), "{lr_scheduler:?}");
+        let mut trainer = trainer(TrainingConfig { lr_scheduler: lr_scheduler.clone(), ..config(1, 0.1) });
+        let three = dataset().into_iter().cycle().take(3).collect::<Vec<_>>();
+        let got: Vec<f32> =
+            trainer.train_adapter(&three, logits).unwrap().iter().map(|metrics| metrics.learning_rate).collect();
+        assert!(got.iter().zip(&want).all(|(got, want)| (got - want).abs() < 1e-7), "{lr_scheduler:?}: {got:?}");
+    }
+    // rates that would spoil the adapter are errors of the step
+    for lr in [f32::NAN, f32::INFINITY, -0.1] {
+        let mut trainer = trainer(config(1, lr));
+        let before = variables(trainer.lora_adapter());
+        let text = trainer.train_adapter(&dataset(), logits).unwrap_err().to_string();
+        assert!(text.contains("invalid training configuration") && text.contains("learning rate"), "{text}");
+        assert_eq!(variables(trainer.lora_adapter()), before);
+    }
 }
 
 #[test]
