@@ -30,15 +30,25 @@ pub enum DeviceType {
     Cpu,
 }
 
+/// Candle's Metal device, or why there is none.
+fn metal(index: usize) -> std::result::Result<CandleDevice, String> {
+    // Candle takes the device out of the list of all by its number, which panics where the list is shorter
+    match std::panic::catch_unwind(|| CandleDevice::new_metal(index)) {
+        Ok(Ok(device)) => Ok(device),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err(format!("Candle could not open Metal device {index}: is there one of that number?")),
+    }
+}
+
 impl Device {
     /// The Metal device number `index`.
     ///
     /// # Errors
     /// [`DeviceError::MetalUnavailable`] where there is none, or where the build has no Metal.
     pub fn new_metal(index: usize) -> Result<Self> {
-        match CandleDevice::new_metal(index) {
+        match metal(index) {
             Ok(inner) => Ok(Self { inner }),
-            Err(error) => Err(DeviceError::MetalUnavailable { reason: error.to_string() }.into()),
+            Err(reason) => Err(DeviceError::MetalUnavailable { reason }.into()),
         }
     }
 
@@ -95,7 +105,7 @@ impl Device {
     #[must_use]
     pub fn is_metal_available() -> bool {
         static AVAILABLE: OnceLock<bool> = OnceLock::new();
-        *AVAILABLE.get_or_init(|| CandleDevice::new_metal(0).is_ok())
+        *AVAILABLE.get_or_init(|| metal(0).is_ok())
     }
 
     /// Candle's Metal device.

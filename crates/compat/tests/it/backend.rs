@@ -61,6 +61,10 @@ fn devices_say_what_they_are() {
         assert!(error.to_string().contains("Metal device not available"), "{error}");
         assert!(Device::new_with_fallback(0).is_cpu());
     }
+    // a number that no machine has, with Metal too
+    let error = Device::new_metal(10_000).unwrap_err();
+    assert!(matches!(error, Error::Device(DeviceError::MetalUnavailable { .. })), "{error}");
+    assert!(Device::new_with_fallback(10_000).is_cpu());
 }
 
 #[test]
