@@ -9,6 +9,8 @@ mod decoder;
 mod training;
 
 mod backend;
+#[cfg(all(feature = "custom-metal", feature = "async-exec", feature = "embeddings"))]
+mod bounds;
 #[cfg(feature = "embeddings")]
 mod embeddings;
 #[cfg(all(feature = "graph", feature = "custom-metal"))]
@@ -23,6 +25,8 @@ mod models_config;
 mod models_loader;
 mod models_qwen;
 mod models_transformer;
+#[cfg(all(feature = "custom-metal", feature = "async-exec", feature = "embeddings"))]
+mod signatures;
 mod training_adapter;
 mod training_checkpoint;
 mod training_lora;
