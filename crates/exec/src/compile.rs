@@ -3,13 +3,13 @@
 //! Recording, capturing and finding a plan cost some hundred nanoseconds per op at every call; a compiled function pays them once per
 //! combination of shapes, dtypes and devices, and binds new arguments to the plan that it kept after that.
 
-use crate::error::{Error, Result};
-use crate::run::{self, Trace};
+use crate::config;
+use crate::error::Error;
+use crate::run::{eval_all, Trace};
 use crate::tensor::LazyTensor;
 use candle_core::{DType, Device, Shape};
-use candle_lazy_graph::{BuildSite, ErrorKind};
+use candle_lazy_graph::ErrorKind;
 use parking_lot::Mutex;
-use std::cell::Cell;
 use std::sync::Arc;
 
 /// How many combinations of shapes, dtypes and devices a function keeps; the oldest one goes.
@@ -96,7 +96,7 @@ impl<F> Compiled<F> {
                     .to_string();
             x.refuse_here::<()>("compile", ErrorKind::Unsupported(detail))?;
         }
-        let mut values = run::eval_all(args)?;
+        let mut values = eval_all(args)?;
         for value in &mut values {
             // a plan depends on whether a leaf lies in order
             *value = value.contiguous().map_err(Error::from)?;
@@ -111,7 +111,7 @@ impl<F> Compiled<F> {
                     leaves.push(LazyTensor::from(value.reshape(value.shape()).map_err(Error::from)?));
                 }
                 let outputs = {
-                    let _recording = Recording::begin();
+                    let _recording = config::Recording::begin();
                     (self.f)(&leaves)?
                 };
                 if let Some(y) = outputs.iter().find(|y| y.track_op()) {
@@ -134,51 +134,12 @@ impl<F> Compiled<F> {
     }
 }
 
-thread_local! {
-    static RECORDING: Cell<bool> = const { Cell::new(false) };
-}
-
-/// While it lives, nothing is evaluated on this thread.
-struct Recording(bool);
-
-impl Recording {
-    fn begin() -> Self {
-        Self(RECORDING.replace(true))
-    }
-}
-
-impl Drop for Recording {
-    fn drop(&mut self) {
-        RECORDING.set(self.0);
-    }
-}
-
-/// Whether a compiled function is being recorded on this thread.
-pub(crate) fn is_recording() -> bool {
-    RECORDING.get()
-}
-
-/// Refuses to evaluate `tensor` where a compiled function is being recorded.
-pub(crate) fn refuse_while_recording(tensors: &[&LazyTensor]) -> Result<()> {
-    if !is_recording() {
-        return Ok(());
-    }
-    let Some(tensor) = tensors.iter().find(|t| !t.is_ready()) else {
-        return Ok(());
-    };
-    let (op, _) = tensor.node().recorded().map_or(("leaf", 0), |(op, _)| (op.name(), 0));
-    let detail =
-        "it is evaluated inside of a compiled function, which only records: give what needs its value as an argument"
-            .into();
-    let site: &BuildSite = tensor.site();
-    Err(candle_lazy_graph::Error::new(op, ErrorKind::Unsupported(detail)).on(&[tensor.node().meta()]).at(site).into())
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)] // a panic is how a test fails
 
     use super::*;
+    use crate::error::Result;
     use crate::grad;
     use candle_core::{Tensor, Var};
     use std::sync::atomic::{AtomicUsize, Ordering};

@@ -1,5 +1,6 @@
 //! Knobs: how a graph is evaluated, and when it evaluates by itself.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// How a graph is evaluated. The default is what users want; the rest exists for tests, `verify` and bisection.
@@ -112,4 +113,28 @@ pub fn budget_evaluations() -> u64 {
 
 pub(crate) fn count_budget_evaluation() {
     BUDGET_EVALUATIONS.fetch_add(1, Ordering::Relaxed);
+}
+
+thread_local! {
+    static RECORDING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// While it lives, nothing is evaluated on this thread.
+pub(crate) struct Recording(bool);
+
+impl Recording {
+    pub(crate) fn begin() -> Self {
+        Self(RECORDING.replace(true))
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        RECORDING.set(self.0);
+    }
+}
+
+/// Whether a compiled function is being recorded on this thread.
+pub(crate) fn is_recording() -> bool {
+    RECORDING.get()
 }

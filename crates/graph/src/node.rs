@@ -8,6 +8,7 @@
 //! when it becomes ready, so that a gradient does not depend on what was evaluated before. It is freed with the last handle above it.
 
 mod pending;
+mod value;
 
 use crate::custom::CustomOp;
 use crate::error::{Error, ErrorKind, Result};
@@ -20,10 +21,10 @@ use candle_core::{DType, Device, Shape, Tensor};
 use parking_lot::Mutex;
 use pending::Pending;
 use smallvec::SmallVec;
-use std::any::Any;
 use std::borrow::Borrow;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+pub use value::{EngineValue, Expr, Look, Value};
 
 /// A number that no other node of this process has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -51,40 +52,6 @@ pub fn live_nodes() -> u64 {
     let dropped = DROPPED.load(Ordering::Acquire);
     // whatever was dropped had been issued before
     ISSUED.load(Ordering::Relaxed).saturating_sub(dropped)
-}
-
-/// A value that the executor holds in its own memory; opaque here.
-pub trait EngineValue: Any + Send + Sync + std::fmt::Debug {
-    /// Whether the elements lie in row-major order without gaps.
-    fn is_contiguous(&self) -> bool;
-    /// For downcasting in the executor.
-    fn as_any(&self) -> &dyn Any;
-    /// For downcasting in the executor, with ownership.
-    fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync>;
-}
-
-/// What a ready node holds.
-#[derive(Clone, Debug)]
-pub enum Value {
-    /// A Candle tensor, the user's or one that `eval` made.
-    Tensor(Tensor),
-    /// A buffer of the executor.
-    Engine(Arc<dyn EngineValue>),
-    /// A quantised weight; only [`Op::QMatmul`] reads one.
-    Quantized(Arc<QTensor>),
-}
-
-/// An operation waiting for its inputs.
-#[derive(Clone, Debug)]
-pub struct Expr {
-    /// The operation.
-    pub op: Op,
-    /// Its run-time scalars.
-    pub scalars: Scalars,
-    /// Its inputs.
-    pub inputs: SmallVec<[Arc<Node>; 3]>,
-    /// Which custom op [`Op::Custom`] means.
-    pub custom: Option<CustomOp>,
 }
 
 #[derive(Debug)]
@@ -599,17 +566,6 @@ impl Node {
         self.pending.set(nodes, bytes);
         (nodes, bytes)
     }
-}
-
-/// What [`Node::look`] saw.
-#[derive(Debug)]
-pub enum Look {
-    /// The op and its inputs.
-    Pending(Expr),
-    /// The value.
-    Ready(Value),
-    /// The value is being written in place by a running plan.
-    Lent,
 }
 
 /// Drops a pending state without recursion: whoever holds the last reference to an input takes that input apart too.

@@ -48,6 +48,11 @@ const ALLOWED: &[(&str, &str, What)] = &[
     ("run", "config", What::All),
     // the functions that evaluate take handles
     ("run", "tensor", What::Only(&["LazyTensor"])),
+    // functions of handles
+    ("grad", "tensor", What::Only(&["LazyTensor"])),
+    ("compile", "tensor", What::Only(&["LazyTensor"])),
+    ("compile", "run", What::Only(&["eval_all", "Trace"])),
+    ("compile", "config", What::All),
 ];
 
 /// Modules that everything may use: errors.

@@ -4,7 +4,6 @@
 //! is the same whatever has been evaluated meanwhile, for as long as a handle on the result lives. The backward pass is recorded by
 //! [`candle_lazy_graph::grad`] and evaluated as any graph; evaluated together with the loss, both are one plan.
 
-pub(crate) mod tape;
 mod transform;
 
 pub use transform::{value_and_grad, ValueAndGrad};

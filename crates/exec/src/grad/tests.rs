@@ -1,3 +1,4 @@
+//! Gradients by the transform and by Candle's tape.
 #![allow(clippy::unwrap_used)] // a panic is how a test fails
 
 use super::*;

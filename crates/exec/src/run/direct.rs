@@ -60,7 +60,7 @@ impl Function {
 /// shape; where they are small, dense ones), a softmax, a norm or a gated unit, or a small LoRA. `None` if it is anything else.
 pub(crate) fn eval_direct(node: &Arc<Node>) -> Option<Result<Tensor>> {
     // a plan knows what it needs
-    if crate::config::memory_budget().is_some() || crate::compile::is_recording() {
+    if crate::config::memory_budget().is_some() || crate::config::is_recording() {
         return None;
     }
     if node.dtype() != DType::F32 || node.tracked() || !matches!(node.device(), Device::Cpu) {

@@ -13,9 +13,9 @@ mod inspect;
 mod judge;
 mod kernel;
 mod slots;
+mod tape;
 mod trace;
 
-use crate::grad::tape;
 pub use checked::eval_all_checked;
 pub(crate) use direct::eval_direct;
 pub use inspect::{first_nan, first_nonfinite, NonFinite};
@@ -112,7 +112,7 @@ pub fn peak_bytes(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<u64>
 }
 
 fn evaluate(tensors: &[&LazyTensor], options: &EvalOptions, as_tensors: As) -> Result<EvalReport> {
-    crate::compile::refuse_while_recording(tensors)?;
+    trace::refuse_while_recording(tensors)?;
     let start = Instant::now();
     let mut report = EvalReport::default();
     if tensors.iter().all(|t| t.is_ready()) {

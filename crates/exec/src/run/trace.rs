@@ -1,7 +1,7 @@
 //! A recorded function as a plan with open leaves, run again and again.
 
 use super::{capture_waiting, execute, plan, tensor_of, Executed, Terms};
-use crate::config::EvalOptions;
+use crate::config::{self, EvalOptions};
 use crate::error::{Error, Result};
 use crate::lower;
 use crate::plan::Plan;
@@ -9,7 +9,7 @@ use crate::report::EvalReport;
 use crate::tensor::LazyTensor;
 use candle_core::Tensor;
 use candle_lazy_graph::capture::LeafBinding;
-use candle_lazy_graph::{Bindings, Captured, FastMap, Node, NodeId, Value};
+use candle_lazy_graph::{Bindings, BuildSite, Captured, ErrorKind, FastMap, Node, NodeId, Value};
 use std::sync::Arc;
 
 /// Where a result comes from.
@@ -92,7 +92,7 @@ impl Trace {
             recorded: template.recorded.clone(),
             pending: template.pending,
         };
-        let terms = Terms { budget: crate::config::memory_budget(), ..Terms::INSPECTION };
+        let terms = Terms { budget: config::memory_budget(), ..Terms::INSPECTION };
         let executed = execute(&self.plan, &mut bindings, &self.roots, terms, &mut EvalReport::default())?;
         let Executed::Values(found, lent) = executed else {
             return Err(Error::Internal("a compiled function took a leaf".into()));
@@ -112,4 +112,20 @@ impl Trace {
         }
         Ok(results)
     }
+}
+
+/// Refuses to evaluate `tensor` where a compiled function is being recorded.
+pub(super) fn refuse_while_recording(tensors: &[&LazyTensor]) -> Result<()> {
+    if !config::is_recording() {
+        return Ok(());
+    }
+    let Some(tensor) = tensors.iter().find(|t| !t.is_ready()) else {
+        return Ok(());
+    };
+    let (op, _) = tensor.node().recorded().map_or(("leaf", 0), |(op, _)| (op.name(), 0));
+    let detail =
+        "it is evaluated inside of a compiled function, which only records: give what needs its value as an argument"
+            .into();
+    let site: &BuildSite = tensor.site();
+    Err(candle_lazy_graph::Error::new(op, ErrorKind::Unsupported(detail)).on(&[tensor.node().meta()]).at(site).into())
 }

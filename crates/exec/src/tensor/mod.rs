@@ -197,7 +197,7 @@ impl LazyTensor {
     /// A handle on a new node; evaluated at once where the pending graph passed its budget.
     pub(crate) fn within_budget(node: Arc<Node>) -> Result<Self> {
         let (nodes, bytes) = node.pending_estimate();
-        if config::over_budget(nodes, bytes) && !crate::compile::is_recording() {
+        if config::over_budget(nodes, bytes) && !config::is_recording() {
             // the estimate counts shared parts more than once: look before evaluating
             let (nodes, bytes) = node.count_pending();
             if config::over_budget(nodes, bytes) {

@@ -58,7 +58,9 @@ pub(super) fn apply(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
             // (softmax(logits) − 1 at the target)·g/n
             let logits = r.widen(call.x(0))?;
             let n = r.0.dims(&logits)[0];
-            let p = r.0.push(Op::Softmax { dim: 1 }, smallvec![], &[logits])?;
+            // of the forward pass' own log-softmax, which is the same node once both are captured
+            let log = r.0.push(Op::LogSoftmax { dim: 1 }, smallvec![], &[logits])?;
+            let p = r.unary(UnaryOp::Exp, &log)?;
             let targets = r.reshape(call.x(1), &[n, 1])?;
             let minus = full(r, -1.0, &[n, 1], p.dtype())?;
             let scatter = Op::Scatter { op: ScatterOp::Add, dim: 1 };

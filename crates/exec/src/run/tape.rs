@@ -9,9 +9,9 @@
 //!
 //! What a result's op holds is its own node's history and a second handle on its storage, never the node: nothing refers to itself.
 
+use super::eval_all;
 use crate::buffer::Buffer;
 use crate::error::{Error, Result};
-use crate::run::eval_all;
 use crate::tensor::LazyTensor;
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{
@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
 /// A value that a run has finished.
-pub(crate) enum Finished {
+pub(super) enum Finished {
     /// Memory that nobody else holds.
     Buffer(Buffer),
     /// A tensor that somebody else may hold: it is copied.
@@ -35,7 +35,7 @@ pub(crate) enum Finished {
 }
 
 /// The tensor of a finished value of `node`, whose gradients reach the tracked leaves above it.
-pub(crate) fn attach(node: &Arc<Node>, value: Finished) -> Result<Tensor> {
+pub(super) fn attach(node: &Arc<Node>, value: Finished) -> Result<Tensor> {
     let leaves = tracked_leaves(node);
     let mut items: Vec<(Tensor, Source)> = Vec::with_capacity(leaves.len());
     for (i, leaf) in leaves.iter().enumerate() {
