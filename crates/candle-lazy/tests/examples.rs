@@ -234,6 +234,38 @@ fn generate_prints_one_line_of_json() -> TestResult {
 }
 
 #[test]
+fn generate_puts_an_adapter_on_the_model() -> TestResult {
+    use candle_lazy::nn::{LoraAdapter, LoraConfig, ModelDir};
+    let dir = tempfile::tempdir()?;
+    decoder(dir.path())?;
+    let prompt = ["--json", "--prompt", "eat food", "--max-new-tokens", "4"];
+    let plain = run_generate(dir.path(), &prompt)?;
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().display().to_string();
+    let with = |more: &[&str]| run_generate(dir.path(), &[&prompt[..], &["--adapter", &path], more].concat());
+    assert!(error(with(&[])).ends_with("has no adapter_config.json"));
+    let mut model = ModelDir::open(dir.path())?.causal_lm(candle_core::DType::F32, &Device::Cpu)?;
+    let adapter = LoraAdapter::attach(&mut model, &LoraConfig { alpha: 400., ..LoraConfig::default() }, 1)?;
+    adapter.save(folder.path(), None)?;
+    // B is zero: nothing changes
+    assert_eq!(with(&[])?, plain);
+    for (seed, param) in adapter.params().matching("*.lora_B.weight")?.into_iter().enumerate() {
+        param.set(numbers(param.shape().dims(), seed + 20)?)?;
+    }
+    adapter.save(folder.path(), None)?;
+    let adapted: serde_json::Value = serde_json::from_str(&with(&[])?)?;
+    let prompt = model.generate(&[3, 4], Default::default())?.take(4).collect::<Result<Vec<_>, _>>()?;
+    assert_eq!(adapted["ids"], serde_json::json!(prompt));
+    // a field that is not supported is refused before a model is opened
+    let config = folder.path().join("adapter_config.json");
+    let text = std::fs::read_to_string(&config)?.replace("\"use_dora\": false", "\"use_dora\": true");
+    std::fs::write(&config, text)?;
+    let refused = error(run_generate(Path::new("no/such/model"), &["--prompt", "eat", "--adapter", &path]));
+    assert!(refused.contains("`use_dora` is true, which is not supported (supported: nothing, or"), "{refused}");
+    Ok(())
+}
+
+#[test]
 fn what_says_nothing_is_refused_before_anything_is_opened() {
     let nowhere = Path::new("no/such/model");
     for more in [&["--prompt", ""][..], &["--prompt", "", "--chat"], &["--prompt", " \n", "--chat"]] {

@@ -84,6 +84,22 @@ impl Fields<'_> {
 }
 
 impl LoraConfig {
+    /// From the `adapter_config.json` of a directory, which must have the adapter's weights too; they are not read.
+    ///
+    /// # Errors
+    /// [`Error::MissingFile`] where one of the two files is not there, [`Error::Io`], and as [`LoraConfig::from_peft`].
+    pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = dir.as_ref();
+        for name in [CONFIG, WEIGHTS] {
+            if !dir.join(name).is_file() {
+                return Err(Error::MissingFile { dir: dir.to_path_buf(), expected: name.to_string() });
+            }
+        }
+        let path = dir.join(CONFIG);
+        let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+        Self::from_peft(&text, &path.display().to_string())
+    }
+
     /// From the text of an `adapter_config.json`; `what` names it in errors.
     ///
     /// # Errors
@@ -186,20 +202,13 @@ impl LoraAdapter {
     /// other float dtypes are converted to those of [`LoraAdapter::attach`].
     ///
     /// # Errors
-    /// [`Error::MissingFile`] where one of the two files is not there; as [`LoraConfig::from_peft`]; [`Error::Config`] where the targets
+    /// As [`LoraConfig::from_dir`]; [`Error::Config`] where the targets
     /// match no map of the model; [`Error::Format`] where the file of weights lacks a factor or has tensors that belong to none, by name;
     /// [`Error::TensorShape`] where a factor does not fit its map. The model has the adapter that it had before then.
     #[track_caller]
     pub fn load(model: &mut CausalLm, dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
-        for name in [CONFIG, WEIGHTS] {
-            if !dir.join(name).is_file() {
-                return Err(Error::MissingFile { dir: dir.to_path_buf(), expected: name.to_string() });
-            }
-        }
-        let path = dir.join(CONFIG);
-        let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
-        let config = LoraConfig::from_peft(&text, &path.display().to_string())?;
+        let config = LoraConfig::from_dir(dir)?;
         let targets = targets(model, &config)?;
         let file = SafetensorsFile::open(dir.join(WEIGHTS))?;
         let named: Vec<(String, Shape)> = targets
