@@ -7,10 +7,10 @@ use super::{LoRAAdapter, LoRALayer};
 use crate::error::{CheckpointError, Error, Result};
 use candle_core::safetensors::Load;
 use candle_core::{Device, Tensor, Var};
+use candle_lazy_nn::weights::write_whole;
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde::{Deserialize, Deserializer, Serialize};
 use std::collections::HashMap;
-use std::io::Write;
 use std::path::Path;
 
 const METADATA: &str = "checkpoint_metadata";
@@ -64,21 +64,7 @@ pub fn save_checkpoint(
     };
     let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
     let bytes = safetensors::serialize(tensors, metadata).map_err(|e| failed(&e))?;
-    write_atomically(path, &bytes).map_err(|e| failed(&e))?;
-    Ok(())
-}
-
-fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".checkpoint-");
-    // as any new file has them: the umask takes from these
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = builder.tempfile_in(dir)?;
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
-    file.persist(path).map_err(|error| error.error)?;
+    write_whole(path, &bytes).map_err(|e| CheckpointError::SaveFailed { reason: e.to_string() })?;
     Ok(())
 }
 
