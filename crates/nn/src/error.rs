@@ -114,6 +114,15 @@ pub enum Error {
         site: Box<BuildSite>,
     },
 
+    /// Texts that nothing can be trained with.
+    #[error("training data: {message}, at {site}")]
+    Data {
+        /// What is wrong with them.
+        message: String,
+        /// The line that gave them.
+        site: Box<BuildSite>,
+    },
+
     /// A gradient with a NaN or an infinity in it, where that was to stop the training.
     #[error("the gradient of `{name}` is not finite (the norm of all is {norm}): nothing was changed, at {site}")]
     NonFiniteGradient {
@@ -329,6 +338,12 @@ impl Error {
     #[track_caller]
     pub(crate) fn params(message: impl std::fmt::Display) -> Self {
         Self::Params { message: message.to_string(), site: Box::new(BuildSite::here()) }
+    }
+
+    /// Texts that nothing can be trained with.
+    #[track_caller]
+    pub(crate) fn data(message: impl std::fmt::Display) -> Self {
+        Self::Data { message: message.to_string(), site: Box::new(BuildSite::here()) }
     }
 
     /// Gradients that no step can be made with.

@@ -11,7 +11,7 @@
 //! | ported models | [`candle`] and [`candle_nn`]: the names that models written for Candle import |
 //! | weights | [`weights`]: safetensors and GGUF behind Candle's `VarBuilder` |
 //! | a model on disk | [`ModelDir`] |
-//! | training | [`params`], [`loss`], [`optim`], [`LoraAdapter`] |
+//! | training | [`data`], [`params`], [`loss`], [`optim`], [`LoraAdapter`] |
 //! | the next token | [`sampling`]: greedy, temperature, top-k, top-p, a penalty for repetition |
 //! | text | `tokenizer` (feature `tokenizers`) |
 //! | fetching | `hub` (feature `hub`) |
@@ -36,6 +36,7 @@ mod scope;
 
 pub mod candle;
 pub mod candle_nn;
+pub mod data;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod loss;

@@ -1,4 +1,8 @@
-//! Losses on plain Candle tensors, differentiable on Candle's tape.
+//! Losses: of lazy tensors ([`token_cross_entropy`]), and on plain Candle tensors, differentiable on Candle's tape.
+
+mod token;
+
+pub use token::{token_cross_entropy, TokenLoss, TokenLossOptions};
 
 use crate::error::{Error, Result};
 use candle_core::{DType, Tensor, D};

@@ -5,6 +5,7 @@ mod common;
 mod bert;
 mod causal_lm;
 mod config;
+mod data;
 mod decoder_block;
 mod generate;
 mod gguf;
@@ -25,6 +26,7 @@ mod rope;
 mod safetensors;
 mod sampling;
 mod sites;
+mod token_loss;
 #[cfg(feature = "tokenizers")]
 mod tokenizer;
 #[cfg(feature = "tokenizers")]

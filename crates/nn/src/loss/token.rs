@@ -1,0 +1,153 @@
+//! The cross entropy of a language model's logits, recorded.
+
+use crate::data::IGNORE_INDEX;
+use crate::error::{Error, Result};
+use candle_core::{DType, Device};
+use candle_lazy_exec::LazyTensor;
+
+const NAME: &str = "token_cross_entropy";
+/// Numbers of classes up to which f32 tells one from the next.
+const CLASSES: usize = 1 << 24;
+
+/// What is left out, and how sure the targets are.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenLossOptions {
+    /// The target of positions that are left out.
+    pub ignore_index: i64,
+    /// ε, 0 ≤ ε < 1: the target has the probability 1 − ε, and ε is spread evenly over all classes (Szegedy et al. 2016, arXiv:1512.00567,
+    /// §7; PyTorch's `label_smoothing`).
+    pub label_smoothing: f64,
+}
+
+impl Default for TokenLossOptions {
+    /// −100 is left out; no smoothing.
+    fn default() -> Self {
+        Self { ignore_index: IGNORE_INDEX, label_smoothing: 0.0 }
+    }
+}
+
+/// A loss as a sum and what it is to be divided by, so that parts of a batch add up: the mean of all is Σ sum / Σ weight.
+#[derive(Debug, Clone)]
+pub struct TokenLoss {
+    /// A scalar of f32, of f64 for logits of f64.
+    pub sum: LazyTensor,
+    /// The weights of what was not left out, together; without weights, how many positions.
+    pub weight: f64,
+}
+
+impl TokenLoss {
+    /// The mean: a scalar, to take gradients of. The weight is a scalar of its node: another one makes no new plan.
+    ///
+    /// # Errors
+    /// None in practice.
+    #[track_caller]
+    pub fn mean(&self) -> Result<LazyTensor> {
+        Ok(self.sum.affine(1.0 / self.weight, 0.0)?)
+    }
+}
+
+/// Σ w·(log Σⱼ exp xⱼ − (1 − ε)·x\[target\] − ε·mean x) over the positions that are not left out: logits x (…, classes) of any float dtype,
+/// targets (…) of i64, weights w (…) of f32 (1 without). It is computed in f32, for logits of f64 in f64.
+///
+/// Logits are read once, in one program, and nothing of their size is kept. Targets and weights are read now: they are data.
+///
+/// # Errors
+/// [`Error::Module`] where shapes or dtypes do not fit, a target is no class, a weight is negative or not finite, and where every position
+/// is left out or has the weight 0; [`Error::Config`] for an ε outside of 0 ≤ ε < 1.
+#[track_caller]
+pub fn token_cross_entropy(
+    logits: &LazyTensor,
+    targets: &LazyTensor,
+    weights: Option<&LazyTensor>,
+    options: &TokenLossOptions,
+) -> Result<TokenLoss> {
+    let smoothing = options.label_smoothing;
+    if !(0.0..1.0).contains(&smoothing) {
+        return Err(Error::config("the loss", format_args!("a label smoothing of {smoothing}: needs 0 ≤ ε < 1")));
+    }
+    let (n, classes) = match logits.dims() {
+        [lead @ .., classes] if lead == targets.dims() && logits.elem_count() > 0 => (targets.elem_count(), *classes),
+        found => {
+            let targets = targets.dims();
+            let message = format_args!(
+                "expected logits (…, classes) and targets (…), none empty, found logits {found:?} and targets {targets:?}"
+            );
+            return Err(Error::module(NAME, "", message));
+        }
+    };
+    if !logits.dtype().is_float() {
+        return Err(Error::float_expected(NAME, "", "logits", logits.dtype()));
+    }
+    if targets.dtype() != DType::I64 {
+        return Err(Error::module(NAME, "", format_args!("targets must be I64, found {:?}", targets.dtype())));
+    }
+    if classes > CLASSES {
+        return Err(Error::module(NAME, "", format_args!("{classes} classes: {CLASSES} at most")));
+    }
+    let (ids, weights) = kept(targets, weights, classes, options.ignore_index)?;
+    let weight = weights.iter().sum();
+    let (dtype, device) = (if logits.dtype() == DType::F64 { DType::F64 } else { DType::F32 }, logits.device());
+    let x = logits.reshape((n, classes))?.to_dtype(dtype)?;
+    let column = |values: Vec<f64>| match dtype {
+        DType::F64 => LazyTensor::from_vec(values, (n, 1), device),
+        _ => LazyTensor::from_vec(values.into_iter().map(|value| value as f32).collect::<Vec<_>>(), (n, 1), device),
+    };
+    let (ids, weights) = (column(ids)?, column(weights)?);
+    // a comparison with each class, not a gather: it and its gradient are part of the program that reads the logits
+    let numbers = LazyTensor::arange_recorded(0.0, 1.0, classes, dtype, device)?;
+    let zero = LazyTensor::filled(0.0, (), dtype, device)?;
+    let chosen = numbers.reshape((1, classes))?.broadcast_eq(&ids)?.where_cond(&x, &zero)?.sum_keepdim(1)?;
+    let mut rows = x.log_sum_exp_keepdim(1)?.sub(&chosen.affine(1.0 - smoothing, 0.0)?)?;
+    if smoothing > 0.0 {
+        rows = rows.sub(&x.mean_keepdim(1)?.affine(smoothing, 0.0)?)?;
+    }
+    Ok(TokenLoss { sum: rows.mul(&weights)?.sum_all()?, weight })
+}
+
+/// The class and the weight of each position; a position that is left out has the weight 0 and class 0.
+#[track_caller]
+fn kept(
+    targets: &LazyTensor,
+    weights: Option<&LazyTensor>,
+    classes: usize,
+    ignored: i64,
+) -> Result<(Vec<f64>, Vec<f64>)> {
+    let targets = targets.flatten_all()?.eval()?.to_device(&Device::Cpu)?.to_vec1::<i64>()?;
+    let given = match weights {
+        None => vec![1f32; targets.len()],
+        Some(given) if given.elem_count() == targets.len() && given.dtype() == DType::F32 => {
+            given.flatten_all()?.eval()?.to_device(&Device::Cpu)?.to_vec1::<f32>()?
+        }
+        Some(given) => {
+            let (shape, dtype, n) = (given.shape(), given.dtype(), targets.len());
+            return Err(Error::module(NAME, "", format_args!("weights {shape:?} of {dtype:?} for {n} targets")));
+        }
+    };
+    let (mut ids, mut weights) = (Vec::with_capacity(targets.len()), Vec::with_capacity(targets.len()));
+    for ((position, target), weight) in targets.iter().enumerate().zip(given) {
+        if *target == ignored {
+            ids.push(0.0);
+            weights.push(0.0);
+            continue;
+        }
+        if !usize::try_from(*target).is_ok_and(|class| class < classes) {
+            let message = format_args!("target {target} at position {position} is not one of {classes} classes");
+            return Err(Error::module(NAME, "", message));
+        }
+        if !(weight >= 0.0 && weight.is_finite()) {
+            let message = format_args!("the weight {weight} at position {position} is negative or no number");
+            return Err(Error::module(NAME, "", message));
+        }
+        ids.push(*target as f64);
+        weights.push(f64::from(weight));
+    }
+    if weights.iter().all(|weight| *weight == 0.0) {
+        let n = weights.len();
+        return Err(Error::module(
+            NAME,
+            "",
+            format_args!("none of {n} positions counts: all are ignored or weigh nothing"),
+        ));
+    }
+    Ok((ids, weights))
+}
