@@ -134,6 +134,24 @@ pub enum Error {
         site: Box<BuildSite>,
     },
 
+    /// A training step with a NaN or an infinity in its gradients.
+    #[error(
+        "step {step}: the gradient of `{name}` is not finite (the norm of all is {norm}): {}, at {site}",
+        in_the_loss(first)
+    )]
+    NonFiniteStep {
+        /// Steps taken before.
+        step: u64,
+        /// The first parameter, by name, with such a gradient.
+        name: String,
+        /// The norm of all gradients together.
+        norm: f64,
+        /// The first op or leaf of the loss that gave such a number; `None` where the loss is finite.
+        first: Option<Box<NonFinite>>,
+        /// The line that made the step.
+        site: Box<BuildSite>,
+    },
+
     /// Something that exists in the wild and is not supported, by name.
     #[error("{what} `{found}` is not supported (supported: {supported})")]
     Unsupported {
@@ -288,6 +306,13 @@ fn on_lines_of_its_own(output: &str) -> String {
     }
 }
 
+fn in_the_loss(first: &Option<Box<NonFinite>>) -> String {
+    match first {
+        Some(first) => format!("the first such number of the loss is {first}"),
+        None => "the loss itself is finite".to_string(),
+    }
+}
+
 fn in_file(file: &Option<PathBuf>) -> String {
     match file {
         Some(path) => format!(" in {}", path.display()),
@@ -350,6 +375,13 @@ impl Error {
     #[track_caller]
     pub(crate) fn non_finite_gradient(name: String, norm: f64) -> Self {
         Self::NonFiniteGradient { name, norm, site: Box::new(BuildSite::here()) }
+    }
+
+    /// A training step that no update can be made with.
+    #[track_caller]
+    pub(crate) fn non_finite_step(step: u64, name: String, norm: f64, first: Option<NonFinite>) -> Self {
+        let (first, site) = (first.map(Box::new), Box::new(BuildSite::here()));
+        Self::NonFiniteStep { step, name, norm, first, site }
     }
 
     /// Logits or options that no token can be chosen by.

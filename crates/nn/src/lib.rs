@@ -11,7 +11,7 @@
 //! | ported models | [`candle`] and [`candle_nn`]: the names that models written for Candle import |
 //! | weights | [`weights`]: safetensors and GGUF behind Candle's `VarBuilder` |
 //! | a model on disk | [`ModelDir`] |
-//! | training | [`data`], [`params`], [`loss`], [`optim`], [`LoraAdapter`] |
+//! | training | [`data`], [`params`], [`loss`], [`optim`], [`LoraAdapter`], [`train`] |
 //! | the next token | [`sampling`]: greedy, temperature, top-k, top-p, a penalty for repetition |
 //! | text | `tokenizer` (feature `tokenizers`) |
 //! | fetching | `hub` (feature `hub`) |
@@ -46,6 +46,7 @@ pub mod params;
 pub mod sampling;
 #[cfg(feature = "tokenizers")]
 pub mod tokenizer;
+pub mod train;
 pub mod weights;
 
 pub use activation::Activation;

@@ -442,3 +442,27 @@ impl Norm {
         Ok((Some(norm), Some(first)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // a test that fails says so
+
+    use super::*;
+    use crate::optim::ParamsAdamW;
+
+    #[test]
+    fn a_step_keeps_no_history() {
+        let mut params = Params::new();
+        let x = params.insert("x", Tensor::new(&[1f32, 2.], &Device::Cpu).unwrap()).unwrap();
+        let options = OptimizerOptions { clip_norm: Some(1.0), ..OptimizerOptions::default() };
+        let mut optimizer = Optimizer::new(&params, Rule::AdamW(ParamsAdamW::default()), options).unwrap();
+        for _ in 0..2 {
+            let loss = x.value().sqr().unwrap().sqr().unwrap().sum_all().unwrap();
+            let grads = params.grad(&loss).unwrap();
+            assert!(loss.is_traced());
+            optimizer.step(grads, &[&loss]).unwrap();
+            assert!(optimizer.slots.iter().flat_map(|slot| &slot.kept).all(|kept| !kept.is_traced()));
+            assert!(x.value().is_variable());
+        }
+    }
+}

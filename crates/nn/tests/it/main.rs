@@ -31,3 +31,4 @@ mod token_loss;
 mod tokenizer;
 #[cfg(feature = "tokenizers")]
 mod tokenizer_ids;
+mod train_step;
