@@ -100,7 +100,7 @@ impl ModelDir {
     /// A `VarBuilder` over the weights, with Hugging Face's names.
     ///
     /// # Errors
-    /// As [`safetensors`] and [`Gguf::open`].
+    /// As [`safetensors`](fn@safetensors) and [`Gguf::open`].
     #[track_caller]
     pub fn var_builder(&self, dtype: DType, device: &Device) -> Result<VarBuilder<'static>> {
         match &self.weights {
