@@ -1,0 +1,321 @@
+//! Low-rank training (LoRA) of SmolLM2-135M-Instruct on a small text, computed lazily.
+//!
+//! ```text
+//! cargo run --release -p candle-lazy --example train_lora -- --output target/varn
+//! cargo run --release -p candle-lazy --example generate -- --chat --adapter target/varn --prompt "Who looks after the light at Varn?"
+//! ```
+//!
+//! The text is one of questions and answers ([`text`]); a part of it is held out. The base is frozen; the adapter is saved as PEFT saves
+//! it (`adapter_config.json`, `adapter_model.safetensors`), with the losses as `loss.csv` and `loss.svg` beside it. Ctrl-C ends the
+//! training with a checkpoint, which `--resume` goes on from. The last line is `train: held-out loss A -> B`; the exit status is 1
+//! unless B is at most 0.8·A.
+
+mod curve;
+#[path = "../shared/mod.rs"]
+pub(crate) mod shared;
+mod text;
+
+use candle_core::{DType, Device};
+use candle_lazy::nn::data::{self, Packing, Rows};
+use candle_lazy::nn::hub::{self, SMOLLM2_135M_INSTRUCT};
+use candle_lazy::nn::loss::TokenLossOptions;
+use candle_lazy::nn::models::{CausalLm, GenerateOptions};
+use candle_lazy::nn::optim::{LrSchedule, OnNonFinite, Optimizer, OptimizerOptions, ParamsAdamW, Rule};
+use candle_lazy::nn::tokenizer::Tokenizer;
+use candle_lazy::nn::train::{Trainer, TrainerOptions};
+use candle_lazy::nn::{LoraAdapter, LoraConfig, LoraTargets};
+use clap::{Parser, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use peak_alloc::PeakAlloc;
+use shared::{exit, say, Bars};
+use std::error::Error;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::Instant;
+
+#[global_allocator]
+static ALLOCATOR: PeakAlloc = PeakAlloc;
+
+/// The dtype of the frozen weights.
+#[derive(Clone, Copy, ValueEnum)]
+enum Base {
+    F32,
+    Bf16,
+}
+
+#[derive(Parser)]
+#[command(about = "Low-rank training of a decoder, computed lazily")]
+pub(crate) struct Arguments {
+    /// Where the adapter, the losses and checkpoints go.
+    #[arg(long)]
+    output: PathBuf,
+    /// A text of blocks between blank lines, `Q: …` and `A: …` or plain, instead of the one that comes with the example.
+    #[arg(long)]
+    text: Option<PathBuf>,
+    /// A directory with a model, instead of the published one.
+    #[arg(long)]
+    model_dir: Option<PathBuf>,
+    /// The dtype of the frozen weights; the adapter is of f32.
+    #[arg(long, value_enum, default_value = "f32")]
+    base: Base,
+    /// The linear maps that are adapted: names, or `all-linear`.
+    #[arg(long, value_delimiter = ',', default_value = "all-linear")]
+    targets: Vec<String>,
+    /// The rank of the adapter.
+    #[arg(long, default_value_t = 8)]
+    rank: usize,
+    /// The product of its factors is scaled by alpha/rank.
+    #[arg(long, default_value_t = 16.0)]
+    alpha: f64,
+    /// By alpha/√rank instead.
+    #[arg(long)]
+    rslora: bool,
+    /// The share of a map's input that is dropped.
+    #[arg(long, default_value_t = 0.0)]
+    dropout: f64,
+    /// Steps.
+    #[arg(long, default_value_t = 60)]
+    steps: u64,
+    /// Rows per batch.
+    #[arg(long, default_value_t = 4)]
+    batch: usize,
+    /// Batches per step.
+    #[arg(long, default_value_t = 1)]
+    accumulate: usize,
+    /// Tokens per row; as many as the longest document takes, if it is not said.
+    #[arg(long)]
+    length: Option<usize>,
+    /// Several documents share a row.
+    #[arg(long)]
+    pack: bool,
+    /// The largest learning rate; it rises over the first tenth of the steps and falls by a cosine after that.
+    #[arg(long, default_value_t = 1e-3)]
+    lr: f64,
+    /// The decay of the factors.
+    #[arg(long, default_value_t = 0.0)]
+    weight_decay: f64,
+    /// The largest norm of the gradients.
+    #[arg(long, default_value_t = 1.0)]
+    clip: f64,
+    /// The probability that is spread over all tokens.
+    #[arg(long, default_value_t = 0.0)]
+    label_smoothing: f64,
+    /// Where a gradient is no number, the step is skipped instead of ending the training.
+    #[arg(long)]
+    skip_non_finite: bool,
+    /// The share of the documents that is held out.
+    #[arg(long, default_value_t = 0.2)]
+    held_out: f64,
+    /// The held-out loss is taken after so many steps.
+    #[arg(long, default_value_t = 20)]
+    eval_every: u64,
+    /// A checkpoint to go on from.
+    #[arg(long)]
+    resume: Option<PathBuf>,
+    /// Of the split, the order, the first factors and dropout.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Questions that are asked before and after.
+    #[arg(long, default_value = "Who looks after the light at Varn?")]
+    ask: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse(), &mut std::io::stdout().lock()) {
+        Ok(learned) if !learned => ExitCode::FAILURE,
+        other => exit(other.map(|_| ())),
+    }
+}
+
+/// Whether the held-out loss fell to 0.8 of what it was.
+pub(crate) fn run(arguments: &Arguments, out: &mut dyn Write) -> Result<bool, Box<dyn Error>> {
+    // what can be refused is refused before anything is fetched or loaded
+    let texts = text::read(arguments.text.as_deref())?;
+    let config = adapter_config(arguments);
+    config.validate()?;
+    std::fs::create_dir_all(&arguments.output).map_err(|e| format!("{}: {e}", arguments.output.display()))?;
+    let files = hub::open_or_fetch(arguments.model_dir.as_deref(), &SMOLLM2_135M_INSTRUCT, &Bars::default())?;
+    let tokenizer = files.tokenizer()?;
+    let dtype = match arguments.base {
+        Base::F32 => DType::F32,
+        Base::Bf16 => DType::BF16,
+    };
+    let mut model = files.causal_lm(dtype, &Device::Cpu)?;
+    let end = model.config().eos_token_ids.first().copied();
+    let (learned, held) = data::split(text::documents(&tokenizer, &texts)?, arguments.held_out, arguments.seed)?;
+    let longest = learned.iter().chain(&held).map(|document| document.ids().len()).max().unwrap_or(1);
+    let length = arguments.length.unwrap_or(longest);
+    let pad = end.unwrap_or(0);
+    let packing = if arguments.pack { Packing::Whole { end, pad } } else { Packing::Documents { end, pad } };
+    let (rows, held) = (Rows::pack(&learned, length, &packing)?, Rows::pack(&held, length, &packing)?);
+    let before = answers(&model, &tokenizer, &arguments.ask)?;
+    let adapter = LoraAdapter::attach(&mut model, &config, arguments.seed)?;
+    let params = adapter.params();
+    say(format_args!(
+        "{} documents in {} rows of {length} tokens, {} rows held out; {} maps adapted, {} parameters trained",
+        texts.len(),
+        rows.count(),
+        held.count(),
+        adapter.paths().len(),
+        params.trainable_elem_count()
+    ));
+    let optimizer = Optimizer::new(params, rule(arguments), optimizer_options(arguments))?;
+    let options = TrainerOptions {
+        batch: arguments.batch,
+        accumulate: arguments.accumulate,
+        loss: TokenLossOptions { label_smoothing: arguments.label_smoothing, ..TokenLossOptions::default() },
+        seed: arguments.seed,
+    };
+    let mut trainer = Trainer::new(&model, &adapter, &rows, optimizer, options)?;
+    if let Some(dir) = &arguments.resume {
+        trainer.resume(dir)?;
+        say(format_args!("going on after step {}", trainer.optimizer().steps()));
+    }
+    let first = trainer.evaluate(&held)?;
+    let (mut losses, mut evaluated) = (Vec::new(), vec![(trainer.optimizer().steps(), first)]);
+    let trained = train(arguments, &mut trainer, &held, &mut losses, &mut evaluated)?;
+    let dir = &arguments.output;
+    write_losses(dir, &losses, &evaluated)?;
+    let last = match evaluated.last() {
+        Some((step, loss)) if *step == trainer.optimizer().steps() => *loss,
+        _ => trainer.evaluate(&held)?,
+    };
+    drop(trainer);
+    if !trained {
+        return Err("interrupted: go on with --resume".into());
+    }
+    adapter.save(dir, Some("HuggingFaceTB/SmolLM2-135M-Instruct"))?;
+    writeln!(out, "loss {}", curve::text(&losses.iter().map(|(_, loss)| *loss).collect::<Vec<_>>(), 60))?;
+    // what is frozen leaves no history for gradients behind, token by token
+    params.freeze("*")?;
+    let after = answers(&model, &tokenizer, &arguments.ask)?;
+    for ((question, before), after) in arguments.ask.iter().zip(before).zip(after) {
+        writeln!(out, "question: {question}\n  before: {}\n  after:  {}", before.trim(), after.trim())?;
+    }
+    writeln!(out, "adapter in {}", dir.display())?;
+    writeln!(out, "train: held-out loss {first:.4} -> {last:.4}")?;
+    out.flush()?;
+    Ok(last <= 0.8 * first)
+}
+
+fn adapter_config(arguments: &Arguments) -> LoraConfig {
+    let targets = match arguments.targets.as_slice() {
+        [all] if all == "all-linear" => LoraTargets::AllLinear,
+        names => LoraTargets::Names(names.to_vec()),
+    };
+    LoraConfig {
+        rank: arguments.rank,
+        alpha: arguments.alpha,
+        dropout: arguments.dropout,
+        rank_stabilized: arguments.rslora,
+        targets,
+    }
+}
+
+fn rule(arguments: &Arguments) -> Rule {
+    Rule::AdamW(ParamsAdamW { lr: arguments.lr, weight_decay: arguments.weight_decay, ..ParamsAdamW::default() })
+}
+
+fn optimizer_options(arguments: &Arguments) -> OptimizerOptions {
+    let steps = usize::try_from(arguments.steps).unwrap_or(usize::MAX).max(1);
+    let schedule = LrSchedule::WarmupCosine {
+        warmup_steps: (steps / 10).max(1),
+        total_steps: steps,
+        max_lr: arguments.lr,
+        min_lr: 0.0,
+    };
+    OptimizerOptions {
+        clip_norm: Some(arguments.clip),
+        on_non_finite: if arguments.skip_non_finite { OnNonFinite::Skip } else { OnNonFinite::Stop },
+        schedule: Some(schedule),
+        ..OptimizerOptions::default()
+    }
+}
+
+/// Steps until they are done or Ctrl-C is pressed; says whether they are done.
+fn train(
+    arguments: &Arguments,
+    trainer: &mut Trainer<'_>,
+    held: &Rows,
+    losses: &mut Vec<(u64, f64)>,
+    evaluated: &mut Vec<(u64, f64)>,
+) -> Result<bool, Box<dyn Error>> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&interrupted);
+    // a second program in this process (a test) has its handler already
+    if let Err(error) = ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)) {
+        say(format_args!("Ctrl-C ends without a checkpoint: {error}"));
+    }
+    let bar = ProgressBar::new(arguments.steps);
+    bar.set_style(ProgressStyle::with_template("{msg} [{wide_bar}] {pos}/{len} {eta}")?);
+    bar.set_position(trainer.optimizer().steps());
+    ALLOCATOR.reset_peak_usage();
+    let (began, mut tokens) = (Instant::now(), 0);
+    let save = |trainer: &Trainer<'_>| -> Result<PathBuf, Box<dyn Error>> {
+        let dir = arguments.output.join(format!("checkpoint-{}", trainer.optimizer().steps()));
+        trainer.save(&dir)?;
+        Ok(dir)
+    };
+    while trainer.optimizer().steps() < arguments.steps {
+        let step = trainer.step()?;
+        tokens += step.positions;
+        if let Some(name) = &step.skipped {
+            say(format_args!("step skipped: the gradient of {name} is no number"));
+            continue;
+        }
+        losses.push((step.step, step.loss));
+        bar.set_message(format!("loss {:.4}", step.loss));
+        bar.set_position(step.step);
+        if step.step % arguments.eval_every.max(1) == 0 || step.step == arguments.steps {
+            let loss = trainer.evaluate(held)?;
+            evaluated.push((step.step, loss));
+            say(format_args!("step {}: loss {:.4}, held out {loss:.4}, rate {:.1e}", step.step, step.loss, step.lr));
+        }
+        if interrupted.load(Ordering::Relaxed) {
+            bar.finish();
+            say(format_args!("checkpoint in {}", save(trainer)?.display()));
+            return Ok(false);
+        }
+    }
+    bar.finish();
+    let seconds = began.elapsed().as_secs_f64();
+    say(format_args!(
+        "{tokens} tokens in {seconds:.1} s, {:.0} a second; at most {:.0} MB of memory",
+        tokens as f64 / seconds.max(1e-9),
+        ALLOCATOR.peak_usage_as_mb()
+    ));
+    Ok(true)
+}
+
+fn write_losses(dir: &Path, losses: &[(u64, f64)], held_out: &[(u64, f64)]) -> Result<(), Box<dyn Error>> {
+    let write = |name: &str, text: String| {
+        let path = dir.join(name);
+        std::fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))
+    };
+    let line = |of: &'static str| move |(step, loss): &(u64, f64)| format!("{step},{of},{loss}\n");
+    let table: String = losses.iter().map(line("train")).chain(held_out.iter().map(line("held-out"))).collect();
+    write("loss.csv", format!("step,of,loss\n{table}"))?;
+    write("loss.svg", curve::svg(losses, held_out))?;
+    Ok(())
+}
+
+/// What the model answers, greedily.
+fn answers(model: &CausalLm, tokenizer: &Tokenizer, questions: &[String]) -> Result<Vec<String>, Box<dyn Error>> {
+    let mut answers = Vec::new();
+    for question in questions {
+        let options = GenerateOptions {
+            max_new_tokens: 32,
+            eos_token_ids: model.config().eos_token_ids.clone(),
+            ..GenerateOptions::default()
+        };
+        let mut ids = Vec::new();
+        for id in model.generate(&text::prompt(tokenizer, question)?, options)? {
+            ids.push(id?);
+        }
+        answers.push(tokenizer.decode(&ids)?);
+    }
+    Ok(answers)
+}
