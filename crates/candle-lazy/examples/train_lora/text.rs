@@ -8,8 +8,11 @@ use std::path::Path;
 /// The text that comes with the example.
 const FACTS: &str = include_str!("facts.txt");
 
+/// Questions, where a text has one, and texts.
+pub(crate) type Texts = Vec<(Option<String>, String)>;
+
 /// Blocks between blank lines: a question (`Q:`) and its answer (`A:`), or a plain text. Lines that begin with `#` are remarks.
-pub(crate) fn read(path: Option<&Path>) -> Result<Vec<(Option<String>, String)>, Box<dyn Error>> {
+pub(crate) fn read(path: Option<&Path>) -> Result<Texts, Box<dyn Error>> {
     let (text, name) = match path {
         None => (FACTS.to_string(), "the facts".to_string()),
         Some(path) => {

@@ -7,7 +7,7 @@ use crate::lower;
 use crate::plan::Plan;
 use crate::report::EvalReport;
 use crate::tensor::LazyTensor;
-use candle_core::Tensor;
+use candle_core::{Tensor, TensorId};
 use candle_lazy_graph::capture::LeafBinding;
 use candle_lazy_graph::{Bindings, BuildSite, Captured, ErrorKind, FastMap, Node, NodeId, Value};
 use std::sync::Arc;
@@ -36,7 +36,9 @@ impl Trace {
     /// Of `outputs`, recorded on `leaves`. Nothing is run.
     pub(crate) fn new(leaves: &[LazyTensor], outputs: Vec<LazyTensor>) -> Result<Self> {
         let options = EvalOptions::default();
-        let numbers: FastMap<NodeId, usize> = leaves.iter().enumerate().map(|(i, x)| (x.node().id(), i)).collect();
+        let tensors: Vec<Option<TensorId>> = leaves.iter().map(|x| x.node().tensor().map(|t| t.id())).collect();
+        // by its tensor: a variable made of an argument is a node of its own on the same one
+        let argument = |tensor: &Tensor| tensors.iter().position(|id| *id == Some(tensor.id()));
         let roots: Vec<Arc<Node>> = outputs.iter().map(|y| y.node().clone()).collect();
         drop(outputs);
         let Captured { graph, key, mut bindings } = capture_waiting(&roots, &options)?;
@@ -51,8 +53,10 @@ impl Trace {
         for leaf in &mut bindings.leaves {
             // it is read again at the next call
             leaf.exclusive = false;
-            let node = bindings.nodes.get(leaf.node as usize);
-            arguments.push(node.and_then(|node| numbers.get(&node.id()).copied()));
+            arguments.push(match &leaf.value {
+                Value::Tensor(tensor) => argument(tensor),
+                Value::Engine(_) | Value::Quantized(_) => None,
+            });
         }
         let mut published: FastMap<NodeId, usize> = FastMap::default();
         for (output, nodes) in bindings.published().enumerate() {
@@ -60,10 +64,12 @@ impl Trace {
         }
         let mut results = Vec::with_capacity(roots.len());
         for root in &roots {
-            results.push(match (numbers.get(&root.id()), published.get(&root.id())) {
-                (Some(&argument), _) => From::Argument(argument),
-                (None, Some(&output)) => From::Output(output),
-                (None, None) => From::Constant(tensor_of(root)?),
+            results.push(match published.get(&root.id()) {
+                Some(&output) => From::Output(output),
+                None => {
+                    let tensor = tensor_of(root)?;
+                    argument(&tensor).map_or(From::Constant(tensor), From::Argument)
+                }
             });
         }
         Ok(Self { plan, bindings, arguments, results, roots })
