@@ -34,5 +34,5 @@ fn a_gradient_under_a_budget_of_three_nodes() {
     let before = budget_evaluations();
     set_pending_budget(3, u64::MAX);
     assert_eq!(gradients(), want);
-    assert!(budget_evaluations() > before + 3);
+    assert!(budget_evaluations() >= before + 3);
 }
