@@ -8,7 +8,7 @@
 //! 4. [`run`]: a plan is bound to sizes, scalars and leaves, and run.
 //! 5. [`report`]: what a run did.
 //!
-//! [`grad`](mod@grad) records backward passes. [`buffer`] holds the memory of values that no Candle tensor owns.
+//! [`future`] evaluates behind the caller's back. [`grad`](mod@grad) records backward passes. [`buffer`] holds the memory of values that no Candle tensor owns.
 #![doc = include_str!("../README.md")]
 #![deny(unsafe_code)]
 
@@ -16,6 +16,7 @@ pub mod buffer;
 pub mod compile;
 pub mod config;
 pub mod error;
+pub mod future;
 pub mod grad;
 pub mod lower;
 pub mod plan;
@@ -27,6 +28,7 @@ pub use candle_lazy_graph::{module_scope, BuildSite, ModuleScope};
 pub use compile::compile;
 pub use config::EvalOptions;
 pub use error::{Difference, Error, Member, Result};
+pub use future::{eval_all_async, Eval, EvalAll};
 pub use grad::{grad, value_and_grad, vjp};
 pub use report::EvalReport;
 pub use run::{

@@ -68,7 +68,7 @@ pub(super) fn panicked(plan: &Plan, i: usize, bindings: &Bindings, panic: &(dyn 
 }
 
 /// What a panic said.
-pub(super) fn message_of(panic: &(dyn std::any::Any + Send)) -> String {
+pub(crate) fn message_of(panic: &(dyn std::any::Any + Send)) -> String {
     panic
         .downcast_ref::<&str>()
         .map(ToString::to_string)

@@ -18,6 +18,7 @@ mod trace;
 
 pub use checked::eval_all_checked;
 pub(crate) use direct::eval_direct;
+pub(crate) use failure::message_of;
 pub use inspect::{first_nan, first_nonfinite, NonFinite};
 pub(crate) use trace::Trace;
 
