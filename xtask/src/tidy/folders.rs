@@ -53,6 +53,9 @@ const ALLOWED: &[(&str, &str, What)] = &[
     ("compile", "tensor", What::Only(&["LazyTensor"])),
     ("compile", "run", What::Only(&["eval_all", "Trace"])),
     ("compile", "config", What::All),
+    ("future", "run", What::Only(&["eval_all", "message_of"])),
+    ("future", "compile", What::Only(&["is_recording", "refuse_while_recording"])),
+    ("future", "tensor", What::Only(&["LazyTensor"])),
 ];
 
 /// Modules that everything may use: errors.

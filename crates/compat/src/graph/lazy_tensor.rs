@@ -269,19 +269,21 @@ impl LazyTensor {
         Ok(tensor)
     }
 
-    /// As [`LazyTensor::eval`], on a thread of tokio's pool where a runtime is running, else on this one.
+    /// As [`LazyTensor::eval`], on the engine's thread: no runtime is needed, and no thread of one is blocked. Nothing begins before the
+    /// first poll; see the engine's `eval_async` for what a drop does after that.
     ///
     /// # Errors
     /// As [`LazyTensor::eval`].
     #[cfg(feature = "async-exec")]
     pub async fn eval_async(&self) -> Result<Tensor, TrainingError> {
-        let handle = self.clone();
-        if tokio::runtime::Handle::try_current().is_err() {
-            return handle.eval();
+        let known = read(&self.graph).get_node(self.id).map(|node| node.data.as_tensor().ok().cloned());
+        if let Some(tensor) = known.map_err(TrainingError::failed)? {
+            return Ok(tensor);
         }
-        match tokio::task::spawn_blocking(move || handle.eval()).await {
-            Ok(result) => result,
-            Err(error) => Err(TrainingError::failed(error)),
-        }
+        let recorded = self.recorded().map_err(TrainingError::failed)?;
+        // no lock is held while it is computed
+        let tensor = recorded.eval_async().await.map_err(TrainingError::failed)?;
+        write(&self.graph).fill(self.id, &tensor);
+        Ok(tensor)
     }
 }

@@ -1,7 +1,8 @@
 //! What recording, capturing and planning cost.
 
+use super::super::measure::{self, Effort, Paired};
 use super::super::Error;
-use super::{bytes_of, eagerly, exactly, f64s, lazily, randn, ring, Row, Work, RING};
+use super::{bytes_of, eagerly, exactly, f64s, lazily, randn, ring, Floor, Row, Work, RING};
 use candle_core::{DType, Device, Tensor};
 use candle_lazy::exec::LazyTensor;
 
@@ -41,6 +42,28 @@ fn chain(nodes: usize) -> Result<Work, Error> {
     })
 }
 
+/// How much longer one small addition takes from `eval_async().wait()` than from `eval()`, in microseconds.
+fn wait(effort: Effort) -> Result<Paired, Error> {
+    let xs: Vec<LazyTensor> = ring(&[1280], DType::F32)?.into_iter().map(LazyTensor::from).collect();
+    let y = LazyTensor::from(randn(&[1280], DType::F32)?);
+    let sum = |i: usize| &xs[i % RING] + &y;
+    let mut more = f64::NAN;
+    for _ in 0..effort.tries {
+        let both = measure::paired(effort, &|i| Ok(drop(std::hint::black_box(sum(i)?.eval()?))), &|i| {
+            Ok(drop(std::hint::black_box(sum(i)?.eval_async().wait()?)))
+        })?;
+        more = both.lazy_us - both.eager_us;
+        if !both.disturbed() {
+            break;
+        }
+    }
+    Ok(measure::single(more, f64::NAN))
+}
+
 pub(super) fn rows() -> Vec<Row> {
-    vec![Row::new("overhead/add-1280", 0.6, || add(1280)), Row::at_most("overhead/chain-1000", 0.15, || chain(1000))]
+    vec![
+        Row::new("overhead/add-1280", 0.6, || add(1280)),
+        Row::at_most("overhead/chain-1000", 0.15, || chain(1000)),
+        Row::own("async/wait", Floor::MostUs(3.0), wait),
+    ]
 }
