@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Poll, Wake, Waker};
 
 #[path = "queue.rs"]
+#[allow(clippy::duplicate_mod)] // on purpose: the same source, with other locks
 mod queue;
 
 /// What `queue` is made of here.
