@@ -53,8 +53,8 @@ const ALLOWED: &[(&str, &str, What)] = &[
     ("compile", "tensor", What::Only(&["LazyTensor"])),
     ("compile", "run", What::Only(&["eval_all", "Trace"])),
     ("compile", "config", What::All),
-    ("future", "run", What::Only(&["eval_all", "message_of"])),
-    ("future", "compile", What::Only(&["is_recording", "refuse_while_recording"])),
+    ("future", "run", What::Only(&["eval_all", "message_of", "refuse_while_recording"])),
+    ("future", "config", What::All),
     ("future", "tensor", What::Only(&["LazyTensor"])),
 ];
 

@@ -97,7 +97,7 @@ impl Ticket {
             return Err(Error::Internal("a job without a queue".into()));
         };
         // a function that is being recorded evaluates nothing on its thread
-        if !crate::compile::is_recording() {
+        if !crate::config::is_recording() {
             if let Some(job) = queue.claim(&self.0) {
                 let result = run(job);
                 finish(queue, &self.0, result);

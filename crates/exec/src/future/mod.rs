@@ -95,7 +95,7 @@ impl LazyTensor {
 /// # Errors
 /// The future's: those of [`eval_all`](crate::eval_all).
 pub fn eval_all_async(tensors: &[&LazyTensor]) -> EvalAll {
-    if let Err(error) = crate::compile::refuse_while_recording(tensors) {
+    if let Err(error) = crate::run::refuse_while_recording(tensors) {
         return EvalAll(State::Ready(Err(error)));
     }
     if let Some(values) = tensors.iter().map(|t| known(t)).collect() {

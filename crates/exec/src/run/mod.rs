@@ -20,7 +20,7 @@ pub use checked::eval_all_checked;
 pub(crate) use direct::eval_direct;
 pub(crate) use failure::message_of;
 pub use inspect::{first_nan, first_nonfinite, NonFinite};
-pub(crate) use trace::Trace;
+pub(crate) use trace::{refuse_while_recording, Trace};
 
 use crate::buffer::{self, BufferValue};
 use crate::config::{self, EvalOptions};
@@ -113,7 +113,7 @@ pub fn peak_bytes(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<u64>
 }
 
 fn evaluate(tensors: &[&LazyTensor], options: &EvalOptions, as_tensors: As) -> Result<EvalReport> {
-    trace::refuse_while_recording(tensors)?;
+    refuse_while_recording(tensors)?;
     let start = Instant::now();
     let mut report = EvalReport::default();
     if tensors.iter().all(|t| t.is_ready()) {

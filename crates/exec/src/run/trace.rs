@@ -121,7 +121,7 @@ impl Trace {
 }
 
 /// Refuses to evaluate `tensor` where a compiled function is being recorded.
-pub(super) fn refuse_while_recording(tensors: &[&LazyTensor]) -> Result<()> {
+pub(crate) fn refuse_while_recording(tensors: &[&LazyTensor]) -> Result<()> {
     if !config::is_recording() {
         return Ok(());
     }
