@@ -1,3 +1,4 @@
+//! Where an evaluation runs, and what a thread may wait for.
 use super::*;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape};
 use std::sync::{Arc, Mutex};
