@@ -80,8 +80,8 @@ pub(super) fn ready_tensor(node: &Arc<Node>) -> Result<Tensor> {
             Some(Value::Engine(shared)) => {
                 return Ok(slots::to_tensor(bind::buffer_value(shared)?, node.shape().dims())?.0);
             }
-            None if node.is_lent() => wait_for_lent(seen),
-            None => return Err(Error::Internal("a leaf has no value".into())),
+            None if node.is_pending() => return Err(Error::Internal("a leaf has no value".into())),
+            None => wait_for_lent(seen),
         }
     }
 }

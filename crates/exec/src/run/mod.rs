@@ -288,8 +288,9 @@ fn tensor_of(node: &Arc<Node>) -> Result<Tensor> {
                 announce_returned();
                 return result;
             }
-            None if node.is_lent() => wait_for_lent(seen),
-            None => return Err(Error::Internal("a root has no value after its run".into())),
+            None if node.is_pending() => return Err(Error::Internal("a root has no value after its run".into())),
+            // it was lent a moment ago, and may have its value by now
+            None => wait_for_lent(seen),
         }
     }
 }
