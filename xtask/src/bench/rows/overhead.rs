@@ -49,8 +49,13 @@ fn wait(effort: Effort) -> Result<Paired, Error> {
     let sum = |i: usize| &xs[i % RING] + &y;
     let mut more = f64::NAN;
     for _ in 0..effort.tries {
-        let both = measure::paired(effort, &|i| Ok(drop(std::hint::black_box(sum(i)?.eval()?))), &|i| {
-            Ok(drop(std::hint::black_box(sum(i)?.eval_async().wait()?)))
+        let now = |i: usize| {
+            std::hint::black_box(sum(i)?.eval()?);
+            Ok(())
+        };
+        let both = measure::paired(effort, &now, &|i| {
+            std::hint::black_box(sum(i)?.eval_async().wait()?);
+            Ok(())
         })?;
         more = both.lazy_us - both.eager_us;
         if !both.disturbed() {
