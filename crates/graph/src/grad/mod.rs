@@ -1,7 +1,7 @@
 //! Gradients as a graph transform: the backward pass of recorded nodes, recorded as nodes.
 //!
 //! [`vjp`] walks from outputs back to variables (Baydin et al. 2018, arXiv:1502.05767, §3.2) and records for each op its
-//! vector–Jacobian product: [`rules`] says which. What comes out is a graph as any other, so it is captured, fused, planned and cached
+//! vector–Jacobian product (`rules.rs` says which). What comes out is a graph as any other, so it is captured, fused, planned and cached
 //! together with the forward pass, and it is traced where its inputs are: gradients have gradients.
 //!
 //! A traced node keeps its inputs when it becomes ready ([`Node::history`]), and the walk reads those, so that the same nodes are recorded
