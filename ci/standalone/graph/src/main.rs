@@ -11,7 +11,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let same = record(Op::Contiguous, &[&x])?;
     let sum = record(Op::Binary(BinaryOp::Add), &[&same, &x])?;
     assert!(record(Op::Matmul, &[&x, &x]).is_err(), "(2, 3) x (2, 3) is refused when it is recorded");
-    let captured = capture(&[sum], &CaptureOptions { expand: &|_, _, _, _| false }).map_err(|e| format!("{e:?}"))?;
+    let captured = capture(&[sum], &CaptureOptions { expand: &|_, _, _| false }).map_err(|e| format!("{e:?}"))?;
     println!("{}", dump::dump(&captured.graph, Some(&captured.bindings)));
     println!("passes: {:?}", passes::PASSES.iter().map(|pass| pass.name).collect::<Vec<_>>());
     Ok(())
