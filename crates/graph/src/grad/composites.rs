@@ -4,14 +4,12 @@
 
 use super::elementwise::{derivative, mul, unbroadcast, wide_result};
 use super::movement::full;
-use super::{Call, OnNodes, Parts, Ref, Walk};
+use super::{Call, Parts, Ref, Walk, R};
 use crate::decompose::decompose;
 use crate::error::Result;
 use crate::op::{BinaryOp, Op, ReduceOp, ScatterOp, UnaryOp};
-use crate::recorder::{Rec, Recorder};
+use crate::recorder::Recorder;
 use smallvec::smallvec;
-
-type R<'r, 'n> = Rec<'r, OnNodes<'n>>;
 
 pub(super) fn apply(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
     let mut parts = match &call.expr.op {

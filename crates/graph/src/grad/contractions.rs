@@ -1,13 +1,11 @@
 //! Derivatives of products.
 
 use super::elementwise::unbroadcast;
-use super::{Call, OnNodes, Parts, Ref};
+use super::{Call, Parts, Ref, R};
 use crate::error::{Error, ErrorKind, Result};
 use crate::node::{Node, Value};
 use crate::op::Op;
-use crate::recorder::{Rec, Recorder};
-
-type R<'r, 'n> = Rec<'r, OnNodes<'n>>;
+use crate::recorder::Recorder;
 
 /// All rows of `x` (…, n) as one matrix.
 fn rows(r: &mut R<'_, '_>, x: &Ref) -> Result<Ref> {

@@ -2,15 +2,13 @@
 //!
 //! f16 and bf16 are computed in f32 and rounded once, as the kernels of the composites do.
 
-use super::{Call, OnNodes, Parts, Ref};
+use super::{Call, Parts, Ref, R};
 use crate::error::Result;
 use crate::op::{BinaryOp, CmpOp, Dims, Op, ReduceOp, UnaryOp};
-use crate::recorder::{Rec, Recorder};
+use crate::recorder::Recorder;
 use candle_core::DType;
 use smallvec::smallvec;
 use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI, PI};
-
-type R<'r, 'n> = Rec<'r, OnNodes<'n>>;
 
 /// Whether values of this dtype are computed in f32.
 pub(super) fn is_narrow(dtype: DType) -> bool {

@@ -50,6 +50,9 @@ impl Recorder for OnNodes<'_> {
     }
 }
 
+/// What derivatives are recorded with.
+type R<'r, 'n> = Rec<'r, OnNodes<'n>>;
+
 /// An op as its derivative sees it.
 struct Call<'a> {
     expr: &'a Expr,
@@ -259,6 +262,3 @@ pub fn why_unreached(outputs: &[Ref], variable: &Ref) -> Error {
     );
     error.at(variable.site())
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,14 +1,12 @@
 //! Derivatives of views, and of ops that move data.
 
 use super::elementwise::{broadcast, unbroadcast};
-use super::{Call, OnNodes, Parts, Ref};
+use super::{Call, Parts, Ref, R};
 use crate::error::Result;
 use crate::op::{CmpOp, Dims, Op, ScatterOp};
-use crate::recorder::{Rec, Recorder};
+use crate::recorder::Recorder;
 use candle_core::DType;
 use smallvec::{smallvec, SmallVec};
-
-type R<'r, 'n> = Rec<'r, OnNodes<'n>>;
 
 pub(super) fn full(r: &mut R<'_, '_>, value: f64, dims: &[usize], dtype: DType) -> Result<Ref> {
     r.0.push(Op::Full { shape: Dims::from_slice(dims), dtype }, smallvec![value], &[])

@@ -3,15 +3,14 @@
 //! Where a function has a kink or ties, the convention is that of Candle's autograd: relu and abs have slope 1 at 0, maximum and minimum
 //! share equal elements by halves, and each of several equal extremes of a reduction gets the whole gradient.
 
-use super::{composites, contractions, elementwise, movement, Call, OnNodes, Parts};
+use super::{composites, contractions, elementwise, movement, Call, Parts, R};
 use crate::custom::CustomOp;
 use crate::error::Result;
 use crate::node::Node;
 use crate::op::Op;
-use crate::recorder::Rec;
 
 /// The gradients of the inputs of a call, each of its input's shape and dtype.
-pub(super) fn apply(call: &Call<'_>, r: &mut Rec<'_, OnNodes<'_>>) -> Result<Parts> {
+pub(super) fn apply(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
     match &call.expr.op {
         // nothing comes in, or nothing passes
         Op::Full { .. }
