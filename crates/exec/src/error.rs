@@ -62,6 +62,9 @@ pub enum Error {
         /// How much is allowed.
         budget: u64,
     },
+    /// A request that waited to be evaluated with others was not.
+    #[error(transparent)]
+    Queue(QueueError),
     /// Checked mode: what the plan computes for a node is not what eager execution of that node gives.
     #[error(transparent)]
     Differs(Box<Difference>),
@@ -98,6 +101,27 @@ pub enum Error {
         /// The line that asked for what failed.
         site: Box<BuildSite>,
     },
+}
+
+/// Why a request that stood in a line was not served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum QueueError {
+    /// As many wait as may.
+    #[error("the queue is full: {capacity} requests wait")]
+    Full {
+        /// How many may wait.
+        capacity: usize,
+    },
+    /// Its deadline passed before it began.
+    #[error("the deadline of the request passed before it began")]
+    Deadline,
+    /// The line was closed.
+    #[error("the queue is closed")]
+    Closed,
+    /// Who was to serve it dropped it, for instance by a panic.
+    #[error("the request was dropped without an answer")]
+    Lost,
 }
 
 /// One of the ops that ran as one step.
@@ -218,6 +242,7 @@ impl Error {
             Self::Candle(_)
             | Self::Memory { .. }
             | Self::Budget { .. }
+            | Self::Queue(_)
             | Self::Internal(_)
             | Self::Msg(_)
             | Self::Other(_) => None,

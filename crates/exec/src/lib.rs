@@ -8,10 +8,11 @@
 //! 4. [`run`]: a plan is bound to sizes, scalars and leaves, and run.
 //! 5. [`report`]: what a run did.
 //!
-//! [`future`] evaluates behind the caller's back. [`grad`](mod@grad) records backward passes. [`buffer`] holds the memory of values that no Candle tensor owns.
+//! [`future`] evaluates behind the caller's back, [`batch`] what many callers ask for together. [`grad`](mod@grad) records backward passes. [`buffer`] holds the memory of values that no Candle tensor owns.
 #![doc = include_str!("../README.md")]
 #![deny(unsafe_code)]
 
+pub mod batch;
 pub mod buffer;
 pub mod compile;
 pub mod config;
@@ -27,7 +28,7 @@ pub mod tensor;
 pub use candle_lazy_graph::{module_scope, BuildSite, ModuleScope};
 pub use compile::compile;
 pub use config::EvalOptions;
-pub use error::{Difference, Error, Member, Result};
+pub use error::{Difference, Error, Member, QueueError, Result};
 pub use future::{eval_all_async, Eval, EvalAll};
 pub use grad::{grad, value_and_grad, vjp};
 pub use report::EvalReport;

@@ -27,8 +27,9 @@
 
 mod engine;
 mod queue;
+pub(crate) mod task;
 
-/// The locks of `queue`, which its tests replace.
+/// The locks of `queue` and `task`, which their tests replace.
 mod sync {
     pub(super) use std::sync::{Arc, Condvar, Mutex};
     use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Every order in which threads can take their turns at the queue, by loom. The source is that of `queue`, with loom's locks.
+//! Every order in which threads can take their turns at the queue, by loom. The source is that of `queue` and `task`, with loom's locks.
 
 use loom::thread;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -7,8 +7,11 @@ use std::task::{Poll, Wake, Waker};
 #[path = "queue.rs"]
 #[allow(clippy::duplicate_mod)] // on purpose: the same source, with other locks
 mod queue;
+#[path = "task.rs"]
+#[allow(clippy::duplicate_mod, dead_code)]
+mod task;
 
-/// What `queue` is made of here.
+/// What they are made of here.
 mod sync {
     pub(super) use loom::sync::{Arc, Condvar, Mutex};
 
@@ -23,7 +26,7 @@ use sync::{Arc, Condvar, Mutex};
 /// A number to be multiplied by ten; `None` ends the engine.
 type Job = Option<usize>;
 type Line = Arc<Queue<Job, usize>>;
-type Task = Arc<queue::Task<Job, usize>>;
+type Task = Arc<task::Task<Job, usize>>;
 
 /// How often each job ran.
 type Runs = std::sync::Arc<[AtomicUsize; 3]>;

@@ -1,132 +1,14 @@
-//! The line of tasks, and what a task is while it waits, runs and has ended.
+//! The line of tasks.
 //!
 //! One task runs at a time, in the order of arrival: on the engine's thread, or on that of whoever waits for the one that is next. So a
 //! task that needs what an earlier one computes finds it computed. Nothing here knows what a job is, and no lock is held while one runs,
 //! is dropped, or wakes somebody. The same source is compiled a second time against loom's locks, whose tests try every order of threads.
 
 use super::sync::{nap, Arc, Condvar, Mutex};
+pub(super) use super::task::Task;
+use super::task::held;
 use std::collections::VecDeque;
-use std::sync::{LockResult, PoisonError};
-use std::task::{Poll, Waker};
-
-/// The guard of a lock. Nothing that can panic runs under one, and a panic elsewhere says nothing about what it guards.
-fn held<G>(lock: LockResult<G>) -> G {
-    lock.unwrap_or_else(PoisonError::into_inner)
-}
-
-/// How far a task is.
-enum Stage<J, T> {
-    Waiting(J),
-    /// It runs, and somebody wants its result.
-    Running,
-    Ended(T),
-    /// Nobody wants its result, or somebody has it.
-    Over,
-}
-
-struct Cell<J, T> {
-    stage: Stage<J, T>,
-    waker: Option<Waker>,
-}
-
-/// A job that was submitted, and its result.
-pub(super) struct Task<J, T> {
-    cell: Mutex<Cell<J, T>>,
-    /// Told when the task has ended.
-    ended: Condvar,
-}
-
-impl<J, T> Task<J, T> {
-    fn new(job: J) -> Self {
-        Self { cell: Mutex::new(Cell { stage: Stage::Waiting(job), waker: None }), ended: Condvar::new() }
-    }
-
-    /// Takes the job out, to run it: one caller gets it, and none after [`Task::abandon`].
-    pub(super) fn start(&self) -> Option<J> {
-        let mut cell = held(self.cell.lock());
-        match std::mem::replace(&mut cell.stage, Stage::Running) {
-            Stage::Waiting(job) => Some(job),
-            other => {
-                cell.stage = other;
-                None
-            }
-        }
-    }
-
-    fn is_waiting(&self) -> bool {
-        matches!(held(self.cell.lock()).stage, Stage::Waiting(_))
-    }
-
-    /// The result, once; `Some(None)` where it was taken before.
-    fn take(cell: &mut Cell<J, T>) -> Option<Option<T>> {
-        match std::mem::replace(&mut cell.stage, Stage::Over) {
-            Stage::Ended(result) => Some(Some(result)),
-            Stage::Over => Some(None),
-            other => {
-                cell.stage = other;
-                None
-            }
-        }
-    }
-
-    /// The result, or a promise to wake `waker` (the last one that was given) once when it is there; `None` where it was taken before.
-    pub(super) fn poll(&self, waker: &Waker) -> Poll<Option<T>> {
-        let mut cell = held(self.cell.lock());
-        if let Some(result) = Self::take(&mut cell) {
-            return Poll::Ready(result);
-        }
-        let known = cell.waker.as_ref().is_some_and(|old| old.will_wake(waker));
-        let old = if known { None } else { cell.waker.replace(waker.clone()) };
-        drop(cell);
-        // wakers are the user's code too
-        drop(old);
-        Poll::Pending
-    }
-
-    /// The result, if it is there.
-    pub(super) fn ready(&self) -> Option<Option<T>> {
-        let mut cell = held(self.cell.lock());
-        Self::take(&mut cell)
-    }
-
-    /// Sleeps until the result is there.
-    pub(super) fn sleep(&self) -> Option<T> {
-        let mut cell = held(self.cell.lock());
-        loop {
-            match Self::take(&mut cell) {
-                Some(result) => return result,
-                None => cell = held(self.ended.wait(cell)),
-            }
-        }
-    }
-
-    /// Nobody wants the result any more: a job that waits is dropped, here and now, and a result too.
-    pub(super) fn abandon(&self) {
-        let (stage, waker) = {
-            let mut cell = held(self.cell.lock());
-            (std::mem::replace(&mut cell.stage, Stage::Over), cell.waker.take())
-        };
-        drop(stage);
-        drop(waker);
-    }
-
-    /// The job has run. Gives who is to be woken; a result that nobody wants is dropped.
-    fn end(&self, result: T) -> Option<Waker> {
-        let (unwanted, waker) = {
-            let mut cell = held(self.cell.lock());
-            let unwanted = match cell.stage {
-                Stage::Running => {
-                    cell.stage = Stage::Ended(result);
-                    None
-                }
-                Stage::Waiting(_) | Stage::Ended(_) | Stage::Over => Some(result),
-            };
-            (unwanted, cell.waker.take())
-        };
-        drop(unwanted);
-        waker
-    }
-}
+use std::task::Waker;
 
 struct Line<J, T> {
     tasks: VecDeque<Arc<Task<J, T>>>,
@@ -223,7 +105,7 @@ impl<J, T> Queue<J, T> {
         let release = Release(self);
         let waker = task.end(result);
         drop(release);
-        task.ended.notify_all();
+        task.tell();
         waker
     }
 }

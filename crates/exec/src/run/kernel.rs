@@ -24,9 +24,20 @@ struct Ctx<'a> {
     number: usize,
     bindings: &'a Bindings,
     memory: &'a Memory,
+    /// Where the step is a product of the rows of several requests: how many there are.
+    rows: Option<usize>,
 }
 
 impl Ctx<'_> {
+    /// What `dims` are in this run.
+    fn dims(&self, dims: &Dims<Sym>) -> Dims {
+        let dims = self.bindings.dims(dims);
+        match self.rows {
+            Some(rows) => Dims::from_slice(&[rows, dims.last().copied().unwrap_or(1)]),
+            None => dims,
+        }
+    }
+
     fn param(&self, i: usize) -> Result<f64> {
         let i = if fault::active("bind.last_scalar") { self.step.params.len() - 1 } else { i };
         let index = self.step.params.get(i).copied();
@@ -37,8 +48,11 @@ impl Ctx<'_> {
 
     /// Memory for output `i`, of `dims`.
     fn take(&self, i: usize, dims: &[usize]) -> Result<Buffer> {
-        let len = dims.iter().product();
-        Buffer::take_piece(self.output(i)?.dtype, len, self.memory.piece(self.number, i))
+        let (len, dtype) = (dims.iter().product(), self.output(i)?.dtype);
+        match self.rows {
+            Some(_) => Buffer::take(dtype, len),
+            None => Buffer::take_piece(dtype, len, self.memory.piece(self.number, i)),
+        }
     }
 
     fn output(&self, i: usize) -> Result<&Output> {
@@ -60,7 +74,7 @@ pub(super) fn run_step(
     lent: &mut Lent,
     report: &mut EvalReport,
 ) -> Result<()> {
-    let ctx = Ctx { step, number, bindings, memory };
+    let ctx = Ctx { step, number, bindings, memory, rows: None };
     match &step.kind {
         StepKind::View(op) => return view(&ctx, op, slots, report),
         StepKind::Candle { op, reason } => {
@@ -92,10 +106,28 @@ pub(super) fn run_step(
                 put(slots, output, buffer, bindings);
             }
         }
-        _ => single_output(&ctx, slots)?,
+        _ => {
+            let buffer = single_output(&ctx, slots)?;
+            put(slots, ctx.output(0)?, buffer, bindings);
+        }
     }
     *report.kernels.entry(step.kind.name()).or_default() += 1;
     Ok(())
+}
+
+/// The outputs of a product whose rows are those of several requests, `rows` in all: its inputs are matrices of them, or what all share.
+pub(super) fn of_rows(
+    (step, number): (&Step, usize),
+    bindings: &Bindings,
+    memory: &Memory,
+    slots: &[SlotValue],
+    rows: usize,
+) -> Result<SmallVec<[Buffer; 2]>> {
+    let ctx = Ctx { step, number, bindings, memory, rows: Some(rows) };
+    match &step.kind {
+        StepKind::Products { heads } => heads::run(&ctx, heads, slots),
+        _ => Ok(SmallVec::from_iter([single_output(&ctx, slots)?])),
+    }
 }
 
 /// Runs a program over a space of `dims` with these row axes, to which its inputs broadcast.
@@ -139,9 +171,9 @@ fn put(slots: &mut [SlotValue], output: &Output, buffer: Buffer, bindings: &Bind
 }
 
 /// Kernels that fill one new buffer.
-fn single_output(ctx: &Ctx<'_>, slots: &mut [SlotValue]) -> Result<()> {
+fn single_output(ctx: &Ctx<'_>, slots: &[SlotValue]) -> Result<Buffer> {
     let output = ctx.output(0)?;
-    let dims = ctx.bindings.dims(&output.dims);
+    let dims = ctx.dims(&output.dims);
     let mut buffer = ctx.take(0, &dims)?;
     with_views(slots, &ctx.step.inputs, |v| {
         let mut out = buffer.slice_mut();
@@ -235,8 +267,7 @@ fn single_output(ctx: &Ctx<'_>, slots: &mut [SlotValue]) -> Result<()> {
             }
         }
     })?;
-    put(slots, output, buffer, ctx.bindings);
-    Ok(())
+    Ok(buffer)
 }
 
 /// x·wᵀ with w (out, in) read where it lies; the bias is added to the rounded product, as the pass that splits it off does.

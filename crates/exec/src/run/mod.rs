@@ -9,6 +9,7 @@ mod candle;
 mod checked;
 mod direct;
 mod failure;
+mod group;
 mod inspect;
 mod judge;
 mod kernel;
@@ -19,6 +20,7 @@ mod trace;
 pub use checked::eval_all_checked;
 pub(crate) use direct::eval_direct;
 pub(crate) use failure::message_of;
+pub(crate) use group::{eval_group, in_group, Request};
 pub use inspect::{first_nan, first_nonfinite, NonFinite};
 pub(crate) use trace::{refuse_while_recording, Trace};
 

@@ -27,6 +27,11 @@ impl Foreign {
         };
         Self { tensor, address }
     }
+
+    /// Where its storage is: the same for all views of one.
+    pub(super) fn address(&self) -> usize {
+        self.address
+    }
 }
 
 /// What a slot holds.

@@ -64,7 +64,7 @@ fn all() -> usize {
 /// thread would take for all of them.
 ///
 /// A panic of `f` reaches the caller after all tasks have ended.
-pub(crate) fn each<T: Send>(ns: usize, items: Vec<T>, f: impl Fn(T) + Sync) {
+pub fn each<T: Send>(ns: usize, items: Vec<T>, f: impl Fn(T) + Sync) {
     if items.len() < 2 || threads() < 2 {
         return items.into_iter().for_each(f);
     }

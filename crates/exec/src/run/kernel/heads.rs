@@ -14,7 +14,7 @@ use smallvec::SmallVec;
 pub(super) fn run(ctx: &Ctx<'_>, heads: &[HeadStep], slots: &[SlotValue]) -> Result<SmallVec<[Buffer; 2]>> {
     let mut buffers: SmallVec<[Buffer; 2]> = SmallVec::new();
     for (i, output) in ctx.step.outputs.iter().enumerate() {
-        buffers.push(ctx.take(i, &ctx.bindings.dims(&output.dims))?);
+        buffers.push(ctx.take(i, &ctx.dims(&output.dims))?);
     }
     let params = (0..ctx.step.params.len()).map(|i| ctx.param(i)).collect::<Result<SmallVec<[f64; 4]>>>()?;
     with_views(slots, &ctx.step.inputs, |views| {
@@ -26,7 +26,7 @@ pub(super) fn run(ctx: &Ctx<'_>, heads: &[HeadStep], slots: &[SlotValue]) -> Res
                 bound.push(Head { rights, epilogue: None });
                 continue;
             };
-            let dims = ctx.bindings.dims(&head.dims);
+            let dims = ctx.dims(&head.dims);
             let mut inputs = Vec::with_capacity(epilogue.inputs.len());
             for source in &epilogue.inputs {
                 inputs.push(match *source {

@@ -1,0 +1,282 @@
+//! The executor: a line of tensors, and the thread that evaluates what it draws.
+
+use super::inbox::{Drawn, Entering, Inbox, Shutdown, SubmitOptions, Ticket};
+use super::window::Window;
+use super::BatchStats;
+use crate::error::{Error, Result};
+use crate::run::{eval_group, in_group, message_of, refuse_while_recording, Request};
+use crate::tensor::LazyTensor;
+use candle_core::Tensor;
+use parking_lot::Mutex;
+use std::future::Future;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+/// How an executor batches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BatchOptions {
+    /// How many requests may wait.
+    pub capacity: usize,
+    /// What is drawn as one batch.
+    pub window: Window,
+}
+
+impl Default for BatchOptions {
+    /// 1,024 may wait; at most 64 at once, with adaptive waiting.
+    fn default() -> Self {
+        Self { capacity: 1024, window: Window::default() }
+    }
+}
+
+type Line = Inbox<Request, Vec<Tensor>>;
+
+/// Evaluates what many callers ask for, together where it arrives together; see [`batch`](crate::batch).
+///
+/// A clone is the same executor. When the last one drops, what waits is still evaluated.
+#[derive(Clone)]
+pub struct BatchExecutor(Arc<Running>);
+
+struct Running {
+    line: Line,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl std::fmt::Debug for BatchExecutor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "BatchExecutor({:?})", self.0.line)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.line.close(Shutdown::Drain);
+    }
+}
+
+/// As much as a main thread has: Candle's tape is dropped by recursion.
+const STACK: usize = 8 << 20;
+
+fn work(line: &Line, window: &Window) {
+    while let Some(drawn) = line.draw(window) {
+        let (begin, count) = (Instant::now(), drawn.len());
+        serve(drawn);
+        line.ran(count, begin.elapsed());
+    }
+}
+
+/// Evaluates a batch and answers every request of it. Nothing that one of them does ends the thread.
+fn serve(drawn: Vec<Drawn<Request, Vec<Tensor>>>) {
+    let mut requests = Vec::with_capacity(drawn.len());
+    let mut slots = Vec::with_capacity(drawn.len());
+    for mut one in drawn {
+        if one.is_cancelled() {
+            // what it held is the user's to drop, and may panic
+            let _ = catch_unwind(AssertUnwindSafe(|| drop(one)));
+            continue;
+        }
+        requests.push(one.take_job().unwrap_or_default());
+        slots.push(Mutex::new(Some(one)));
+    }
+    let answer = |number: usize, result: Result<Vec<Tensor>>| {
+        let one = slots.get(number).and_then(|slot| slot.lock().take());
+        // a waker is the asker's code
+        let _ = catch_unwind(AssertUnwindSafe(|| one.map(|one| one.finish(result))));
+    };
+    let ran = catch_unwind(AssertUnwindSafe(|| eval_group(requests, &answer)));
+    if let Err(panic) = ran {
+        let message = message_of(panic.as_ref());
+        for number in 0..slots.len() {
+            answer(number, Err(Error::Internal(format!("a panic ended it: {message}"))));
+        }
+    }
+}
+
+impl BatchExecutor {
+    /// An executor with default options and a thread of its own.
+    ///
+    /// # Errors
+    /// When the system gives no thread.
+    pub fn new() -> Result<Self> {
+        Self::with_options(&BatchOptions::default())
+    }
+
+    /// An executor with a thread of its own.
+    ///
+    /// # Errors
+    /// When the system gives no thread.
+    pub fn with_options(options: &BatchOptions) -> Result<Self> {
+        let line = Line::new(options.capacity);
+        let (drawn, window) = (line.clone(), options.window);
+        let thread = std::thread::Builder::new().name("candle-lazy-batch".into()).stack_size(STACK);
+        let thread = thread.spawn(move || work(&drawn, &window))?;
+        Ok(Self(Arc::new(Running { line, thread: Mutex::new(Some(thread)) })))
+    }
+
+    /// Asks for the value of `tensor`. Sleeps while the line is full.
+    ///
+    /// # Errors
+    /// [`QueueError`](crate::error::QueueError) where it is not let in; the ticket's are those of [`LazyTensor::eval`].
+    pub fn submit(&self, tensor: &LazyTensor) -> Result<Submission> {
+        Ok(Submission(self.submit_all(&[tensor], &SubmitOptions::default())?))
+    }
+
+    /// As [`BatchExecutor::submit`], if there is room.
+    ///
+    /// # Errors
+    /// As [`BatchExecutor::submit`], and [`QueueError::Full`](crate::error::QueueError::Full).
+    pub fn try_submit(&self, tensor: &LazyTensor) -> Result<Submission> {
+        Ok(Submission(self.try_submit_all(&[tensor], &SubmitOptions::default())?))
+    }
+
+    /// Asks for the values of tensors, which are one request. Sleeps while the line is full.
+    ///
+    /// # Errors
+    /// As [`BatchExecutor::submit`].
+    pub fn submit_all(&self, tensors: &[&LazyTensor], how: &SubmitOptions) -> Result<SubmissionAll> {
+        refuse_while_recording(tensors)?;
+        // a full line is emptied by this very thread
+        if in_group() {
+            return self.try_submit_all(tensors, how);
+        }
+        Ok(SubmissionAll(self.0.line.submit(request(tensors), how)?))
+    }
+
+    /// As [`BatchExecutor::submit_all`], if there is room.
+    ///
+    /// # Errors
+    /// As [`BatchExecutor::try_submit`].
+    pub fn try_submit_all(&self, tensors: &[&LazyTensor], how: &SubmitOptions) -> Result<SubmissionAll> {
+        refuse_while_recording(tensors)?;
+        Ok(SubmissionAll(self.0.line.try_submit(request(tensors), how)?))
+    }
+
+    /// As [`BatchExecutor::submit_all`], with a future that waits for room: for any runtime. Dropped, it asks for nothing.
+    ///
+    /// # Errors
+    /// The future's: as [`BatchExecutor::submit_all`].
+    pub fn submit_async(&self, tensors: &[&LazyTensor], how: &SubmitOptions) -> Submitting {
+        Submitting(match refuse_while_recording(tensors) {
+            Ok(()) => Ok(self.0.line.submit_async(request(tensors), how)),
+            Err(error) => Err(Some(error)),
+        })
+    }
+
+    /// What went through since it was made.
+    #[must_use]
+    pub fn stats(&self) -> BatchStats {
+        self.0.line.stats()
+    }
+
+    /// Lets no request in any more, for any of its clones, and returns when its thread has ended: once those that wait have been served,
+    /// or were told that they are not.
+    pub fn shutdown(&self, how: Shutdown) {
+        self.0.line.close(how);
+        let thread = self.0.thread.lock().take();
+        // from inside of a batch it cannot be waited for
+        if let Some(thread) = thread.filter(|_| !in_group()) {
+            // it contains panics, and has none to tell of
+            let _ = thread.join();
+        }
+    }
+}
+
+fn request(tensors: &[&LazyTensor]) -> Request {
+    tensors.iter().map(|&t| t.clone()).collect()
+}
+
+/// A request for several tensors; made by [`BatchExecutor::submit_all`]. A future, for any runtime.
+///
+/// Dropping it cancels what has not begun, and frees what it held.
+#[must_use = "a request that is dropped before it has begun never begins"]
+#[derive(Debug)]
+pub struct SubmissionAll(Ticket<Request, Vec<Tensor>>);
+
+/// A request for one tensor; made by [`BatchExecutor::submit`]. As [`SubmissionAll`].
+#[must_use = "a request that is dropped before it has begun never begins"]
+#[derive(Debug)]
+pub struct Submission(SubmissionAll);
+
+impl SubmissionAll {
+    /// The values, in the order of the tensors. Blocks.
+    ///
+    /// # Errors
+    /// As [`eval_all`](crate::eval_all).
+    pub fn wait(self) -> Result<Vec<Tensor>> {
+        if let Some(result) = self.here() {
+            return result;
+        }
+        self.0.wait()
+    }
+
+    /// On a thread that evaluates for an executor: nobody else will evaluate this one meanwhile.
+    fn here(&self) -> Option<Result<Vec<Tensor>>> {
+        if !in_group() {
+            return None;
+        }
+        let Some(job) = self.0.take_back() else {
+            return self.0.ready_now().or_else(|| {
+                Some(Err(Error::msg("an op that is being evaluated waits for a request of the same batch")))
+            });
+        };
+        Some(crate::run::eval_all(&job.iter().collect::<Vec<_>>()))
+    }
+}
+
+impl Submission {
+    /// The value. Blocks.
+    ///
+    /// # Errors
+    /// As [`LazyTensor::eval`].
+    pub fn wait(self) -> Result<Tensor> {
+        one(self.0.wait()?)
+    }
+}
+
+fn one(mut values: Vec<Tensor>) -> Result<Tensor> {
+    values.pop().ok_or_else(|| Error::Internal("no result for a root".into()))
+}
+
+impl Future for SubmissionAll {
+    type Output = Result<Vec<Tensor>>;
+
+    /// Ready once; an error after that.
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        if let Some(result) = self.here() {
+            return Poll::Ready(result);
+        }
+        Pin::new(&mut self.get_mut().0).poll(context)
+    }
+}
+
+impl Future for Submission {
+    type Output = Result<Tensor>;
+
+    /// Ready once; an error after that.
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.get_mut().0).poll(context).map(|values| one(values?))
+    }
+}
+
+/// A request on its way in; made by [`BatchExecutor::submit_async`].
+#[must_use = "a request that is not polled is not let in"]
+#[derive(Debug)]
+pub struct Submitting(std::result::Result<Entering<Request, Vec<Tensor>>, Option<Error>>);
+
+impl Future for Submitting {
+    type Output = Result<SubmissionAll>;
+
+    /// Ready once; an error after that.
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        match &mut self.get_mut().0 {
+            Ok(entering) => Pin::new(entering).poll(context).map(|ticket| Ok(SubmissionAll(ticket?))),
+            Err(error) => {
+                let after = || Error::msg("a submission was polled after it had given its ticket");
+                Poll::Ready(Err(error.take().unwrap_or_else(after)))
+            }
+        }
+    }
+}
