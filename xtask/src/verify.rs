@@ -28,7 +28,7 @@ pub struct VerifyArgs {
     /// Only this op, by its name in docs/ops.md; `random` for the random graphs.
     #[arg(long, value_name = "NAME", conflicts_with = "mutants")]
     pub op: Option<String>,
-    /// Only this mode.
+    /// Only these modes, separated by commas.
     #[arg(long, value_name = "NAME", conflicts_with = "mutants")]
     pub mode: Option<String>,
     /// Only cases of this dtype.

@@ -5,7 +5,7 @@
 
 use crate::case::{Domain, InputSpec, Layout};
 use crate::modes::{Cell, Mode, Outcome};
-use crate::random::{check_gradients, check_numbers, check_options, Known, Program, Step};
+use crate::random::{check_gradients, check_numbers, check_options, check_together, Known, Program, Step};
 use crate::Result;
 use candle_core::DType;
 use candle_lazy_exec::EvalOptions;
@@ -409,6 +409,7 @@ pub fn check(named: &Named, mode: Mode) -> Result<Option<Cell>> {
         }
         Mode::Replay => check_numbers(program)?,
         Mode::Tracked => check_gradients(program)?,
+        Mode::Batched => check_together(program)?,
         _ => return Ok(None),
     };
     Ok(Some(Cell::of(wrong.map_or(Outcome::Passed, |what| Outcome::Failed(format!("{what}\n{program}"))))))

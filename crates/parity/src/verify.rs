@@ -20,7 +20,7 @@ pub struct Options {
     pub extent: Extent,
     /// Only ops with this name.
     pub op: Option<String>,
-    /// Only this mode.
+    /// Only these modes, separated by commas.
     pub mode: Option<String>,
     /// Only cases of this dtype.
     pub dtype: Option<DType>,
@@ -358,14 +358,17 @@ fn run_graphs(options: &Options, dtype: DType, size: usize) -> Cell {
     Cell::of(Outcome::Passed)
 }
 
-/// The modes that `name` means; all for `None`.
-fn modes_named(name: Option<&str>) -> Result<Vec<Mode>> {
+/// The modes that `names` means, separated by commas; all for `None`.
+fn modes_named(names: Option<&str>) -> Result<Vec<Mode>> {
     let all = Mode::all();
-    let Some(name) = name else { return Ok(all) };
-    let some: Vec<Mode> = all.iter().copied().filter(|m| m.name() == name).collect();
-    if some.is_empty() {
-        let names: Vec<String> = all.iter().map(|m| m.name()).collect();
-        return Err(Error::Option(format!("no mode {name}; there are {}", names.join(", "))));
+    let Some(names) = names else { return Ok(all) };
+    let mut some = Vec::new();
+    for name in names.split(',') {
+        let Some(&mode) = all.iter().find(|m| m.name() == name) else {
+            let names: Vec<String> = all.iter().map(|m| m.name()).collect();
+            return Err(Error::Option(format!("no mode {name}; there are {}", names.join(", "))));
+        };
+        some.push(mode);
     }
     Ok(some)
 }

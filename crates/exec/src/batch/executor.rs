@@ -63,13 +63,15 @@ const STACK: usize = 8 << 20;
 fn work(line: &Line, window: &Window) {
     while let Some(drawn) = line.draw(window) {
         let (begin, count) = (Instant::now(), drawn.len());
-        serve(drawn);
+        let merged = serve(drawn);
         line.ran(count, begin.elapsed());
+        line.merged(merged);
     }
 }
 
-/// Evaluates a batch and answers every request of it. Nothing that one of them does ends the thread.
-fn serve(drawn: Vec<Drawn<Request, Vec<Tensor>>>) {
+/// Evaluates a batch and answers every request of it; how many products were made for several. Nothing that one of them does ends the
+/// thread.
+fn serve(drawn: Vec<Drawn<Request, Vec<Tensor>>>) -> usize {
     let mut requests = Vec::with_capacity(drawn.len());
     let mut slots = Vec::with_capacity(drawn.len());
     for mut one in drawn {
@@ -87,12 +89,13 @@ fn serve(drawn: Vec<Drawn<Request, Vec<Tensor>>>) {
         let _ = catch_unwind(AssertUnwindSafe(|| one.map(|one| one.finish(result))));
     };
     let ran = catch_unwind(AssertUnwindSafe(|| eval_group(requests, &answer)));
-    if let Err(panic) = ran {
+    ran.unwrap_or_else(|panic| {
         let message = message_of(panic.as_ref());
         for number in 0..slots.len() {
             answer(number, Err(Error::Internal(format!("a panic ended it: {message}"))));
         }
-    }
+        0
+    })
 }
 
 impl BatchExecutor {

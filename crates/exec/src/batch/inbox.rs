@@ -189,6 +189,11 @@ impl<J, T> Inbox<J, T> {
         self.0.counters.ran(drawn, run);
     }
 
+    /// So many products were made for several jobs at once.
+    pub(super) fn merged(&self, products: usize) {
+        self.0.counters.merged(products);
+    }
+
     /// Answers those that are late, and hands out the others.
     fn begin(&self, started: Vec<Started<J, Result<T>>>) -> Vec<Drawn<J, T>> {
         let now = Instant::now();

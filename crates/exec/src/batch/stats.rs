@@ -89,6 +89,8 @@ pub struct BatchStats {
     pub expired: u64,
     /// Requests that nobody wanted any more before they were answered.
     pub cancelled: u64,
+    /// Products that were made for several requests of a [`BatchExecutor`](super::BatchExecutor) at once.
+    pub merged_products: u64,
     /// Requests per batch.
     pub batch_sizes: Histogram,
     /// How long requests waited before they were drawn, in microseconds.
@@ -105,6 +107,7 @@ pub(super) struct Counters {
     failed: AtomicU64,
     expired: AtomicU64,
     cancelled: AtomicU64,
+    merged_products: AtomicU64,
     batch_sizes: Buckets,
     wait_us: Buckets,
     run_us: Buckets,
@@ -140,6 +143,10 @@ impl Counters {
         self.run_us.add(micros(run));
     }
 
+    pub(super) fn merged(&self, products: usize) {
+        self.merged_products.fetch_add(products as u64, Ordering::Relaxed);
+    }
+
     pub(super) fn cancelled(&self) {
         one(&self.cancelled);
     }
@@ -164,6 +171,7 @@ impl Counters {
             failed: count(&self.failed),
             expired: count(&self.expired),
             cancelled: count(&self.cancelled),
+            merged_products: count(&self.merged_products),
             batch_sizes: self.batch_sizes.snapshot(),
             wait_us: self.wait_us.snapshot(),
             run_us: self.run_us.snapshot(),

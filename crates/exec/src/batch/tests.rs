@@ -111,7 +111,8 @@ fn a_deadline_in_the_past_is_refused_and_one_that_passes_is_an_error() {
     let inbox = Jobs::new(1);
     let past = SubmitOptions { deadline: Some(Instant::now()), ..SubmitOptions::default() };
     assert_eq!(why(inbox.submit(1, &past)), QueueError::Deadline);
-    let soon = || SubmitOptions { deadline: Some(Instant::now() + Duration::from_millis(5)), ..SubmitOptions::default() };
+    let soon =
+        || SubmitOptions { deadline: Some(Instant::now() + Duration::from_millis(5)), ..SubmitOptions::default() };
     // nobody serves: who waits is told all the same
     assert_eq!(why(inbox.submit(2, &soon()).unwrap().wait()), QueueError::Deadline);
     let ticket = inbox.submit(3, &soon()).unwrap();

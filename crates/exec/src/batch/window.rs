@@ -86,7 +86,10 @@ mod tests {
         pace.ran(1, 0, ms);
         assert_eq!(pace.more(&window, 1, now), None, "one at a time");
         pace.ran(1, 1, ms);
-        assert!(pace.more(&window, 1, now).is_some_and(|(n, until)| n == 2 && until <= now + LONGEST), "two were there");
+        assert!(
+            pace.more(&window, 1, now).is_some_and(|(n, until)| n == 2 && until <= now + LONGEST),
+            "two were there"
+        );
         assert_eq!(pace.more(&window, 2, now), None, "both are there again");
         for _ in 0..3 {
             pace.ran(1, 0, ms);

@@ -5,8 +5,8 @@
 //! is dropped, or wakes somebody. The same source is compiled a second time against loom's locks, whose tests try every order of threads.
 
 use super::sync::{nap, Arc, Condvar, Mutex};
-pub(super) use super::task::Task;
 use super::task::held;
+pub(super) use super::task::Task;
 use std::collections::VecDeque;
 use std::task::Waker;
 

@@ -23,7 +23,7 @@ pub fn evaluate(tensor: &LazyTensor, options: &EvalOptions) -> Result<(Tensor, E
     }
 }
 
-fn record(case: &Case, inputs: &[Tensor]) -> Result<LazyTensor> {
+pub(super) fn record(case: &Case, inputs: &[Tensor]) -> Result<LazyTensor> {
     let leaves: Vec<LazyTensor> = inputs.iter().map(LazyTensor::from).collect();
     lazy::record_case(case, &leaves)
 }
@@ -61,7 +61,7 @@ fn checked(options: EvalOptions) -> EvalOptions {
 }
 
 /// The result without passes: what every other plan of ours equals bit for bit.
-fn baseline(subject: &mut Subject) -> Result<Tensor> {
+pub(super) fn baseline(subject: &mut Subject) -> Result<Tensor> {
     if let Some(tensor) = &subject.baseline {
         return Ok(tensor.clone());
     }

@@ -1,6 +1,7 @@
 //! The ways in which a case is computed, and what each must equal.
 
 pub(crate) mod blocks;
+mod company;
 pub(crate) mod compat;
 mod functions;
 mod gradient;
@@ -21,6 +22,7 @@ use candle_lazy_graph::passes::PASSES;
 use candle_lazy_graph::Exactness;
 use std::collections::BTreeMap;
 
+pub use company::together;
 pub use gradient::{gradients, judge_gradients, Gradients};
 pub use lazy_modes::{evaluate, expected_kernels};
 pub use recorded::{DecomposeFault, Wrong, DECOMPOSE_FAULTS};
@@ -60,6 +62,10 @@ pub enum Mode {
     Compat,
     /// Lazy, in f16 or bf16: the bits of the same op in f32, rounded once.
     RoundsOnce,
+    /// Lazy, behind the caller's back.
+    Async,
+    /// Lazy, in one batch with others: the same again, the same at other sizes, and something else.
+    Batched,
     /// Lazy, every op Candle's own.
     Replay,
     /// Lazy on tracked leaves: result and gradients.
@@ -82,6 +88,8 @@ impl Mode {
             Self::OtherSizes,
             Self::OtherScalars,
             Self::RoundsOnce,
+            Self::Async,
+            Self::Batched,
             Self::Replay,
             Self::Tracked,
             Self::Grad,
@@ -112,6 +120,8 @@ impl Mode {
             Self::Cold => "cold".into(),
             Self::Warm => "warm".into(),
             Self::OtherSizes => "other-sizes".into(),
+            Self::Async => "async".into(),
+            Self::Batched => "batched".into(),
             Self::Replay => "replay".into(),
             Self::Tracked => "tracked".into(),
             Self::Grad => "grad".into(),
@@ -323,6 +333,7 @@ impl Subject {
             Mode::OpsTracked => functions::check_tracked(self),
             Mode::Tracked => gradient::check(self),
             Mode::Grad => gradient::check_recorded(self),
+            Mode::Async | Mode::Batched => company::check(self, mode),
             _ => lazy_modes::check(self, mode),
         }
     }

@@ -79,7 +79,29 @@ pub fn check(program: &Program) -> Result<Option<String>> {
             return Ok(Some(text));
         }
     }
+    if let Some(text) = check_together(program)? {
+        return Ok(Some(text));
+    }
     check_numbers(program)
+}
+
+/// What differs between the graph evaluated alone and twice in one batch, if anything.
+///
+/// # Errors
+/// When an evaluation fails.
+pub fn check_together(program: &Program) -> Result<Option<String>> {
+    let leaves = program.leaves()?;
+    let plain = evaluate(program, &leaves, &EvalOptions::no_passes())?;
+    let requests = [program.record(&leaves)?, program.record(&leaves)?];
+    for got in crate::modes::together(&requests)? {
+        let got = got?;
+        for (i, &root) in program.roots.iter().enumerate() {
+            if let Err(text) = same_bits(&format!("root %{root} in a batch"), &got[i], &plain[i])? {
+                return Ok(Some(text));
+            }
+        }
+    }
+    Ok(None)
 }
 
 /// What differs between an evaluation with these options and one without passes, if anything.

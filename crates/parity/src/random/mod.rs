@@ -12,7 +12,7 @@ mod generate;
 mod gradients;
 mod minimise;
 
-pub use check::{check, check_numbers, check_options};
+pub use check::{check, check_numbers, check_options, check_together};
 pub use generate::{generate, generate_from, SHAPES};
 pub use gradients::check_gradients;
 pub use minimise::minimise;

@@ -3,7 +3,7 @@
 //! A product of few rows takes as long as reading its weight, and one pass over the weight serves the rows of every member. They are
 //! gathered, multiplied and handed out again; a row's bits do not depend on the rows beside it, so nobody sees a difference.
 
-use super::{by_themselves, Done, Member};
+use super::{by_themselves, Company, Member};
 use crate::buffer::Buffer;
 use crate::error::{Error, Result};
 use crate::plan::{Plan, SourceStep, Step, StepKind};
@@ -14,6 +14,7 @@ use candle_lazy_ops::fault;
 use candle_lazy_ops::kernels;
 use candle_lazy_ops::view::{Strided, View};
 use smallvec::SmallVec;
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
 /// From so many rows of a member on, its product computes longer than it reads, and gathering gains nothing.
@@ -24,10 +25,7 @@ const MOST: usize = 1024;
 /// Whether step `i` may be one for several members.
 pub(super) fn may(plan: &Plan, i: usize) -> bool {
     let kind = plan.steps.get(i).map(|step| &step.kind);
-    matches!(
-        kind,
-        Some(StepKind::Matmul | StepKind::Linear | StepKind::Lora | StepKind::Products { .. })
-    )
+    matches!(kind, Some(StepKind::Matmul | StepKind::Linear | StepKind::Lora | StepKind::Products { .. }))
 }
 
 /// What an input of a merged step is.
@@ -44,7 +42,7 @@ type Merged = Vec<(usize, usize)>;
 
 /// Which members' products become one, where that is at least two.
 pub(super) fn shape(plan: &Plan, i: usize, members: &[Member]) -> Option<Merged> {
-    if members.len() < 2 || !may(plan, i) || fault::active("group.never") {
+    if members.len() < 2 || !may(plan, i) {
         return None;
     }
     let step = plan.steps.get(i)?;
@@ -125,7 +123,7 @@ fn is_same(a: &SlotValue, b: &SlotValue) -> bool {
 }
 
 /// Runs step `i`: once for those that are merged, and for each of the others.
-pub(super) fn run(plan: &Plan, i: usize, members: Vec<Member>, merged: &Merged, done: Done<'_>) -> Vec<Member> {
+pub(super) fn run(plan: &Plan, i: usize, members: Vec<Member>, merged: &Merged, company: &Company<'_>) -> Vec<Member> {
     let mut together = Vec::with_capacity(merged.len());
     let mut rest = Vec::new();
     let mut next = merged.iter().peekable();
@@ -136,16 +134,17 @@ pub(super) fn run(plan: &Plan, i: usize, members: Vec<Member>, merged: &Merged, 
         }
     }
     let outcome = super::contained(|| products(plan, i, &mut together));
-    let mut all = by_themselves(plan, i..i + 1, rest, done);
+    let mut all = by_themselves(plan, i..i + 1, rest, company);
     match outcome {
         Ok(()) => {
+            company.merged.fetch_add(1, Ordering::Relaxed);
             for (mut member, _) in together {
                 member.freed(plan, i);
                 all.push(member);
             }
         }
         // each by itself says what is wrong with it, and whose it is
-        Err(_) => all.extend(by_themselves(plan, i..i + 1, together.into_iter().map(|(m, _)| m).collect(), done)),
+        Err(_) => all.extend(by_themselves(plan, i..i + 1, together.into_iter().map(|(m, _)| m).collect(), company)),
     }
     all.sort_unstable_by_key(|member| member.pending.number);
     all
@@ -172,10 +171,12 @@ fn gather(step: &Step, members: &[(Member, usize)], total: usize) -> Result<(Vec
     let mut values = Vec::with_capacity(step.inputs.len());
     for (at, &slot) in step.inputs.iter().enumerate() {
         let (first, _) = members.first().ok_or_else(|| Error::Internal("a product of nobody".into()))?;
-        let same = || members.iter().all(|(m, _)| match (first.slots.get(slot as usize), m.slots.get(slot as usize)) {
-            (Some(a), Some(b)) => is_same(a, b),
-            _ => false,
-        });
+        let same = || {
+            members.iter().all(|(m, _)| match (first.slots.get(slot as usize), m.slots.get(slot as usize)) {
+                (Some(a), Some(b)) => is_same(a, b),
+                _ => false,
+            })
+        };
         let role = role(step, at, first, same);
         values.push(match role {
             Role::Same => first.slots.get(slot as usize).cloned().unwrap_or_default(),
@@ -220,12 +221,7 @@ fn read_as(step: &Step, at: usize, member: &Member) -> Option<Dims> {
     }
 }
 
-fn rows_of_all(
-    step: &Step,
-    (at, slot): (usize, u32),
-    members: &[(Member, usize)],
-    total: usize,
-) -> Result<SlotValue> {
+fn rows_of_all(step: &Step, (at, slot): (usize, u32), members: &[(Member, usize)], total: usize) -> Result<SlotValue> {
     let mut all: Option<(Buffer, usize)> = None;
     let mut row = 0;
     for (member, rows) in members {

@@ -33,8 +33,19 @@ use std::sync::Arc;
 /// The tensors that one caller wants.
 pub(crate) type Request = Vec<LazyTensor>;
 
-/// Receives the values of the request with this number, on any thread; called once for each.
-pub(crate) type Done<'a> = &'a (dyn Fn(usize, Result<Vec<Tensor>>) + Sync);
+/// Who is served together.
+struct Company<'a> {
+    /// Receives the values of the request with this number, on any thread; called once for each.
+    receive: &'a (dyn Fn(usize, Result<Vec<Tensor>>) + Sync),
+    /// How many products were made for several.
+    merged: AtomicUsize,
+}
+
+impl Company<'_> {
+    fn done(&self, number: usize, result: Result<Vec<Tensor>>) {
+        (self.receive)(number, result);
+    }
+}
 
 /// About how long a request takes beside its kernels, in nanoseconds.
 const REQUEST_NS: usize = 1_500;
@@ -68,15 +79,18 @@ fn inside<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
-/// Evaluates every request, those together whose graphs have the same plan.
-pub(crate) fn eval_group(requests: Vec<Request>, done: Done<'_>) {
+/// Evaluates every request, those together whose graphs have the same plan, and calls `receive` with the number and the values of each,
+/// on any thread. How many products were made for several requests at once.
+pub(crate) fn eval_group(requests: Vec<Request>, receive: &(dyn Fn(usize, Result<Vec<Tensor>>) + Sync)) -> usize {
+    let company = &Company { receive, merged: AtomicUsize::new(0) };
     let all: Vec<_> = requests.into_iter().enumerate().map(|(number, request)| Pending { number, request }).collect();
     inside(|| {
-        let mut left = directly(all, done);
+        let mut left = directly(all, company);
         while !left.is_empty() {
-            left = round(left, done);
+            left = round(left, company);
         }
     });
+    company.merged.load(Ordering::Relaxed)
 }
 
 /// Calls `f` with every item, on all threads that are free: alone on each.
@@ -92,19 +106,19 @@ fn contained<R>(f: impl FnOnce() -> Result<R>) -> Result<R> {
 }
 
 /// Runs what needs no plan, and gives back the rest.
-fn directly(all: Vec<Pending>, done: Done<'_>) -> Vec<Pending> {
+fn directly(all: Vec<Pending>, company: &Company<'_>) -> Vec<Pending> {
     // about: reading and writing, and the function of each element
     let ns = |p: &Pending| REQUEST_NS + p.request.first().map_or(0, |x| x.shape().elem_count());
     // one that is alone may use all threads
     if let [one] = all.as_slice() {
         return match contained(|| Ok(direct(one))) {
             Ok(Some(result)) => {
-                done(one.number, result);
+                company.done(one.number, result);
                 Vec::new()
             }
             Ok(None) => all,
             Err(error) => {
-                done(one.number, Err(error));
+                company.done(one.number, Err(error));
                 Vec::new()
             }
         };
@@ -118,10 +132,10 @@ fn directly(all: Vec<Pending>, done: Done<'_>) -> Vec<Pending> {
                     let number = one.number;
                     // the asker may count on holding them alone
                     drop(one);
-                    done(number, result);
+                    company.done(number, result);
                 }
                 Ok(None) => left.lock().push(one),
-                Err(error) => done(one.number, Err(error)),
+                Err(error) => company.done(one.number, Err(error)),
             }
         }
     });
@@ -164,7 +178,7 @@ struct Ready {
 }
 
 /// Runs every request but those that need what another one computes: those are given back, for the next round.
-fn round(left: Vec<Pending>, done: Done<'_>) -> Vec<Pending> {
+fn round(left: Vec<Pending>, company: &Company<'_>) -> Vec<Pending> {
     let options = EvalOptions::default();
     let count = left.len();
     let planned_all = Mutex::new(Vec::with_capacity(count));
@@ -179,7 +193,7 @@ fn round(left: Vec<Pending>, done: Done<'_>) -> Vec<Pending> {
                 nodes.fetch_add(planned.bindings.pending, Ordering::Relaxed);
                 planned_all.lock().push(Ready { pending, planned });
             }
-            Err(error) => done(pending.number, Err(error)),
+            Err(error) => company.done(pending.number, Err(error)),
         }
     };
     shared(count * REQUEST_NS, pieces(left), |piece: Vec<Pending>| piece.into_iter().for_each(&plan_one));
@@ -204,7 +218,7 @@ fn round(left: Vec<Pending>, done: Done<'_>) -> Vec<Pending> {
         }
     }
     for group in groups {
-        run_group(group, done);
+        run_group(group, company);
     }
     later
 }
@@ -243,17 +257,17 @@ impl Member {
     }
 
     /// The request failed: what was lent goes back.
-    fn fail(mut self, error: Error, done: Done<'_>) {
+    fn fail(mut self, error: Error, company: &Company<'_>) {
         if std::mem::take(&mut self.lent).give_back(&mut self.slots) {
             announce_returned();
         }
         let number = self.pending.number;
         drop(self);
-        done(number, Err(error));
+        company.done(number, Err(error));
     }
 
     /// The plan is through.
-    fn finish(mut self, plan: &Plan, done: Done<'_>) {
+    fn finish(mut self, plan: &Plan, company: &Company<'_>) {
         let found = contained(|| values(plan, &self.bindings, &mut self.slots, &self.roots, As::Tensors));
         match found {
             Ok(found) => {
@@ -266,15 +280,15 @@ impl Member {
                 drop((bindings, pending.request));
                 let tensors = contained(|| roots.iter().map(tensor_of).collect());
                 drop(roots);
-                done(pending.number, tensors);
+                company.done(pending.number, tensors);
             }
-            Err(error) => self.fail(error, done),
+            Err(error) => self.fail(error, company),
         }
     }
 }
 
 /// Evaluates one request by itself.
-fn alone(pending: Pending, done: Done<'_>) {
+fn alone(pending: Pending, company: &Company<'_>) {
     let Pending { number, request } = pending;
     let result = contained(|| {
         let tensors: Vec<&LazyTensor> = request.iter().collect();
@@ -282,13 +296,13 @@ fn alone(pending: Pending, done: Done<'_>) {
         request.iter().map(|root| tensor_of(root.node())).collect()
     });
     drop(request);
-    done(number, result);
+    company.done(number, result);
 }
 
 /// Runs requests with the same plan, as many at once as memory allows.
-fn run_group(group: Vec<Ready>, done: Done<'_>) {
+fn run_group(group: Vec<Ready>, company: &Company<'_>) {
     if group.len() == 1 {
-        return group.into_iter().for_each(|one| alone(one.pending, done));
+        return group.into_iter().for_each(|one| alone(one.pending, company));
     }
     let budget = config::memory_budget();
     let mut at_once: Vec<Member> = Vec::new();
@@ -298,11 +312,11 @@ fn run_group(group: Vec<Ready>, done: Done<'_>) {
         let memory = plan::needs(&plan, &bindings);
         if let Some(budget) = budget.filter(|&budget| memory.peak > budget) {
             let error = Error::Budget { needed: memory.peak, budget };
-            done(pending.number, Err(failure::located(&plan, memory.largest, &bindings, error)));
+            company.done(pending.number, Err(failure::located(&plan, memory.largest, &bindings, error)));
             continue;
         }
         if !at_once.is_empty() && held.saturating_add(memory.peak) > budget.unwrap_or(AT_ONCE) {
-            run_members(&plan, std::mem::take(&mut at_once), held, done);
+            run_members(&plan, std::mem::take(&mut at_once), held, company);
             held = 0;
         }
         held = held.saturating_add(memory.peak);
@@ -312,11 +326,11 @@ fn run_group(group: Vec<Ready>, done: Done<'_>) {
         shared_plan.get_or_insert(plan);
     }
     if let Some(plan) = shared_plan {
-        run_members(&plan, at_once, held, done);
+        run_members(&plan, at_once, held, company);
     }
 }
 
-fn run_members(plan: &Plan, group: Vec<Member>, held: u64, done: Done<'_>) {
+fn run_members(plan: &Plan, group: Vec<Member>, held: u64, company: &Company<'_>) {
     let _running = buffer::running(held);
     let mut members = Vec::with_capacity(group.len());
     let mut taken = Vec::new();
@@ -328,7 +342,7 @@ fn run_members(plan: &Plan, group: Vec<Member>, held: u64, done: Done<'_>) {
             }
             // another run has a leaf that this one wants to write into
             Ok(None) => taken.push(member.pending),
-            Err(error) => member.fail(error, done),
+            Err(error) => member.fail(error, company),
         }
     }
     if fault::active("group.neighbour") {
@@ -341,26 +355,31 @@ fn run_members(plan: &Plan, group: Vec<Member>, held: u64, done: Done<'_>) {
     let mut i = 0;
     while i < plan.steps.len() && !members.is_empty() {
         if let Some(rows) = merge::shape(plan, i, &members) {
-            members = merge::run(plan, i, members, &rows, done);
+            members = merge::run(plan, i, members, &rows, company);
             i += 1;
             continue;
         }
         let next = (i + 1..plan.steps.len()).find(|&n| merge::may(plan, n)).unwrap_or(plan.steps.len());
-        members = by_themselves(plan, i..next, members, done);
+        members = by_themselves(plan, i..next, members, company);
         i = next;
     }
-    shared(members.len() * REQUEST_NS, members, |member| member.finish(plan, done));
+    shared(members.len() * REQUEST_NS, members, |member| member.finish(plan, company));
     for pending in taken {
-        alone(pending, done);
+        alone(pending, company);
     }
 }
 
 /// Runs some steps for each member, on whatever thread is free.
-fn by_themselves(plan: &Plan, steps: std::ops::Range<usize>, members: Vec<Member>, done: Done<'_>) -> Vec<Member> {
+fn by_themselves(
+    plan: &Plan,
+    steps: std::ops::Range<usize>,
+    members: Vec<Member>,
+    company: &Company<'_>,
+) -> Vec<Member> {
     let run = |mut member: Member| {
         for i in steps.clone() {
             if let Err(error) = member.step(plan, i) {
-                member.fail(error, done);
+                member.fail(error, company);
                 return None;
             }
         }
