@@ -12,6 +12,7 @@ pub mod fetch;
 pub mod output;
 pub mod port;
 pub mod progress;
+pub mod stress;
 pub mod tidy;
 pub mod verify;
 

@@ -30,6 +30,8 @@ enum Command {
     Tidy,
     /// Compare the façade's public API with the listing that is checked in.
     Api(xtask::api::ApiArgs),
+    /// Many callers of one batching executor at once, with errors, panics and changes of mind.
+    Stress(xtask::stress::StressArgs),
     /// Bring the two real models into the cache.
     Fetch,
 }
@@ -42,6 +44,7 @@ fn main() {
         Command::Port(args) => xtask::port::run(&args),
         Command::Tidy => xtask::tidy::run(),
         Command::Api(args) => xtask::api::run(&args),
+        Command::Stress(args) => xtask::stress::run(&args),
         Command::Fetch => xtask::fetch::run(),
     };
     exit(code);

@@ -4,7 +4,7 @@ use super::lazy_modes::{baseline, record};
 use super::{Cell, Mode, Outcome, Subject};
 use crate::compare::same_bits;
 use crate::{Error, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use candle_lazy_exec::batch::{BatchExecutor, BatchOptions, MaxWait, SubmitOptions, Window};
 use candle_lazy_exec::LazyTensor;
 use std::sync::Mutex;
@@ -32,7 +32,7 @@ pub fn together(requests: &[Vec<LazyTensor>]) -> Result<Vec<candle_lazy_exec::Re
     };
     *turn += 1;
     let filler: Vec<LazyTensor> = (requests.len()..TOGETHER)
-        .map(|i| LazyTensor::full(i as f64, 3, DType::F32, &Device::Cpu)?.exp())
+        .map(|i| LazyTensor::full(i as f32, 3, &Device::Cpu)?.exp())
         .collect::<candle_lazy_exec::Result<_>>()?;
     let mut all: Vec<Vec<&LazyTensor>> = requests.iter().map(|roots| roots.iter().collect()).collect();
     all.extend(filler.iter().map(|x| vec![x]));

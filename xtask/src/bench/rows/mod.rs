@@ -1,5 +1,6 @@
 //! The rows: what is timed, and what each has to reach.
 
+mod batch;
 mod contraction;
 mod elementwise;
 mod model;
@@ -91,6 +92,7 @@ pub(super) fn all() -> Vec<Row> {
     rows.extend(contraction::rows());
     rows.extend(model::rows());
     rows.extend(overhead::rows());
+    rows.extend(batch::rows());
     rows.extend(train::rows());
     rows.extend(v1::rows());
     rows
