@@ -376,7 +376,14 @@ fn infer_op(op: &Op, ctx: &Ctx<'_>) -> Result<OutMeta> {
             }
             out(shape.clone(), ctx.ty(0))
         }
-        Op::Contiguous | Op::Detach | Op::ToDevice => out(ctx.dims(0), ctx.ty(0)),
+        Op::Checkpoint { .. } => {
+            let count = ctx.inputs.len();
+            if count > 2 || count == 2 && (ctx.dims(0) != ctx.dims(1) || ctx.ty(0) != ctx.ty(1)) {
+                return ctx.shape("takes one tensor, or two of one shape and dtype");
+            }
+            out(ctx.dims(0), ctx.ty(0))
+        }
+        Op::Contiguous | Op::Detach | Op::Barrier | Op::ToDevice => out(ctx.dims(0), ctx.ty(0)),
         Op::Concat { dim } => concat(ctx, *dim)?,
         Op::IndexSelect { dim } => {
             let d = ctx.dim_in(*dim, ctx.dims(0).len())?;

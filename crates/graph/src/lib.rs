@@ -35,10 +35,10 @@ pub use capture::{
 pub use custom::CustomOp;
 pub use decompose::decompose;
 pub use error::{describe, Error, ErrorKind, Result};
-pub use grad::{vjp, why_unreached};
+pub use grad::{vjp, vjp_changed, why_unreached};
 pub use hash::{FastHasher, FastMap};
 pub use infer::{infer, Meta, OutMeta};
-pub use node::{live_nodes, EngineValue, Expr, Node, NodeId, Value};
+pub use node::{is_grad_enabled, live_nodes, no_grad, EngineValue, Expr, Node, NodeId, Value};
 pub use op::{
     ArgOp, BinaryOp, CmpOp, Dims, Distribution, Exactness, Op, OpClass, ReduceOp, Scalars, ScatterOp, UnaryOp,
 };

@@ -7,6 +7,8 @@
 //! A node that depends on a *variable* ([`Node::variable`], or a tensor that Candle's autograd tracks) is *traced*: it keeps its inputs
 //! when it becomes ready, so that a gradient does not depend on what was evaluated before. It is freed with the last handle above it.
 
+mod id;
+mod no_grad;
 mod pending;
 mod value;
 
@@ -18,41 +20,14 @@ use crate::op::{Dims, Op, Scalars};
 use crate::site::BuildSite;
 use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Shape, Tensor};
+pub use id::{live_nodes, NodeId};
+pub use no_grad::{is_grad_enabled, no_grad};
 use parking_lot::Mutex;
 use pending::Pending;
 use smallvec::SmallVec;
 use std::borrow::Borrow;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 pub use value::{EngineValue, Expr, Look, Value};
-
-/// A number that no other node of this process has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct NodeId(u64);
-
-static ISSUED: AtomicU64 = AtomicU64::new(0);
-static DROPPED: AtomicU64 = AtomicU64::new(0);
-
-impl NodeId {
-    /// From 1 on.
-    fn next() -> Self {
-        Self(ISSUED.fetch_add(1, Ordering::Relaxed) + 1)
-    }
-
-    /// The number itself.
-    #[must_use]
-    pub fn get(self) -> u64 {
-        self.0
-    }
-}
-
-/// How many nodes of this process are alive, leaves included: what a leak shows up in.
-#[must_use]
-pub fn live_nodes() -> u64 {
-    let dropped = DROPPED.load(Ordering::Acquire);
-    // whatever was dropped had been issued before
-    ISSUED.load(Ordering::Relaxed).saturating_sub(dropped)
-}
 
 #[derive(Debug)]
 enum State {
@@ -199,9 +174,10 @@ impl Node {
                 return Err(Error::new(op.name(), ErrorKind::Device(detail)).on(&metas).at(&site));
             }
         }
-        let differentiable = op.is_differentiable() && meta.dtype.is_float();
-        let tracked = differentiable && inputs.iter().any(|n| n.borrow().tracked);
-        let traced = differentiable && inputs.iter().any(|n| n.borrow().traced);
+        let differentiable = op.is_differentiable() && meta.dtype.is_float() && is_grad_enabled();
+        let carrying = op.carrying(inputs);
+        let tracked = differentiable && carrying.iter().any(|n| n.borrow().tracked);
+        let traced = differentiable && carrying.iter().any(|n| n.borrow().traced);
         let own_bytes = meta.dims.iter().product::<usize>() * meta.dtype.size_in_bytes();
         let id = NodeId::next();
         let pending = Pending::above(id, inputs.iter().map(|n| &n.borrow().pending), own_bytes as u64);
@@ -351,6 +327,12 @@ impl Node {
     #[must_use]
     pub fn is_variable(&self) -> bool {
         self.traced && self.recorded.as_ref().is_none_or(|(op, _)| *op == Op::Detach)
+    }
+
+    /// Whether the node is a quantised weight.
+    #[must_use]
+    pub fn is_quantized(&self) -> bool {
+        self.quantized
     }
 
     /// Where the node was recorded.
@@ -584,7 +566,7 @@ fn drop_iteratively(waiting: Option<Waiting>) {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        DROPPED.fetch_add(1, Ordering::Release);
+        id::dropped();
         drop_iteratively(self.take_waiting());
     }
 }

@@ -283,6 +283,15 @@ pub enum Op<S = usize> {
     Contiguous,
     /// The same tensor, cut from Candle's tape. Inputs: x.
     Detach,
+    /// The same tensor, not before the other inputs are there, and merged with nothing that is computed from x itself (XLA's
+    /// `optimization_barrier`). No gradient passes it. Inputs: x, then any others.
+    Barrier,
+    /// The same tensor, where a region ends whose inner values the backward pass computes again. Inputs: x; or a recomputed x and the x
+    /// that it stands for, which then gets the gradient. Capture sees through it.
+    Checkpoint {
+        /// A number from when the region began: what the region recorded has a larger one ([`crate::NodeId::mark`]).
+        region: u64,
+    },
     /// The same tensor on the node's device. Inputs: x.
     ToDevice,
     /// Tensors behind one another along a dim. Inputs: all parts.

@@ -4,14 +4,44 @@
 //! is the same whatever has been evaluated meanwhile, for as long as a handle on the result lives. The backward pass is recorded by
 //! [`candle_lazy_graph::grad`] and evaluated as any graph; evaluated together with the loss, both are one plan.
 
+#[cfg(feature = "testing")]
+mod broken;
+mod checkpoint;
 mod transform;
 
+pub use checkpoint::{checkpoint, Checkpoint, CheckpointRegion, Tensors};
 pub use transform::{value_and_grad, ValueAndGrad};
 
 use crate::error::{Error, Result};
 use crate::tensor::LazyTensor;
 use candle_lazy_graph::{why_unreached, BuildSite, ErrorKind, Node};
 use std::sync::Arc;
+
+/// Calls `f`; what this thread records meanwhile keeps no history, and variables and leaves that Candle tracks count as constants, so
+/// that values are freed as soon as nobody needs them: for inference on a model with trainable parameters. Scopes nest, and one ends with
+/// `f` however `f` ends.
+///
+/// What was recorded before keeps its history, and gradients of it can be taken inside: they have no gradients of their own.
+///
+/// ```
+/// use candle_core::Device;
+/// use candle_lazy_exec::{no_grad, LazyTensor};
+/// # fn main() -> candle_lazy_exec::Result<()> {
+/// let w = LazyTensor::new(&[1f32, 2.0], &Device::Cpu)?.variable()?;
+/// let y = no_grad(|| w.sqr()?.sum_all())?;
+/// assert!(!y.is_traced() && w.is_variable());
+/// # Ok(())
+/// # }
+/// ```
+pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
+    candle_lazy_graph::no_grad(f)
+}
+
+/// Whether what this thread records now keeps the history that gradients need: not within [`no_grad`].
+#[must_use]
+pub fn is_grad_enabled() -> bool {
+    candle_lazy_graph::is_grad_enabled()
+}
 
 impl LazyTensor {
     /// A variable with this tensor's value: gradients can be taken with respect to it ([`grad`]), and this tensor itself gets none
@@ -94,7 +124,11 @@ pub fn vjp(
     wrt: &[&LazyTensor],
 ) -> Result<Vec<Option<LazyTensor>>> {
     let nodes = |tensors: &[&LazyTensor]| tensors.iter().map(|t| t.node().clone()).collect::<Vec<Arc<Node>>>();
-    let gradients = candle_lazy_graph::vjp(&nodes(outputs), &nodes(cotangents), &nodes(wrt))
+    #[cfg(feature = "testing")]
+    let change = broken::change();
+    #[cfg(not(feature = "testing"))]
+    let change = None;
+    let gradients = candle_lazy_graph::vjp_changed(&nodes(outputs), &nodes(cotangents), &nodes(wrt), change)
         .map_err(|e| e.at(&BuildSite::here()))?;
     gradients.into_iter().map(|g| g.map(LazyTensor::within_budget).transpose()).collect()
 }

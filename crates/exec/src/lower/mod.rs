@@ -4,13 +4,15 @@
 //! 2. `units`: ops that row programs serve are grouped; everything else stands alone.
 //! 3. `heads`: products take in the group that follows them, and other products of the same left side.
 //! 4. `emit`: a group becomes one row program.
-//! 5. Slots follow from liveness.
+//! 5. `order`: the steps are put in an order in which values are freed early.
+//! 6. Slots follow from liveness.
 
 #[cfg(feature = "testing")]
 mod broken;
 mod choose;
 mod emit;
 mod heads;
+mod order;
 mod units;
 
 pub use choose::{expands, Choice};
@@ -106,6 +108,8 @@ fn kernel_step(op: &Op<Sym>, node: &GNode) -> Result<StepKind> {
         | Op::Narrow { .. }
         | Op::Stride { .. }
         | Op::Broadcast { .. }
+        | Op::Barrier
+        | Op::Checkpoint { .. }
         | Op::Detach => StepKind::View(op.clone()),
         Op::Contiguous => StepKind::Copy,
         Op::Matmul => StepKind::Matmul,

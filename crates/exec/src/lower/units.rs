@@ -10,8 +10,6 @@ use crate::plan::{Boundary, MAX_INPUTS, MAX_MEMBERS};
 use candle_lazy_graph::{Dims, FastMap, GNode, Graph, Op, OpClass, Sym};
 use candle_lazy_ops::fault;
 use candle_lazy_ops::row::Class;
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
 
 /// Whether a value has one element per element of the domain or one per row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -406,41 +404,5 @@ impl Units {
             Some(Unit::Single(node)) => std::slice::from_ref(node),
             None => &[],
         }
-    }
-
-    /// The units in an order in which every input comes first, as close to the recorded order as that allows.
-    pub(super) fn in_order(&self, graph: &Graph) -> Vec<usize> {
-        let n = self.units.len();
-        let mut waits_for = vec![0usize; n];
-        let mut users: Vec<Vec<usize>> = vec![Vec::new(); n];
-        for (unit, waits) in waits_for.iter_mut().enumerate() {
-            let mut needs: Vec<usize> = self
-                .members(unit)
-                .iter()
-                .flat_map(|&m| graph.nodes[m as usize].inputs.iter())
-                .filter_map(|&i| self.of[i as usize])
-                .filter(|&u| u != unit)
-                .collect();
-            needs.sort_unstable();
-            needs.dedup();
-            *waits = needs.len();
-            for need in needs {
-                users[need].push(unit);
-            }
-        }
-        let key = |unit: usize| self.members(unit).iter().copied().max().unwrap_or(0);
-        let mut ready: BinaryHeap<Reverse<(u32, usize)>> =
-            (0..n).filter(|&u| self.units[u].is_some() && waits_for[u] == 0).map(|u| Reverse((key(u), u))).collect();
-        let mut order = Vec::with_capacity(n);
-        while let Some(Reverse((_, unit))) = ready.pop() {
-            order.push(unit);
-            for &user in &users[unit] {
-                waits_for[user] -= 1;
-                if waits_for[user] == 0 {
-                    ready.push(Reverse((key(user), user)));
-                }
-            }
-        }
-        order
     }
 }

@@ -3,7 +3,8 @@
 //! Every result that a plan makes lives in a piece of memory. A piece is as large as the largest result that ever lives in it, and the
 //! next result of the same dtype moves in when the one before has been freed: the smallest free piece that is large enough, or else the
 //! largest one, which grows. The pool gives buffers of exactly a piece's size, so that a run holds the pieces and no more.
-//! What a caller gets to keep lies in a piece of exactly its size, the last to do so.
+//! What a caller gets to keep lies in a piece of exactly its size, the last to do so; and so does what lives long, such as what a backward
+//! pass reads again.
 
 use super::{Plan, SourceStep, Step, StepKind};
 use crate::buffer::BufferValue;
@@ -110,7 +111,14 @@ struct Piece {
 struct Result {
     piece: Option<usize>,
     slots: u32,
+    /// The steps that made it and that let it go.
+    born: usize,
+    ended: usize,
 }
+
+/// A result that lives for more steps than these gets a piece of its own size: in a larger one it would keep the rest from the steps
+/// in between.
+const LONG: usize = 24;
 
 /// What a slot holds.
 #[derive(Clone, Default)]
@@ -132,7 +140,7 @@ struct Planner<'a> {
     bindings: &'a Bindings,
     slots: Vec<Held>,
     results: Vec<Result>,
-    /// Which results are never freed, from a first pass.
+    /// Which results are never freed, or late, from a first pass.
     stays: Option<Vec<bool>>,
     pieces: Vec<Piece>,
     free: Vec<usize>,
@@ -151,7 +159,7 @@ impl<'a> Planner<'a> {
     fn plan(plan: &'a Plan, bindings: &'a Bindings, leaves: &[LeafFacts]) -> Memory {
         let mut first = Self::new(plan, bindings, leaves, None);
         first.steps();
-        let stays = first.results.iter().map(|r| r.slots > 0).collect();
+        let stays = first.results.iter().map(|r| r.slots > 0 || r.ended.saturating_sub(r.born) > LONG).collect();
         let mut planner = Self::new(plan, bindings, leaves, Some(stays));
         planner.steps();
         planner.outputs();
@@ -181,7 +189,7 @@ impl<'a> Planner<'a> {
             (held.dense, held.whole, held.ours) = (facts.dense, true, facts.ours);
             if facts.given {
                 held.results.push(results.len() as u32);
-                results.push(Result { piece: None, slots: 1 });
+                results.push(Result { piece: None, slots: 1, born: 0, ended: 0 });
             }
         }
         Self {
@@ -247,7 +255,7 @@ impl<'a> Planner<'a> {
                     }
                     let at = self.take(holder, len, output.dtype);
                     held.results.push(self.results.len() as u32);
-                    self.results.push(Result { piece: Some(at), slots: 0 });
+                    self.results.push(Result { piece: Some(at), slots: 0, born: self.first.len(), ended: 0 });
                     at
                 });
                 // a piece of Candle's is not the pool's to give
@@ -272,6 +280,7 @@ impl<'a> Planner<'a> {
     fn release(&mut self, result: u32) {
         let result = &mut self.results[result as usize];
         result.slots = result.slots.saturating_sub(1);
+        result.ended = self.first.len();
         if let (0, Some(piece)) = (result.slots, result.piece) {
             self.free.push(piece);
         }
@@ -440,7 +449,7 @@ fn stays_dense<S>(op: &Op<S>, source: &Held) -> bool {
 
 /// Whether a view shows all elements in their order.
 fn same_elements<S>(op: &Op<S>) -> bool {
-    matches!(op, Op::Reshape { .. } | Op::Detach)
+    matches!(op, Op::Reshape { .. } | Op::Detach | Op::Barrier | Op::Checkpoint { .. })
 }
 
 fn bytes_of(dims: &[usize], dtype: DType) -> u64 {

@@ -94,6 +94,7 @@ pub(super) fn apply(op: &Op, scalars: &[f64], x: &[Tensor], dims: &[usize], devi
         Op::Broadcast { .. } => at(0)?.broadcast_as(dims)?,
         Op::Contiguous => at(0)?.contiguous()?,
         Op::Detach => at(0)?.detach(),
+        Op::Barrier | Op::Checkpoint { .. } => at(0)?.clone(),
         Op::Concat { dim } => Tensor::cat(x, usize::from(*dim))?,
         Op::IndexSelect { dim } => at(0)?.contiguous()?.index_select(&at(1)?.contiguous()?, usize::from(*dim))?,
         // Candle transposes twice where dim is not 0, and a result of an op is row-major

@@ -363,6 +363,8 @@ fn magnitude(
             | Op::Broadcast { .. }
             | Op::Contiguous
             | Op::Detach
+            | Op::Barrier
+            | Op::Checkpoint { .. }
             | Op::Concat { .. }
             | Op::SliceAssign { .. },
             _,

@@ -322,7 +322,7 @@ fn view(ctx: &Ctx<'_>, op: &Op<Sym>, slots: &mut [SlotValue], report: &mut EvalR
                 }
                 Op::Stride { .. } => Some(strided(ctx, op, &value.layout)?),
                 Op::Broadcast { .. } => Some(value.layout.broadcast_to(&dims).map_err(kernel_error)?),
-                Op::Detach => Some(value.layout.clone()),
+                Op::Detach | Op::Barrier | Op::Checkpoint { .. } => Some(value.layout.clone()),
                 other => return Err(Error::Internal(format!("{} is no view", other.name()))),
             };
             layout.map(|layout| SlotValue::Buffer(Engine { buffer: value.buffer.clone(), layout }))
@@ -395,6 +395,7 @@ fn foreign_view(
         }
         Op::Broadcast { .. } => tensor.broadcast_as(dims.as_slice())?,
         Op::Detach => tensor.detach(),
+        Op::Barrier | Op::Checkpoint { .. } => tensor.clone(),
         other => return Err(Error::Internal(format!("{} is no view", other.name()))),
     }))
 }

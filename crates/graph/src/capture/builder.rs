@@ -174,6 +174,9 @@ impl<'a, 'o> Builder<'a, 'o> {
             return Err(Error::new("leaf", ErrorKind::Invalid("a leaf that waits".into())));
         };
         self.bindings.pending += 1;
+        if let (Op::Checkpoint { .. }, Some(&x)) = (op, inputs.first()) {
+            return Ok(x);
+        }
         let mut number = [0.0];
         let scalars = match custom {
             None => scalars,

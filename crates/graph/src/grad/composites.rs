@@ -139,7 +139,8 @@ fn through_parts(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
     let y = decompose(&call.expr.op, &call.expr.scalars, &own, r.0)?;
     let wrt: Vec<Ref> = own.iter().enumerate().filter(|(i, _)| call.needs(*i)).map(|(_, x)| x.clone()).collect();
     let outputs = [y];
-    let gradients = Walk::new(&outputs, &wrt, true).backward(&outputs, std::slice::from_ref(call.g), &wrt, true)?;
+    let gradients =
+        Walk::new(&outputs, &wrt, true).backward(&outputs, std::slice::from_ref(call.g), &wrt, r.0.change)?;
     let mut parts = call.none();
     let needed = parts.iter_mut().enumerate().filter(|(i, _)| call.needs(*i)).map(|(_, part)| part);
     for (part, gradient) in needed.zip(gradients) {

@@ -20,7 +20,15 @@ pub(super) fn apply(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
         | Op::Compare(_)
         | Op::CompareScalar(_)
         | Op::ArgReduce { .. }
+        | Op::Barrier
         | Op::Detach => Ok(call.none()),
+        Op::Checkpoint { .. } => {
+            let mut parts = call.none();
+            if let Some(last) = parts.last_mut() {
+                *last = Some(call.g.clone());
+            }
+            Ok(parts)
+        }
         Op::Unary(_)
         | Op::Binary(_)
         | Op::Affine

@@ -30,6 +30,8 @@ impl<S> Op<S> {
             Self::Broadcast { .. } => "broadcast_as",
             Self::Contiguous => "contiguous",
             Self::Detach => "detach",
+            Self::Barrier => "barrier",
+            Self::Checkpoint { .. } => "checkpoint",
             Self::ToDevice => "to_device",
             Self::Concat { .. } => "cat",
             Self::IndexSelect { .. } => "index_select",
@@ -75,6 +77,8 @@ impl<S> Op<S> {
             | Self::Narrow { .. }
             | Self::Stride { .. }
             | Self::Broadcast { .. }
+            | Self::Barrier
+            | Self::Checkpoint { .. }
             | Self::Detach => OpClass::View,
             Self::Contiguous
             | Self::ToDevice
@@ -101,12 +105,26 @@ impl<S> Op<S> {
         }
     }
 
+    /// The inputs that a gradient can pass to: all of most ops, of a checkpoint the last.
+    #[must_use]
+    pub fn carrying<'a, T>(&self, inputs: &'a [T]) -> &'a [T] {
+        match self {
+            Self::Checkpoint { .. } => inputs.get(inputs.len().saturating_sub(1)..).unwrap_or_default(),
+            _ => inputs,
+        }
+    }
+
     /// Whether a gradient can pass the op: the rest is cut (detach) or has none (comparisons, indices, random numbers).
     #[must_use]
     pub fn is_differentiable(&self) -> bool {
         !matches!(
             self,
-            Self::Detach | Self::Compare(_) | Self::CompareScalar(_) | Self::Random { .. } | Self::ArgReduce { .. }
+            Self::Detach
+                | Self::Barrier
+                | Self::Compare(_)
+                | Self::CompareScalar(_)
+                | Self::Random { .. }
+                | Self::ArgReduce { .. }
         )
     }
 
@@ -133,6 +151,8 @@ impl<S> Op<S> {
             | Self::Broadcast { .. }
             | Self::Contiguous
             | Self::Detach
+            | Self::Barrier
+            | Self::Checkpoint { .. }
             | Self::Concat { .. }
             | Self::IndexSelect { .. }
             | Self::SliceAssign { .. }
@@ -237,6 +257,8 @@ impl<S> Op<S> {
             Self::Broadcast { shape } => Op::Broadcast { shape: shape.iter().map(f).collect() },
             Self::Contiguous => Op::Contiguous,
             Self::Detach => Op::Detach,
+            Self::Barrier => Op::Barrier,
+            Self::Checkpoint { region } => Op::Checkpoint { region: *region },
             Self::ToDevice => Op::ToDevice,
             Self::Concat { dim } => Op::Concat { dim: *dim },
             Self::IndexSelect { dim } => Op::IndexSelect { dim: *dim },
@@ -267,7 +289,7 @@ impl<S> Op<S> {
         }
     }
 
-    /// The number of inputs, or `None` where it varies (concat).
+    /// The number of inputs, or `None` where it varies (concat, barrier, checkpoint).
     #[must_use]
     pub fn arity(&self) -> Option<usize> {
         Some(match self {
@@ -277,7 +299,7 @@ impl<S> Op<S> {
             Self::Gather { .. } => 2,
             Self::Where | Self::Rope { .. } | Self::Scatter { .. } | Self::IndexAdd { .. } => 3,
             Self::Custom { arity, .. } => usize::from(*arity),
-            Self::Concat { .. } => return None,
+            Self::Concat { .. } | Self::Barrier | Self::Checkpoint { .. } => return None,
             Self::RmsNorm { weight } => 1 + usize::from(*weight),
             Self::LayerNorm { weight, bias } | Self::GroupNorm { weight, bias, .. } => {
                 1 + usize::from(*weight) + usize::from(*bias)

@@ -29,6 +29,8 @@ pub(crate) fn one_of_each() -> Vec<Op> {
         Op::Broadcast { shape: shape.clone() },
         Op::Contiguous,
         Op::Detach,
+        Op::Barrier,
+        Op::Checkpoint { region: 5 },
         Op::ToDevice,
         Op::Gather { dim: 1 },
         Op::Scatter { op: ScatterOp::Add, dim: 1 },

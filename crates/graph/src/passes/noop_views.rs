@@ -33,13 +33,21 @@ fn changes_nothing(r: &Rewriter, op: &Op<crate::Sym>, node: &GNode, x: u32) -> b
         Op::Cast(dtype) => input.dtype == *dtype,
         // a gradient is cut where it is recorded, not where it is computed
         Op::Detach => true,
-        Op::Contiguous => match &input.op {
+        Op::Contiguous => match &behind_barriers(r, input).op {
             GOp::Leaf(key) => key.contiguous,
             // every op gives row-major results but a view, and a copy to another device, which keeps its strides
             GOp::Op(op) => op.class() != OpClass::View && *op != Op::ToDevice,
         },
         _ => false,
     }
+}
+
+/// What a barrier holds back: it has the same layout.
+fn behind_barriers<'a>(r: &'a Rewriter, mut node: &'a GNode) -> &'a GNode {
+    while let (Some(Op::Barrier), Some(&x)) = (node.op(), node.inputs.first()) {
+        node = r.node(x);
+    }
+    node
 }
 
 /// A view of a view of the same kind as one view.

@@ -19,13 +19,15 @@ fn broadcast(dims: &[usize]) -> Op {
 }
 
 pub(super) fn add(t: &mut Table) {
-    let views: [(Op, &[usize]); 22] = [
+    let views: [(Op, &[usize]); 24] = [
         (reshape(&[6, 4]), &[2, 3, 4]),
         (Op::Permute { perm: perm(&[2, 0, 1]) }, &[2, 3, 4]),
         (Op::Narrow { dim: 1, start: 1, len: 2 }, &[2, 4, 3]),
         (broadcast(&[3, 4, 5]), &[4, 1]),
         (Op::Contiguous, &[2, 3, 4]),
         (Op::Detach, &[2, 3]),
+        (Op::Barrier, &[2, 3]),
+        (Op::Checkpoint { region: 0 }, &[2, 3]),
         (reshape(&[24]), &[2, 3, 4]),
         (reshape(&[2, 3, 2, 2]), &[2, 3, 4]),
         (reshape(&[]), &[1, 1]),
@@ -46,7 +48,7 @@ pub(super) fn add(t: &mut Table) {
     let indexed: [(u8, &[usize], usize); 6] =
         [(0, &[5, 3], 7), (1, &[2, 4, 3], 3), (0, &[5], 2), (2, &[2, 3, 4], 5), (0, &[5, 3], 0), (1, &[3, 5, 0], 2)];
     for dtype in FLOATS.into_iter().chain(INTEGERS) {
-        for (op, dims) in t.some(&views, 6, 22) {
+        for (op, dims) in t.some(&views, 8, 24) {
             t.laid_out(op, &[], &[(dims, dtype, Domain::Any)]);
         }
         concat_and_assign(t, dtype);
