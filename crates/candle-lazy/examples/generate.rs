@@ -82,8 +82,6 @@ pub(crate) fn run(arguments: &Arguments, out: &mut dyn Write) -> Result<(), Box<
     let mut model = files.causal_lm(DType::F32, &Device::Cpu)?;
     if let Some(dir) = &arguments.adapter {
         let adapter = LoraAdapter::load(&mut model, dir)?;
-        // nothing is trained here: no history is kept for gradients
-        adapter.params().freeze("*")?;
         say(format_args!("adapter of rank {} on {} maps", adapter.config().rank, adapter.paths().len()));
     }
     let options = GenerateOptions {

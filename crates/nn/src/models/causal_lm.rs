@@ -16,7 +16,7 @@ use crate::norm::{rms_norm, RmsNorm};
 use crate::rope::{RopeScaling, RopeTable};
 use crate::scope;
 use candle_core::{DType, Device};
-use candle_lazy_exec::LazyTensor;
+use candle_lazy_exec::{CheckpointRegion, LazyTensor};
 use candle_nn::VarBuilder;
 
 /// The state of one sequence (or one batch of equally long ones): keys and values of all blocks, and the rotary table.
@@ -211,6 +211,7 @@ pub struct CausalLm {
     config: CausalLmConfig,
     dtype: DType,
     device: Device,
+    checkpointed: bool,
 }
 
 impl CausalLm {
@@ -254,7 +255,7 @@ impl CausalLm {
         } else {
             linear_no_bias(config.hidden_size, config.vocab_size, vb.pp("lm_head"))?
         };
-        Ok(Self { embed, blocks, norm, head, config: config.clone(), dtype, device })
+        Ok(Self { embed, blocks, norm, head, config: config.clone(), dtype, device, checkpointed: false })
     }
 
     /// What the model was loaded with.
@@ -355,6 +356,13 @@ impl CausalLm {
         self.logits(&hidden)
     }
 
+    /// From now on, [`CausalLm::forward_causal`] makes a checkpoint of each block or does not, as in a new model: a backward pass computes
+    /// a block's inner values again instead of keeping those of all blocks. Losses and gradients have the same bits
+    /// ([`candle_lazy_exec::checkpoint`]).
+    pub fn set_gradient_checkpointing(&mut self, on: bool) {
+        self.checkpointed = on;
+    }
+
     /// The rotary table of the first `len` positions, for [`CausalLm::forward_causal`].
     ///
     /// # Errors
@@ -381,7 +389,11 @@ impl CausalLm {
             let _scope = scope::enter("model");
             let mut xs = self.embed.forward(ids)?;
             for block in &self.blocks {
+                let region = self.checkpointed.then(CheckpointRegion::begin);
                 xs = block.forward_causal(&xs, at)?;
+                if let Some(region) = region {
+                    xs = region.end(xs)?;
+                }
             }
             xs
         };

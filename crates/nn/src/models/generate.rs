@@ -3,7 +3,7 @@
 use super::causal_lm::{Cache, CausalLm};
 use crate::error::{Error, Result};
 use candle_core::DType;
-use candle_lazy_exec::{EvalReport, LazyTensor};
+use candle_lazy_exec::{no_grad, EvalReport, LazyTensor};
 
 /// What [`CausalLm::generate`] does.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +39,7 @@ pub enum StopReason {
 
 /// A running generation: an iterator over the new token ids.
 ///
+/// Nothing keeps a history for gradients, whether the model has trainable parameters or not ([`candle_lazy_exec::no_grad`]).
 /// Each step is one evaluation, of the logits together with the cache's buffers, so that the buffers are written in
 /// place and no graph outlives its step.
 #[derive(Debug)]
@@ -131,7 +132,7 @@ impl Generation<'_> {
         let mut row = Vec::new();
         for (index, piece) in pending.chunks(chunk).enumerate() {
             let ids = LazyTensor::from_slice(piece, (1, piece.len()), self.model.device())?;
-            let logits = self.model.forward(&ids, &mut self.cache)?;
+            let logits = no_grad(|| self.model.forward(&ids, &mut self.cache))?;
             if index < last {
                 // Only keys and values are wanted of this piece; its logits are dropped before anything computes them.
                 drop(logits);
