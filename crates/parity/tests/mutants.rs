@@ -24,6 +24,9 @@ fn a_fault_of_each_kind_is_caught() {
         "pass.cse.scalars",
         "grad.softmax.sum",
         "grad.norm.no_weight",
+        "vjp.softmax.sum",
+        "vjp.matmul.transpose",
+        "vjp.add.broadcast",
         "decompose.layer_norm.centre",
         "choose.falls_back",
     ] {
@@ -59,7 +62,7 @@ fn hooks(krate: &str) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for file in files {
         let text = std::fs::read_to_string(file).unwrap();
-        for call in ["active(\"", "one_if(\"", "(\"pass."] {
+        for call in ["active(\"", "one_if(\"", "(\"pass.", "(\"vjp."] {
             for (at, _) in text.match_indices(call) {
                 let from = at + call.find('"').unwrap() + 1;
                 found.insert(text[from..].split('"').next().unwrap().to_string());

@@ -310,6 +310,43 @@ const PASSES: &[Row] = &[
     ("pass.dce.one_output", "outputs of one shape merge", "program", "only-dce"),
 ];
 
+/// Of the gradients that the graph transform records.
+const DERIVATIVES: &[Row] = &[
+    ("vjp.sub.sign", "what is subtracted gets the gradient as it is", "sub", "grad"),
+    ("vjp.mul.factor", "the other factor is forgotten", "mul", "grad"),
+    ("vjp.exp.chain", "the slope is forgotten", "exp", "grad"),
+    ("vjp.sqr.two", "a square's slope is x", "sqr", "grad"),
+    ("vjp.log.recip", "a logarithm's slope is x", "log", "grad"),
+    ("vjp.affine.factor", "the factor is forgotten", "affine", "grad"),
+    ("vjp.powf.exponent", "the exponent is not multiplied in", "powf", "grad"),
+    ("vjp.where_cond.other", "a side gets the gradient of what it does not give", "where_cond", "grad"),
+    ("vjp.add.broadcast", "of what was broadcast only the largest counts", "add", "grad"),
+    ("vjp.mean.count", "the mean's gradient is the sum's", "mean", "grad"),
+    ("vjp.max.mask", "every element counts as the largest", "max", "grad"),
+    ("vjp.permute.inverse", "the gradient is not permuted back", "permute", "grad"),
+    ("vjp.narrow.place", "the range's gradient is lost", "narrow", "grad"),
+    ("vjp.broadcast_as.sum", "a sum is a mean", "broadcast_as", "grad"),
+    ("vjp.cat.part", "a part gets the whole gradient", "cat", "grad"),
+    ("vjp.matmul.transpose", "the right side is not transposed", "matmul", "grad"),
+    ("vjp.linear.outer", "the weight's gradient has its factors in the other order", "linear", "grad"),
+    ("vjp.lora.scale", "the scale is forgotten", "lora", "grad"),
+    ("vjp.rms_norm.along", "the part along x stays", "rms_norm", "grad"),
+    ("vjp.rms_norm.eps", "another eps", "rms_norm", "grad"),
+    ("vjp.layer_norm.mean", "a mean is a sum", "layer_norm", "grad"),
+    ("vjp.softmax.sum", "the sum is not subtracted", "softmax", "grad"),
+    ("vjp.log_softmax.exp", "logarithms count as probabilities", "log_softmax", "grad"),
+    ("vjp.glu.gate", "the activation's slope is forgotten", "glu", "grad"),
+    ("vjp.rope.back", "the gradient is rotated onward", "rope", "grad"),
+    ("vjp.embedding.rows", "no row gets a gradient", "embedding", "grad"),
+    ("vjp.cross_entropy.target", "the target counts as any other class", "cross_entropy", "grad"),
+    ("vjp.cross_entropy.mean", "the mean's gradient is the sum's", "cross_entropy", "grad"),
+    ("vjp.index_select.places", "no slice gets a gradient", "index_select", "grad"),
+    ("vjp.gather.places", "no element gets a gradient", "gather", "grad"),
+    ("vjp.scatter.replaced", "what was replaced gets a gradient", "scatter", "grad"),
+    ("vjp.index_add.source", "the sources get the gradient as it is", "index_add", "grad"),
+    ("vjp.slice_assign.replaced", "what was written over gets a gradient", "slice_assign", "grad"),
+];
+
 fn mutant(name: &str, what: &str, ops: &str, modes: &str) -> Mutant {
     Mutant { name: name.into(), what: what.into(), ops: ops.into(), modes: modes.into() }
 }
@@ -335,7 +372,7 @@ pub fn mutants() -> Vec<Mutant> {
     for f in [ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min] {
         all.push(mutant(&format!("row.{f:?}.last"), "the last element is not reduced", f.name(), "all-passes"));
     }
-    for (name, what, ops, modes) in [ROW, KERNELS, BACKWARDS, PLANS, PASSES].into_iter().flatten() {
+    for (name, what, ops, modes) in [ROW, KERNELS, BACKWARDS, DERIVATIVES, PLANS, PASSES].into_iter().flatten() {
         all.push(mutant(name, what, ops, modes));
     }
     for (name, composite, op, at, wrong) in DECOMPOSE_FAULTS {
