@@ -8,6 +8,8 @@ use crate::op::{BinaryOp, Dims, Op, OpClass, ReduceOp, UnaryOp};
 use crate::recorder::{Rec, Recorder};
 use smallvec::{smallvec, SmallVec};
 
+mod attention;
+
 /// Whether `op` decomposes.
 #[must_use]
 pub fn is_composite<S>(op: &Op<S>) -> bool {
@@ -101,7 +103,8 @@ pub fn decompose<R: Recorder>(op: &Op, scalars: &[f64], inputs: &[R::Ref], into:
             r.cast(&y, dtype)
         }
         Op::Rope { interleaved } => rope(&mut r, inputs, *interleaved),
-        Op::Attention { .. } => attention(&mut r, op, scalars, inputs),
+        Op::Attention { .. } => attention::forward(&mut r, op, scalars, inputs),
+        Op::AttentionBackward { .. } => attention::backward(&mut r, op, scalars, inputs),
         Op::Embedding => {
             let (table, ids) = (r.0.dims(&inputs[0]), r.0.dims(&inputs[1]));
             let flat = r.reshape(&inputs[1], &[ids.iter().product()])?;
@@ -210,45 +213,5 @@ fn rope<R: Recorder>(r: &mut Rec<'_, R>, inputs: &[R::Ref], interleaved: bool) -
     } else {
         r.0.push(Op::Concat { dim: 3 }, smallvec![], &[y1, y2])?
     };
-    r.cast(&y, dtype)
-}
-
-fn attention<R: Recorder>(r: &mut Rec<'_, R>, op: &Op, scalars: &[f64], inputs: &[R::Ref]) -> Result<R::Ref> {
-    let Op::Attention { mask, causal, softcap, window } = op else {
-        return invalid(op, "no attention");
-    };
-    let dtype = r.0.dtype(&inputs[0]);
-    let (q, k, v) = (r.widen(&inputs[0])?, r.widen(&inputs[1])?, r.widen(&inputs[2])?);
-    let (qd, kd, vd) = (r.0.dims(&q), r.0.dims(&k), r.0.dims(&v));
-    let (b, h, s, d, hk, t, dv) = (qd[0], qd[1], qd[2], qd[3], kd[1], kd[2], vd[3]);
-    let group = h / hk;
-    // the query heads that share a key head become one batch dim, so that k and v are broadcast and not repeated
-    let q = r.reshape(&q, &[b, hk, group, s, d])?;
-    let k = r.reshape(&k, &[b, hk, 1, t, d])?;
-    let v = r.reshape(&v, &[b, hk, 1, t, dv])?;
-    let kt = r.swap_last(&k)?;
-    let scores = r.matmul(&q, &kt)?;
-    let mut scores = r.affine(&scores, scalars[0], 0.0)?;
-    if *softcap {
-        let x = r.affine(&scores, 1.0 / scalars[1], 0.0)?;
-        let x = r.unary(UnaryOp::Tanh, &x)?;
-        scores = r.affine(&x, scalars[1], 0.0)?;
-    }
-    let wide = r.0.dtype(&scores);
-    if *mask {
-        let m = r.cast(&inputs[3], wide)?;
-        let shape: Dims = Dims::from_slice(&[b, h, s, t]);
-        let m = r.0.push(Op::Broadcast { shape }, smallvec![], &[m])?;
-        let m = r.reshape(&m, &[b, hk, group, s, t])?;
-        scores = r.binary(BinaryOp::Add, &scores, &m)?;
-    }
-    if *causal {
-        let op = Op::CausalMask { queries: s, keys: t, window: *window, dtype: wide };
-        let m = r.0.push(op, smallvec![], &[])?;
-        scores = r.binary(BinaryOp::Add, &scores, &m)?;
-    }
-    let weights = r.0.push(Op::Softmax { dim: 4 }, smallvec![], &[scores])?;
-    let y = r.matmul(&weights, &v)?;
-    let y = r.reshape(&y, &[b, h, s, dv])?;
     r.cast(&y, dtype)
 }

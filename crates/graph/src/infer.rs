@@ -11,7 +11,7 @@ mod composites;
 use crate::error::{Error, ErrorKind, Result};
 use crate::op::{BinaryOp, Dims, Op, ReduceOp, UnaryOp};
 use candle_core::DType;
-use composites::{attention, group_norm, linear, lora, norm, qmatmul, rope};
+use composites::{attention, attention_backward, group_norm, linear, lora, norm, qmatmul, rope};
 use smallvec::SmallVec;
 
 /// What inference knows of an input.
@@ -469,7 +469,8 @@ fn infer_op(op: &Op, ctx: &Ctx<'_>) -> Result<OutMeta> {
             out(ctx.dims(0), dtype)
         }
         Op::Rope { .. } => rope(ctx)?,
-        Op::Attention { mask, causal, window, .. } => attention(ctx, *mask, *causal, *window)?,
+        Op::Attention { mask, causal, window, .. } => attention(ctx, mask.then_some(3), *causal, *window)?,
+        Op::AttentionBackward { mask, causal, window, .. } => attention_backward(ctx, *mask, *causal, *window)?,
         Op::Embedding => {
             ctx.ids(1)?;
             ctx.known(ctx.ty(0))?;

@@ -387,6 +387,19 @@ pub enum Op<S = usize> {
         /// With `causal`, a query sees at most this many keys, itself included.
         window: Option<S>,
     },
+    /// The gradients of attention without a matrix of scores (Dao 2023, arXiv:2307.08691, §3.1.2). Inputs: q, k, v as those of attention,
+    /// the gradient of its result (b, h, s, dv), mask if `mask`; attributes and scalars are attention's. The result is one row: dq
+    /// (b, h, s, d), dk (b, hk, t, d) and dv (b, hk, t, dv) behind one another. Composite.
+    AttentionBackward {
+        /// Whether a mask follows.
+        mask: bool,
+        /// As attention's.
+        causal: bool,
+        /// As attention's.
+        softcap: bool,
+        /// As attention's.
+        window: Option<S>,
+    },
     /// Rows of a table chosen by ids of any rank. Inputs: table (n, h), ids (u8, u32 or i64). Composite.
     Embedding,
     /// Layer norm over groups of channels (Wu and He, arXiv:1803.08494, eq. 7). Inputs: x (b, c, …), w (c) if `weight`, b (c) if

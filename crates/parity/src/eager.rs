@@ -148,6 +148,12 @@ pub fn run(op: &Op, s: &[f64], x: &[Tensor]) -> Result<Tensor> {
             let window = causal.then_some(*window);
             attention([&x[0], &x[1], &x[2]], added, s[0], cap, window)?
         }
+        Op::AttentionBackward { mask, causal, softcap, window } => {
+            let cap = softcap.then(|| s[1]);
+            let added = if *mask { Some(&x[4]) } else { None };
+            let window = causal.then_some(*window);
+            attention_backward([&x[0], &x[1], &x[2], &x[3]], added, s[0], cap, window)?
+        }
         Op::Embedding => {
             let ids = x[1].contiguous()?;
             let mut dims = ids.dims().to_vec();
@@ -375,17 +381,33 @@ fn attention(
     cap: Option<f64>,
     causal: Option<Option<usize>>,
 ) -> Result<Tensor> {
+    let v = repeated(v, q.dim(1)?)?;
+    Ok(attention_weights(q, &repeated(k, q.dim(1)?)?, added, scale, cap, causal)?.0.matmul(&v)?)
+}
+
+/// Each key head as often as query heads use it.
+fn repeated(x: &Tensor, h: usize) -> Result<Tensor> {
+    let (b, hk, t, d) = x.dims4()?;
+    let x = x.unsqueeze(2)?.broadcast_as((b, hk, h / hk, t, d))?;
+    Ok(x.contiguous()?.reshape((b, h, t, d))?)
+}
+
+/// The weights, and the hyperbolic tangent of the softcap where there is one.
+fn attention_weights(
+    q: &Tensor,
+    k: &Tensor,
+    added: Option<&Tensor>,
+    scale: f64,
+    cap: Option<f64>,
+    causal: Option<Option<usize>>,
+) -> Result<(Tensor, Option<Tensor>)> {
     let (b, h, s, _) = q.dims4()?;
-    let repeat = |x: &Tensor| -> Result<Tensor> {
-        let (b, hk, t, d) = x.dims4()?;
-        let x = x.unsqueeze(2)?.broadcast_as((b, hk, h / hk, t, d))?;
-        Ok(x.contiguous()?.reshape((b, h, t, d))?)
-    };
-    let (k, v) = (repeat(k)?, repeat(v)?);
-    let t = k.dim(2)?;
+    let (t, mut tanh) = (k.dim(2)?, None);
     let mut scores = (q.contiguous()?.matmul(&k.t()?.contiguous()?)? * scale)?;
     if let Some(cap) = cap {
-        scores = ((scores / cap)?.tanh()? * cap)?;
+        let capped = (scores / cap)?.tanh()?;
+        scores = (&capped * cap)?;
+        tanh = Some(capped);
     }
     if let Some(added) = added {
         scores = scores.broadcast_add(added)?;
@@ -393,5 +415,34 @@ fn attention(
     if let Some(window) = causal {
         scores = scores.broadcast_add(&mask(s, t, window, scores.dtype())?.broadcast_as((b, h, s, t))?)?;
     }
-    Ok(candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&v)?)
+    Ok((candle_nn::ops::softmax(&scores, D::Minus1)?, tanh))
+}
+
+/// The gradients of attention by their formulas, each head's on its own, behind one another.
+fn attention_backward(
+    [q, k, v, g]: [&Tensor; 4],
+    added: Option<&Tensor>,
+    scale: f64,
+    cap: Option<f64>,
+    causal: Option<Option<usize>>,
+) -> Result<Tensor> {
+    let (h, hk) = (q.dim(1)?, k.dim(1)?);
+    let (keys, values) = (repeated(k, h)?, repeated(v, h)?);
+    let (p, tanh) = attention_weights(q, &keys, added, scale, cap, causal)?;
+    let turned = |x: &Tensor| x.t()?.contiguous();
+    let g = g.contiguous()?;
+    let dp = g.matmul(&turned(&values)?)?;
+    let mut ds = (&p * dp.broadcast_sub(&(&p * &dp)?.sum_keepdim(D::Minus1)?)?)?;
+    if let Some(tanh) = tanh {
+        ds = (ds * tanh.sqr()?.affine(-1.0, 1.0)?)?;
+    }
+    let ds = (ds * scale)?;
+    let grouped = |x: Tensor| -> Result<Tensor> {
+        let (b, h, t, d) = x.dims4()?;
+        Ok(x.reshape((b, hk, h / hk, t, d))?.sum(2)?)
+    };
+    let dk = grouped(turned(&ds)?.matmul(&q.contiguous()?)?)?;
+    let dv = grouped(turned(&p)?.matmul(&g)?)?;
+    let parts = [ds.matmul(&keys)?.flatten_all()?, dk.flatten_all()?, dv.flatten_all()?];
+    Ok(Tensor::cat(&parts, 0)?)
 }

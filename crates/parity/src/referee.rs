@@ -301,6 +301,12 @@ pub fn judge(op: &Op, s: &[f64], x: &[&Arr], dtype: DType) -> Result<Judged> {
             let spec = AttentionSpec { scale: s[0], causal: *causal, softcap: softcap.then(|| s[1]), window: *window };
             Judged::within(r::attention(x[0], x[1], x[2], mask.then(|| x[3]), &spec)?, dtype)
         }
+        Op::AttentionBackward { mask, causal, softcap, window } => {
+            let spec = AttentionSpec { scale: s[0], causal: *causal, softcap: softcap.then(|| s[1]), window: *window };
+            let summed = r::attention_backward([x[0], x[1], x[2], x[3]], mask.then(|| x[4]), &spec)?;
+            // three tensors in one row: the magnitudes are those of the rows of each already
+            Judged { row: usize::MAX, ..Judged::within(summed, dtype) }
+        }
         Op::Embedding => Judged::plain(r::embedding(x[0], x[1])?),
         other => return Err(Error::NoTwin(format!("no reference for {other}"))),
     })

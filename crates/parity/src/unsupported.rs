@@ -33,6 +33,7 @@ pub fn no_function(op: &Op) -> Option<&'static str> {
             Some("neither `LazyTensor` nor `ops` names this gated unit: no model of today's has it")
         }
         Op::Unary(UnaryOp::Gelu | UnaryOp::GeluErf | UnaryOp::Silu) | Op::Matmul => None,
+        Op::AttentionBackward { .. } => Some("on plain tensors it is what `ops::attention` leaves on Candle's tape"),
         op if op.class() == OpClass::Composite => None,
         _ => Some("`ops` offers composites only; a primitive on plain tensors is Candle's"),
     }
@@ -102,7 +103,7 @@ pub fn without_eager(case: &Case) -> Option<&'static str> {
 pub fn eager_refuses(case: &Case) -> Option<&'static str> {
     let empty = case.inputs.first().is_some_and(|i| i.dims.contains(&0));
     match &case.op {
-        Op::Attention { .. } if empty => {
+        Op::Attention { .. } | Op::AttentionBackward { .. } if empty => {
             Some("Candle's softmax of the scores finds no largest element where there is none")
         }
         Op::Reduce { op: ReduceOp::Max | ReduceOp::Min | ReduceOp::LogSumExp, .. } | Op::ArgReduce { .. } if empty => {

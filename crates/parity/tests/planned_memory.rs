@@ -10,7 +10,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_lazy_exec::buffer::trim;
 use candle_lazy_exec::run::peak_bytes;
-use candle_lazy_exec::{eval_all_with, materialize, AttentionOptions, EvalOptions, LazyTensor};
+use candle_lazy_exec::{eval_all_with, materialize, vjp, AttentionOptions, EvalOptions, LazyTensor};
 use candle_lazy_ops::kernels::with_threads;
 use candle_lazy_parity::alloc::{self, CountingAlloc};
 use std::sync::Arc;
@@ -101,6 +101,17 @@ fn products() -> Vec<(String, Graph)> {
             vec![LazyTensor::attention(&q, &k, &k, None, &how).unwrap()]
         };
         graphs.push((name("long attention"), Box::new(long)));
+        for (queries, cap) in [(500usize, None), (40, Some(5.0))] {
+            let (q, k) = (leaf(&[1, 4, queries, 64], dtype), leaf(&[1, 2, 1500, 64], dtype));
+            let how = AttentionOptions { softcap: cap, ..AttentionOptions::new(0.125).causal(true) };
+            let gradients = move || {
+                let (q, k) = (q.variable().unwrap(), k.variable().unwrap());
+                let y = LazyTensor::attention(&q, &k, &k, None, &how).unwrap();
+                let g = (&y * 0.5).unwrap();
+                vjp(&[&y], &[&g], &[&q, &k]).unwrap().into_iter().flatten().collect()
+            };
+            graphs.push((name(&format!("gradients of attention, {queries} queries")), Box::new(gradients)));
+        }
         let (x, cos) = (leaf(&[2, 300, 8, 64], dtype), leaf(&[300, 32], dtype));
         let rope = move || vec![x.transpose(1, 2).unwrap().rope(&cos, &cos).unwrap()];
         graphs.push((name("rope"), Box::new(rope)));

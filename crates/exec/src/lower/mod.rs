@@ -120,6 +120,10 @@ fn kernel_step(op: &Op<Sym>, node: &GNode) -> Result<StepKind> {
             let causal = &(*causal && !fault::active("lower.attention_causal"));
             StepKind::Attention { mask: *mask, causal: *causal, softcap: *softcap, window: *window }
         }
+        Op::AttentionBackward { mask, causal, softcap, window } => {
+            let causal = *causal && !fault::active("lower.attention_backward_causal");
+            StepKind::AttentionBackward { mask: *mask, causal, softcap: *softcap, window: *window }
+        }
         Op::IndexSelect { dim } => StepKind::IndexSelect { dim: *dim },
         Op::Embedding => StepKind::IndexSelect { dim: 0 },
         Op::Concat { .. } if fault::active("lower.concat_dim") => StepKind::Concat { dim: 0 },

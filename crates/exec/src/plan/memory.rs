@@ -395,6 +395,9 @@ impl<'a> Planner<'a> {
             }),
             StepKind::Lora => of(0, 1).and_then(|(x, a)| Some(extra::lora(&x, &a, &operand(2)?, operand(3).as_ref()))),
             StepKind::Attention { .. } => of(0, 2).map(|(q, v)| extra::attention(&q, &v)),
+            StepKind::AttentionBackward { softcap, .. } => {
+                of(0, 1).and_then(|(q, k)| Some(extra::attention_backward(&q, &k, &operand(2)?, *softcap)))
+            }
             StepKind::Rope { .. } => of(0, 1).map(|(x, cos)| extra::rope(&x, &cos)),
             StepKind::IndexSelect { dim } => of(0, 1).map(|(x, ids)| {
                 let left = x.dims.iter().take(usize::from(*dim)).fold(1usize, |n, &d| n.saturating_mul(d));

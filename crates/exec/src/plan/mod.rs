@@ -114,6 +114,17 @@ pub enum StepKind {
         /// The sliding window.
         window: Option<Sym>,
     },
+    /// The gradients of attention with respect to q, k and v, behind one another.
+    AttentionBackward {
+        /// Whether the fifth input is a mask.
+        mask: bool,
+        /// Whether queries see only earlier keys.
+        causal: bool,
+        /// Whether the second scalar caps the scores.
+        softcap: bool,
+        /// The sliding window.
+        window: Option<Sym>,
+    },
     /// Slices by index.
     IndexSelect {
         /// The dim.
@@ -198,6 +209,7 @@ impl StepKind {
             Self::Lora => "lora",
             Self::Rope { .. } => "rope",
             Self::Attention { .. } => "attention",
+            Self::AttentionBackward { .. } => "attention_backward",
             Self::IndexSelect { .. } => "index_select",
             Self::ArgReduce { op, .. } => op.name(),
             Self::Gather { .. } => "gather",

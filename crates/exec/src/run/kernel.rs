@@ -46,6 +46,16 @@ impl Ctx<'_> {
             .ok_or_else(|| Error::Internal(format!("{} lacks scalar {i}", self.step.kind.name())))
     }
 
+    /// What attention does, whose scalars are the step's.
+    fn attention(&self, causal: bool, softcap: bool, window: Option<Sym>) -> Result<AttentionParams> {
+        Ok(AttentionParams {
+            scale: self.param(0)?,
+            causal,
+            softcap: if softcap { Some(self.param(1)?) } else { None },
+            window: window.map(|w| self.bindings.size(w)),
+        })
+    }
+
     /// Memory for output `i`, of `dims`.
     fn take(&self, i: usize, dims: &[usize]) -> Result<Buffer> {
         let (len, dtype) = (dims.iter().product(), self.output(i)?.dtype);
@@ -189,14 +199,15 @@ fn single_output(ctx: &Ctx<'_>, slots: &[SlotValue]) -> Result<Buffer> {
                 kernels::rope(at(0)?, at(1)?, at(2)?, *interleaved, &mut out).map_err(kernel_error)
             }
             StepKind::Attention { mask, causal, softcap, window } => {
-                let params = AttentionParams {
-                    scale: ctx.param(0)?,
-                    causal: *causal,
-                    softcap: if *softcap { Some(ctx.param(1)?) } else { None },
-                    window: window.map(|w| ctx.bindings.size(w)),
-                };
+                let params = ctx.attention(*causal, *softcap, *window)?;
                 let mask = if *mask { Some(at(3)?) } else { None };
                 kernels::attention(at(0)?, at(1)?, at(2)?, mask, &params, &mut out).map_err(kernel_error)
+            }
+            StepKind::AttentionBackward { mask, causal, softcap, window } => {
+                let params = ctx.attention(*causal, *softcap, *window)?;
+                let mask = if *mask { Some(at(4)?) } else { None };
+                kernels::attention_backward(at(0)?, at(1)?, at(2)?, at(3)?, mask, &params, &mut out)
+                    .map_err(kernel_error)
             }
             StepKind::IndexSelect { dim } => {
                 kernels::index_select(at(0)?, at(1)?, usize::from(*dim), &mut out).map_err(kernel_error)

@@ -112,6 +112,12 @@ impl<'a, 'o> Builder<'a, 'o> {
             Op::Attention { mask, causal, softcap, window: Some(window) } => {
                 Op::Attention { mask: *mask, causal: *causal, softcap: *softcap, window: Some(self.free_sym(*window)) }
             }
+            Op::AttentionBackward { mask, causal, softcap, window: Some(window) } => Op::AttentionBackward {
+                mask: *mask,
+                causal: *causal,
+                softcap: *softcap,
+                window: Some(self.free_sym(*window)),
+            },
             Op::CausalMask { queries, keys, window: Some(window), dtype } => Op::CausalMask {
                 queries: self.shared_sym(*queries),
                 keys: self.shared_sym(*keys),

@@ -69,6 +69,11 @@ pub(super) fn apply(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
             parts[0] = Some(mul(r, &distance, &g)?);
             parts
         }
+        // a mask that needs one gets its gradient from the parts
+        Op::Attention { mask, causal, softcap, window } if !call.needs(3) => {
+            let op = Op::AttentionBackward { mask: *mask, causal: *causal, softcap: *softcap, window: *window };
+            attention(call, op, r)?
+        }
         _ => through_parts(call, r)?,
     };
     for (part, x) in parts.iter_mut().zip(&call.expr.inputs) {
@@ -124,6 +129,24 @@ fn norm(call: &Call<'_>, weight: bool, bias: bool, centred: bool, r: &mut R<'_, 
     let b = 1 + usize::from(weight);
     if bias && call.needs(b) {
         parts[b] = Some(unbroadcast(r, &g, call.x(b).shape().dims())?);
+    }
+    Ok(parts)
+}
+
+/// Those of q, k and v, which one op makes behind one another.
+fn attention(call: &Call<'_>, backward: Op, r: &mut R<'_, '_>) -> Result<Parts> {
+    let mut inputs = call.expr.inputs.clone();
+    inputs.insert(3, call.g.clone());
+    let all = r.0.push(backward, call.expr.scalars.clone(), &inputs)?;
+    let (mut parts, mut from) = (call.none(), 0);
+    for (i, part) in parts.iter_mut().enumerate().take(3) {
+        let dims = r.0.dims(call.x(i));
+        let len = dims.iter().product();
+        if call.needs(i) {
+            let row = r.narrow(&all, 0, from, len)?;
+            *part = Some(r.reshape(&row, &dims)?);
+        }
+        from += len;
     }
     Ok(parts)
 }

@@ -60,6 +60,7 @@ pub(super) fn apply(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
         | Op::Glu { .. }
         | Op::Rope { .. }
         | Op::Attention { .. }
+        | Op::AttentionBackward { .. }
         | Op::GroupNorm { .. }
         | Op::CrossEntropy => composites::apply(call, r),
         Op::Custom { .. } => custom(call),

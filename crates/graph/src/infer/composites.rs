@@ -1,6 +1,6 @@
 //! Inference of composites and of products with special weights.
 
-use super::{broadcast_shapes, out, Ctx, OutMeta};
+use super::{broadcast_shapes, elem_count, out, Ctx, OutMeta};
 use crate::error::{Error, ErrorKind, Result};
 use crate::op::{Dims, Op};
 
@@ -120,7 +120,8 @@ pub(super) fn rope(ctx: &Ctx<'_>) -> Result<OutMeta> {
     Ok(out(ctx.dims(0), dtype))
 }
 
-pub(super) fn attention(ctx: &Ctx<'_>, mask: bool, causal: bool, window: Option<usize>) -> Result<OutMeta> {
+/// `mask` is the mask's place among the inputs, where there is one.
+pub(super) fn attention(ctx: &Ctx<'_>, mask: Option<usize>, causal: bool, window: Option<usize>) -> Result<OutMeta> {
     ctx.float(0)?;
     let dtype = ctx.same_dtype(0..ctx.inputs.len())?;
     let (q, k, v) = (ctx.dims(0), ctx.dims(1), ctx.dims(2));
@@ -144,8 +145,23 @@ pub(super) fn attention(ctx: &Ctx<'_>, mask: bool, causal: bool, window: Option<
         return ctx.range("a sliding window of zero keys");
     }
     let scores = [*b, *h, *s, *t];
-    if mask && broadcast_shapes(ctx.dims(3), &scores).as_deref() != Some(&scores[..]) {
-        return ctx.shape(format!("the mask {:?} does not broadcast to {scores:?}", ctx.dims(3)));
+    if let Some(mask) = mask.map(|at| ctx.dims(at)) {
+        if broadcast_shapes(mask, &scores).as_deref() != Some(&scores[..]) {
+            return ctx.shape(format!("the mask {mask:?} does not broadcast to {scores:?}"));
+        }
     }
     Ok(out(Dims::from_slice(&[*b, *h, *s, *dv]), dtype))
+}
+
+pub(super) fn attention_backward(ctx: &Ctx<'_>, mask: bool, causal: bool, window: Option<usize>) -> Result<OutMeta> {
+    let result = attention(ctx, mask.then_some(4), causal, window)?;
+    if ctx.dims(3) != result.dims.as_slice() {
+        return ctx.shape(format!("the gradient {:?} of a result of {:?}", ctx.dims(3), result.dims.as_slice()));
+    }
+    let parts = [ctx.dims(0), ctx.dims(1), ctx.dims(2)];
+    let all = parts.iter().try_fold(0usize, |sum, dims| sum.checked_add(elem_count(dims)?));
+    match all {
+        Some(all) => Ok(out(Dims::from_slice(&[all]), result.dtype)),
+        None => ctx.shape(format!("the gradients of {parts:?} have too many elements")),
+    }
 }

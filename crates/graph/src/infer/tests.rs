@@ -124,6 +124,13 @@ fn composites() {
     fails(attention(true, false), &[(q, F32), (k, F32), (k, F32), (&[4, 6], F32)], &["mask"]);
     fails(attention(false, false), &[(q, F32), (&[2, 4, 7, 8], F32), (&[2, 4, 7, 8], F32)], &["heads"]);
     fails(attention(false, true), &[(&[2, 6, 9, 8], F32), (k, F32), (k, F32)], &["causal"]);
+    let backward = |mask| Op::AttentionBackward { mask, causal: true, softcap: false, window: None };
+    let all = 2 * 6 * 4 * 8 + 2 * (2 * 3 * 7 * 8);
+    ok(backward(false), &[(q, F32), (k, F32), (k, F32), (q, F32)], &[all], F32);
+    ok(backward(true), &[(q, F32), (k, F32), (k, F32), (q, F32), (&[4, 7], F32)], &[all], F32);
+    fails(backward(true), &[(q, F32), (k, F32), (k, F32), (q, F32), (&[4, 6], F32)], &["mask"]);
+    fails(backward(false), &[(q, F32), (k, F32), (k, F32), (&[2, 6, 4, 7], F32)], &["gradient", "[2, 6, 4, 8]"]);
+    fails(backward(false), &[(q, F32), (k, F32), (k, F32), (q, DType::F16)], &["f16"]);
 }
 
 #[test]

@@ -46,7 +46,8 @@ impl<S: fmt::Display> fmt::Display for Op<S> {
             Self::Rope { interleaved } => {
                 write!(f, "rope({})", if *interleaved { "interleaved" } else { "half-split" })
             }
-            Self::Attention { mask, causal, softcap, window } => {
+            Self::Attention { mask, causal, softcap, window }
+            | Self::AttentionBackward { mask, causal, softcap, window } => {
                 let mut parts = Vec::new();
                 if *causal {
                     parts.push("causal".to_string());
@@ -60,7 +61,7 @@ impl<S: fmt::Display> fmt::Display for Op<S> {
                 if let Some(window) = window {
                     parts.push(format!("window {window}"));
                 }
-                write!(f, "attention({})", parts.join(", "))
+                write!(f, "{}({})", self.name(), parts.join(", "))
             }
             other => f.write_str(other.name()),
         }

@@ -48,6 +48,7 @@ impl<S> Op<S> {
             Self::Glu { .. } => "glu",
             Self::Rope { .. } => "rope",
             Self::Attention { .. } => "attention",
+            Self::AttentionBackward { .. } => "attention_backward",
             Self::Embedding => "embedding",
             Self::GroupNorm { .. } => "group_norm",
             Self::CrossEntropy => "cross_entropy",
@@ -99,6 +100,7 @@ impl<S> Op<S> {
             | Self::Glu { .. }
             | Self::Rope { .. }
             | Self::Attention { .. }
+            | Self::AttentionBackward { .. }
             | Self::GroupNorm { .. }
             | Self::CrossEntropy
             | Self::Embedding => OpClass::Composite,
@@ -200,7 +202,8 @@ impl<S> Op<S> {
             | Self::Lora { .. }
             | Self::Glu { .. }
             | Self::Rope { .. }
-            | Self::Attention { .. } => Exactness::Rounds,
+            | Self::Attention { .. }
+            | Self::AttentionBackward { .. } => Exactness::Rounds,
         }
     }
 
@@ -219,7 +222,7 @@ impl<S> Op<S> {
             | Self::SliceAssign { .. }
             | Self::GroupNorm { .. }
             | Self::Custom { .. } => true,
-            Self::Attention { window, .. } => window.is_some(),
+            Self::Attention { window, .. } | Self::AttentionBackward { window, .. } => window.is_some(),
             _ => false,
         }
     }
@@ -277,6 +280,12 @@ impl<S> Op<S> {
             Self::Attention { mask, causal, softcap, window } => {
                 Op::Attention { mask: *mask, causal: *causal, softcap: *softcap, window: window.as_ref().map(f) }
             }
+            Self::AttentionBackward { mask, causal, softcap, window } => Op::AttentionBackward {
+                mask: *mask,
+                causal: *causal,
+                softcap: *softcap,
+                window: window.as_ref().map(f),
+            },
             Self::Embedding => Op::Embedding,
             Self::GroupNorm { groups, weight, bias } => {
                 Op::GroupNorm { groups: f(groups), weight: *weight, bias: *bias }
@@ -307,6 +316,7 @@ impl<S> Op<S> {
             Self::Linear { bias } => 2 + usize::from(*bias),
             Self::Lora { base } => 3 + usize::from(*base),
             Self::Attention { mask, .. } => 3 + usize::from(*mask),
+            Self::AttentionBackward { mask, .. } => 4 + usize::from(*mask),
             _ => 1,
         })
     }
@@ -325,7 +335,7 @@ impl<S> Op<S> {
             | Self::RmsNorm { .. }
             | Self::LayerNorm { .. }
             | Self::Lora { .. } => 1,
-            Self::Attention { softcap, .. } => 1 + usize::from(*softcap),
+            Self::Attention { softcap, .. } | Self::AttentionBackward { softcap, .. } => 1 + usize::from(*softcap),
             _ => 0,
         }
     }

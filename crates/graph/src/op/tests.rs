@@ -47,6 +47,7 @@ pub(crate) fn one_of_each() -> Vec<Op> {
         Op::Glu { act: UnaryOp::Silu },
         Op::Rope { interleaved: false },
         Op::Attention { mask: true, causal: true, softcap: true, window: Some(7) },
+        Op::AttentionBackward { mask: true, causal: true, softcap: true, window: Some(7) },
         Op::Embedding,
         Op::GroupNorm { groups: 2, weight: true, bias: true },
         Op::CrossEntropy,

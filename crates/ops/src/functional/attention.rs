@@ -1,6 +1,5 @@
 //! Attention on tensors: the kernel where it serves, composed differentiable ops where it does not.
 
-use super::softmax::softmax_grad;
 use super::{alike, float, matmul, softmax, wide};
 use crate::error::Error;
 use crate::fault;
@@ -8,12 +7,13 @@ use crate::kernels::{self, AttentionParams};
 use crate::storage::{cpu_view, filled, with_view};
 use crate::view::{SliceMut, Strided, View};
 use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, D};
+use std::sync::Arc;
 
 /// `softmax(q·kᵀ·scale + mask)·v` for q `(b, h, sq, d)`, k `(b, hk, skv, d)`, v `(b, hk, skv, dv)` of one float dtype, `h % hk == 0`;
 /// the result is `(b, h, sq, dv)`. `mask` is additive, a float of any type, and broadcasts to `(b, h, sq, skv)`.
 ///
-/// On the CPU, with a mask that is not tracked, the kernel runs and no matrix of scores is stored in the forward pass; a tracked mask
-/// and other devices take composed ops. A query that sees no key gives NaN, as eager attention does.
+/// On the CPU, with a mask that is not tracked, kernels run, and no matrix of scores is stored, nor is one in the backward pass; a tracked
+/// mask and other devices take composed ops. A query that sees no key gives NaN, as eager attention does.
 ///
 /// # Errors
 /// Shapes that do not fit, dtypes or devices that differ, a dtype that is not a float.
@@ -53,13 +53,13 @@ pub fn attention(
     }
     let mask = match mask {
         None => None,
-        Some(m) => Some((m.detach(), Snapshot::of(m)?)),
+        Some(m) => Some(Arc::new(Snapshot::of(m)?)),
     };
     let op = Attention { params: *params, mask };
     q.apply_op3(k, v, op)
 }
 
-/// A dense copy of a mask: the kernel reads it while the storages of q, k and v are locked, one of which may be the mask's own.
+/// A dense copy of a mask or a gradient: a kernel reads it while the storages of q, k and v are locked, one of which may be its own.
 struct Snapshot {
     storage: CpuStorage,
     dims: Vec<usize>,
@@ -84,7 +84,7 @@ impl Snapshot {
 
 struct Attention {
     params: AttentionParams,
-    mask: Option<(Tensor, Snapshot)>,
+    mask: Option<Arc<Snapshot>>,
 }
 
 impl CustomOp3 for Attention {
@@ -104,7 +104,7 @@ impl CustomOp3 for Attention {
         let q = cpu_view("attention", s1, l1)?;
         let k = cpu_view("attention", s2, l2)?;
         let v = cpu_view("attention", s3, l3)?;
-        let mask = self.mask.as_ref().and_then(|(_, m)| m.view());
+        let mask = self.mask.as_ref().and_then(|m| m.view());
         let mut dims = l1.dims().to_vec();
         if let (Some(last), Some(&dv)) = (dims.last_mut(), l3.dims().last()) {
             *last = dv;
@@ -124,57 +124,56 @@ impl CustomOp3 for Attention {
         _res: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let w = wide(q.dtype());
-        let (b, h, sq, d) = q.dims4()?;
-        let (_, hk, _, dv) = v.dims4()?;
-        let rows = h / hk.max(1) * sq;
-        let dense = |t: &Tensor| t.detach().to_dtype(w)?.contiguous();
-        let (qf, kf, vf) = (dense(q)?, dense(k)?, dense(v)?);
-        let mask = self.mask.as_ref().map(|(m, _)| m).filter(|_| !fault::active("grad.attention.mask"));
-        let s = scores(&qf, &kf, mask, &self.params)?;
-        let p = softmax(&s.masked, D::Minus1)?.detach();
-        let g = dense(grad)?.reshape((b, hk, rows, dv))?;
-        let dv_ = match v.track_op() {
-            true if fault::active("grad.attention.value") => Some(vf.zeros_like()?.to_dtype(v.dtype())?),
-            true => Some(matmul(&p.t()?, &g)?.to_dtype(v.dtype())?),
-            false => None,
-        };
-        if !q.track_op() && !k.track_op() {
-            return Ok((None, None, dv_));
-        }
-        let dp = matmul(&g, &vf.t()?)?;
-        let mut ds = if fault::active("grad.attention.softmax") { p.mul(&dp)? } else { softmax_grad(&p, &dp, 1 << 3)? };
-        if let (Some(cap), Some(capped)) = (self.params.softcap, &s.capped) {
-            // The slope of cap·tanh(s/cap) is 1 - tanh².
-            let slope = ((capped / cap)?.sqr()?.neg()? + 1.0)?;
-            if !fault::active("grad.attention.softcap") {
-                ds = ds.mul(&slope)?;
+        let op = AttentionBackward { params: self.params, grad: Snapshot::of(grad)?, mask: self.mask.clone() };
+        let all = q.detach().apply_op3_no_bwd(&k.detach(), &v.detach(), &op)?;
+        let mut from = 0;
+        let mut next = |x: &Tensor| -> Result<Option<Tensor>> {
+            let part = all.narrow(0, from, x.elem_count())?;
+            from += x.elem_count();
+            if !x.track_op() {
+                return Ok(None);
             }
-        }
-        let ds = if fault::active("grad.attention.scale") { ds } else { (ds * self.params.scale)? };
-        let dq = match q.track_op() {
-            true => {
-                let t = matmul(&ds, &kf)?.reshape((b, h, sq, d))?;
-                Some(t.to_dtype(q.dtype())?)
-            }
-            false => None,
+            // a view would keep all of them alive
+            part.force_contiguous()?.reshape(x.shape()).map(Some)
         };
-        let dk = match k.track_op() && !fault::active("grad.attention.no_key") {
-            true => {
-                let q2 = qf.reshape((b, hk, rows, d))?;
-                Some(matmul(&ds.t()?, &q2)?.to_dtype(k.dtype())?)
-            }
-            false => None,
-        };
-        Ok((dq, dk, dv_))
+        let (dq, dk, dv) = (next(q)?, next(k)?, next(v)?);
+        Ok((dq, dk.filter(|_| !fault::active("grad.attention.no_key")), dv))
     }
 }
 
-/// Scores of all queries against all keys, `(b, hk, h/hk·sq, skv)`: a key head's queries are rows of one product.
-struct Scores {
-    /// After the softcap, before the mask, if there is a softcap.
-    capped: Option<Tensor>,
-    masked: Tensor,
+/// The gradients of q, k and v behind one another, as one row.
+struct AttentionBackward {
+    params: AttentionParams,
+    grad: Snapshot,
+    mask: Option<Arc<Snapshot>>,
+}
+
+impl CustomOp3 for AttentionBackward {
+    fn name(&self) -> &'static str {
+        "attention-backward"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        const OP: &str = "attention-backward";
+        let (q, k, v) = (cpu_view(OP, s1, l1)?, cpu_view(OP, s2, l2)?, cpu_view(OP, s3, l3)?);
+        let Some(grad) = self.grad.view() else {
+            return Err(Error::unsupported(OP, "this gradient has no kernels").into());
+        };
+        let mask = self.mask.as_ref().and_then(|m| m.view());
+        let len = [l1, l2, l3].iter().map(|l| l.shape().elem_count()).sum();
+        let out = filled(OP, q.dtype(), len, |out: &mut SliceMut<'_>| {
+            kernels::attention_backward(&q, &k, &v, &grad, mask.as_ref(), &self.params, out)
+        })?;
+        Ok((out, Shape::from(len)))
+    }
 }
 
 /// Additive form of the causal and window rules, `(sq, skv)`.
@@ -191,16 +190,15 @@ fn rules(params: &AttentionParams, sq: usize, skv: usize, dtype: DType, device: 
     bias.to_dtype(dtype).map(Some)
 }
 
-fn scores(q: &Tensor, k: &Tensor, mask: Option<&Tensor>, params: &AttentionParams) -> Result<Scores> {
+/// Scores of all queries against all keys, `(b, hk, h/hk·sq, skv)`: a key head's queries are rows of one product.
+fn scores(q: &Tensor, k: &Tensor, mask: Option<&Tensor>, params: &AttentionParams) -> Result<Tensor> {
     let (b, h, sq, d) = q.dims4()?;
     let (_, hk, skv, _) = k.dims4()?;
     let rows = h / hk.max(1) * sq;
     let q = q.reshape((b, hk, rows, d))?;
     let mut s = (matmul(&q, &k.t()?)? * params.scale)?;
-    let mut capped = None;
     if let Some(cap) = params.softcap {
         s = ((s / cap)?.tanh()? * cap)?;
-        capped = Some(s.clone());
     }
     let rules = rules(params, sq, skv, s.dtype(), s.device())?;
     if mask.is_some() || rules.is_some() {
@@ -210,7 +208,7 @@ fn scores(q: &Tensor, k: &Tensor, mask: Option<&Tensor>, params: &AttentionParam
         }
         s = full.reshape((b, hk, rows, skv))?;
     }
-    Ok(Scores { capped, masked: s })
+    Ok(s)
 }
 
 /// The same function of differentiable ops.
@@ -219,7 +217,7 @@ fn composed(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, params: &
     let (b, h, sq, _) = q.dims4()?;
     let dv = v.dim(D::Minus1)?;
     let s = scores(&q.to_dtype(w)?, &k.to_dtype(w)?, mask, params)?;
-    let p = softmax(&s.masked, D::Minus1)?;
+    let p = softmax(&s, D::Minus1)?;
     let y = matmul(&p, &v.to_dtype(w)?)?;
     y.reshape((b, h, sq, dv))?.to_dtype(dtype)
 }

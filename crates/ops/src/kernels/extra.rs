@@ -2,7 +2,7 @@
 //!
 //! Tables of a few words per task or per row of a batch are left out.
 
-use super::attention::extra_bytes as attention_bytes;
+use super::attention::{backward_extra_bytes, extra_bytes as attention_bytes};
 use super::dots::{few_bytes, panel_bytes, part_rows, ALIGNED_BYTES, LINE_BYTES};
 use super::lora::{skinny_rank, ROWS};
 use super::products::kept_products;
@@ -209,6 +209,15 @@ pub fn lora(x: &Operand<'_>, a: &Operand<'_>, b: &Operand<'_>, base: Option<&Ope
 pub fn attention(q: &Operand<'_>, v: &Operand<'_>) -> Extra {
     let size = if q.dtype == DType::F64 { 8 } else { 4 };
     Extra::passing(attention_bytes(q.elements() / q.last(0).max(1), v.last(1), (q.last(0), v.last(0)), size))
+}
+
+/// Of [`attention_backward`](super::attention_backward): q (b, h, sq, d), k (b, hk, skv, d), v (b, hk, skv, dv); `capped` with a softcap.
+#[must_use]
+pub fn attention_backward(q: &Operand<'_>, k: &Operand<'_>, v: &Operand<'_>, capped: bool) -> Extra {
+    let narrow = matches!(q.dtype, DType::F16 | DType::BF16);
+    let (size, heads) = (if q.dtype == DType::F64 { 8 } else { 4 }, k.last(3).saturating_mul(k.last(2)));
+    let queries = q.elements() / q.last(0).max(1);
+    Extra::passing(backward_extra_bytes(queries, heads, (k.last(1), k.last(0), v.last(0)), size, (narrow, capped)))
 }
 
 /// Of [`rope`](super::rope): x (b, h, s, d).

@@ -23,7 +23,7 @@ pub(crate) mod team;
 
 pub use arg::arg_reduce;
 pub(crate) use attention::visible;
-pub use attention::{attention, AttentionParams};
+pub use attention::{attention, attention_backward, AttentionParams};
 pub use copy::{arange, cast, copy_into, fill};
 pub use fresh::{fresh, spoil};
 pub use index::index_select;

@@ -116,6 +116,15 @@ fn attentions(t: &mut Table) {
             let op = Op::Attention { mask: false, causal, softcap: false, window: None };
             t.push(Case::new(op, &[0.375], long.to_vec()));
         }
+        // more queries of a key head than a part of its gradients has
+        let many = [[1, 6, 90, 8], [1, 2, 97, 8], [1, 2, 97, 6], [1, 6, 90, 6]]
+            .map(|dims| InputSpec::new(&dims, dtype, Layout::Contiguous, Domain::Any));
+        for window in [None, Some(30)] {
+            let op = Op::Attention { mask: false, causal: true, softcap: false, window };
+            t.push(Case::new(op, &[0.375], many[..3].to_vec()));
+            let op = Op::AttentionBackward { mask: false, causal: true, softcap: false, window };
+            t.push(Case::new(op, &[0.375], many.to_vec()));
+        }
         for &(b, h, hk, s, keys, d, dv) in t.some(&sizes, 2, 6) {
             let (q, k, v) = ([b, h, s, d], [b, hk, keys, d], [b, hk, keys, dv]);
             let masks: [&[usize]; 4] = [&[b, h, s, keys], &[s, keys], &[b, 1, 1, keys], &[1, 1, s, keys]];
@@ -132,6 +141,19 @@ fn attentions(t: &mut Table) {
                         .collect();
                     inputs.push(InputSpec::new(mask, dtype, Layout::Contiguous, Domain::Mask));
                     t.push(Case::new(op(true), &scalars, inputs));
+                }
+                let back = |mask| Op::AttentionBackward { mask, causal, softcap: cap.is_some(), window };
+                let g = [b, h, s, dv];
+                let mut plain = plain.to_vec();
+                plain.push((&g, dtype, Domain::Any));
+                t.laid_out(&back(false), &scalars, &plain);
+                for mask in t.some(&masks, 1, 2) {
+                    let contiguous = |&(dims, dtype, domain): &(&[usize], DType, Domain)| {
+                        InputSpec::new(dims, dtype, Layout::Contiguous, domain)
+                    };
+                    let mut inputs: Vec<InputSpec> = plain.iter().map(contiguous).collect();
+                    inputs.push(InputSpec::new(mask, dtype, Layout::Contiguous, Domain::Mask));
+                    t.push(Case::new(back(true), &scalars, inputs));
                 }
             }
         }

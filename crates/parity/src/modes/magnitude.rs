@@ -6,6 +6,8 @@
 //! larger numbers, their rounding comes in through an inner magnitude, which counts in units of the arithmetic (f32 for f16 and
 //! bf16), as for results.
 
+mod attention;
+
 use crate::case::Case;
 use crate::value::ulp;
 use crate::{eager, Result};
@@ -67,7 +69,8 @@ pub(super) fn magnitudes(case: &Case, x: &[Tensor], g: &Tensor) -> Result<Magnit
             let width = x[0].dims()[1..].iter().product::<usize>() / groups;
             norm(&Norm { x, g, weight: *weight, bias: *bias, width, eps: s[0], centred: true, factor })?
         }
-        Op::Attention { .. } => attention(case, x, g, factor)?,
+        Op::Attention { .. } => attention::once(case, x, g, factor)?,
+        Op::AttentionBackward { .. } => attention::twice(case, x, g, factor)?,
         Op::Rope { .. } => {
             // the two halves of a pair have terms of opposite signs: one of both signs of the first half's gradient adds them
             let (plus, minus) = (without_signs(case, x, g)?, without_signs(case, x, &signed(case, g)?)?);
@@ -228,72 +231,5 @@ fn norm(n: &Norm<'_>) -> Result<Magnitudes> {
     let outer = terms(&unit, &unit)?;
     let inner = terms(&wide, &unit)?.maximum(&terms(&unit, &wide)?)?;
     magnitudes[0] = Some(outer.maximum(&(inner * n.factor)?)?.reshape(whole.dims())?);
-    Ok(magnitudes)
-}
-
-/// The gradients of attention: dP = g·vᵀ, dS = P·(dP − Σ P·dP), and the products of dS.
-fn attention(case: &Case, x: &[Tensor], g: &Tensor, factor: f64) -> Result<Magnitudes> {
-    let Op::Attention { mask, causal, softcap, window } = case.op else {
-        return Ok(vec![None; x.len()]);
-    };
-    let s = &case.scalars;
-    let ((b, h, queries, _), (_, hk, keys, _)) = (x[0].dims4()?, x[1].dims4()?);
-    if x.iter().any(|x| x.elem_count() == 0) {
-        return Ok(vec![None; x.len()]);
-    }
-    let repeat = |x: &Tensor| -> Result<Tensor> {
-        let (_, _, t, d) = x.dims4()?;
-        Ok(x.unsqueeze(2)?.broadcast_as((b, hk, h / hk, t, d))?.contiguous()?.reshape((b, h, t, d))?)
-    };
-    let group = |x: Tensor| -> Result<Tensor> {
-        let (_, _, t, d) = x.dims4()?;
-        Ok(x.contiguous()?.reshape((b, hk, h / hk, t, d))?.sum(2)?)
-    };
-    let (q, k, v) = (x[0].contiguous()?, repeat(&x[1])?, repeat(&x[2])?);
-    let mut scores = (q.matmul(&k.t()?)? * s[0])?;
-    // a score is a sum of products: what it is off by is the relative error of its weight
-    let sums = (q.abs()?.matmul(&k.abs()?.t()?)? * s[0].abs())?;
-    let widest = sums.max_keepdim(3)?.maximum(1.0)?;
-    let mut slope = scores.ones_like()?;
-    if softcap {
-        let t = (scores / s[1])?.tanh()?;
-        // 1 − t² is a difference
-        slope = (t.sqr()? + 1.0)?;
-        scores = (t * s[1])?;
-    }
-    if mask {
-        scores = scores.broadcast_add(&x[3])?;
-    }
-    if causal {
-        let hidden = eager::run(&Op::CausalMask { queries, keys, window, dtype: DType::F64 }, &[], &[])?;
-        scores = scores.broadcast_add(&hidden)?;
-    }
-    let p = candle_nn::ops::softmax(&scores, D::Minus1)?;
-    let inexact = (widest * factor)?.maximum(1.0)?;
-    let g = g.contiguous()?;
-    let ds = softmax(&p, &g.matmul(&v.abs()?.t()?)?, 3)?.broadcast_mul(&inexact)?;
-    let to_mask = |ds: &Tensor| -> Result<Tensor> {
-        let mut sum = ds.clone();
-        let dims = x[3].dims();
-        let extra = sum.rank() - dims.len();
-        for (d, &n) in dims.iter().enumerate() {
-            if n == 1 {
-                sum = sum.sum_keepdim(d + extra)?;
-            }
-        }
-        for _ in 0..extra {
-            sum = sum.sum(0)?;
-        }
-        Ok(sum)
-    };
-    let slid = ((&ds * slope)? * s[0].abs())?;
-    let mut magnitudes = vec![
-        Some(slid.matmul(&k.abs()?)?),
-        Some(group(slid.t()?.contiguous()?.matmul(&q.abs()?)?)?),
-        Some(group(p.broadcast_mul(&inexact)?.t()?.contiguous()?.matmul(&g)?)?),
-    ];
-    if mask {
-        magnitudes.push(Some(to_mask(&ds)?));
-    }
     Ok(magnitudes)
 }

@@ -55,6 +55,9 @@ pub const DECOMPOSE_FAULTS: &[DecomposeFault] = &[
     ("decompose.attention.weights", "attention", "softmax", 0, Wrong::Dropped),
     ("decompose.attention.window", "attention", "causal_mask", 0, Wrong::Unwindowed),
     ("decompose.attention.mask", "attention", "add", 0, Wrong::Dropped),
+    ("decompose.attention_backward.sum", "attention_backward", "sub", 0, Wrong::Dropped),
+    ("decompose.attention_backward.weights", "attention_backward", "mul", 1, Wrong::Dropped),
+    ("decompose.attention_backward.turn", "attention_backward", "permute", 3, Wrong::Dropped),
     ("decompose.embedding.rows", "embedding", "index_select", 0, Wrong::Dropped),
 ];
 

@@ -13,7 +13,7 @@ mod placed;
 mod reduce;
 mod rows;
 
-pub use attention::{attention, causal_mask, AttentionSpec};
+pub use attention::{attention, attention_backward, causal_mask, AttentionSpec};
 pub use contraction::{linear, lora, matmul};
 pub use elementwise::{binary, compare, select, unary, Binary, Compare, Unary};
 pub use gradients::{

@@ -138,14 +138,13 @@ fn shift<T: Real>(max: T) -> T {
 }
 
 versions! {
-/// Turns a block's scores into weights, and updates the running maximum and sum. The result is the factor that what was
-/// accumulated before is rescaled by: 1 where the maximum stays.
-pub(super) fn weigh<T: Real>(state: &mut State<T>, scores: &mut [T; BLOCK]) -> T = weigh_body;
+/// The largest of some scores and of `max`; one that is no number is no largest.
+pub(super) fn largest<T: Real>(scores: &[T; BLOCK], max: T) -> T = largest_body;
 }
 
 #[inline(always)]
-fn weigh_body<T: Real, const FMA: bool>(state: &mut State<T>, scores: &mut [T; BLOCK]) -> T {
-    let mut most = [state.max; LANES];
+fn largest_body<T: Real, const FMA: bool>(scores: &[T; BLOCK], max: T) -> T {
+    let mut most = [max; LANES];
     for scores in scores.chunks_exact(LANES) {
         for (max, &s) in most.iter_mut().zip(scores) {
             *max = if s > *max { s } else { *max };
@@ -159,7 +158,18 @@ fn weigh_body<T: Real, const FMA: bool>(state: &mut State<T>, scores: &mut [T; B
         }
         half /= 2;
     }
-    let max = most[0];
+    most[0]
+}
+
+versions! {
+/// Turns a block's scores into weights, and updates the running maximum and sum. The result is the factor that what was
+/// accumulated before is rescaled by: 1 where the maximum stays.
+pub(super) fn weigh<T: Real>(state: &mut State<T>, scores: &mut [T; BLOCK]) -> T = weigh_body;
+}
+
+#[inline(always)]
+fn weigh_body<T: Real, const FMA: bool>(state: &mut State<T>, scores: &mut [T; BLOCK]) -> T {
+    let max = largest_body::<T, FMA>(scores, state.max);
     let by = shift(max);
     for s in scores.iter_mut() {
         *s = (*s - by).exp::<FMA>();
@@ -173,6 +183,84 @@ fn weigh_body<T: Real, const FMA: bool>(state: &mut State<T>, scores: &mut [T; B
     };
     *state = State { max, sum: state.sum.mul_add::<FMA>(keep, sum) };
     keep
+}
+
+versions! {
+/// Turns a block's scores into exponentials, given the largest score of the whole row; the results are their sum, and that of their
+/// products with `through`.
+pub(super) fn exponentials<T: Real>(scores: &mut [T; BLOCK], through: &[T; BLOCK], max: T) -> (T, T) = exponentials_body;
+}
+
+#[inline(always)]
+fn exponentials_body<T: Real, const FMA: bool>(scores: &mut [T; BLOCK], through: &[T; BLOCK], max: T) -> (T, T) {
+    let by = shift(max);
+    for s in scores.iter_mut() {
+        *s = (*s - by).exp::<FMA>();
+    }
+    (dot::<T, FMA>(&scores[..], &[T::ONE; BLOCK]), dot::<T, FMA>(&scores[..], &through[..]))
+}
+
+versions! {
+/// Exponentials become weights, by the inverse of their sum, and what came through the values the gradients of the products:
+/// weight·(through − mean)·scale.
+pub(super) fn through_softmax<T: Real>(
+    weights: &mut [T; BLOCK],
+    through: &mut [T; BLOCK],
+    inverse: T,
+    mean: T,
+    scale: T,
+) = through_softmax_body;
+}
+
+#[inline(always)]
+fn through_softmax_body<T: Real, const FMA: bool>(
+    weights: &mut [T; BLOCK],
+    through: &mut [T; BLOCK],
+    inverse: T,
+    mean: T,
+    scale: T,
+) {
+    for (w, t) in weights.iter_mut().zip(through) {
+        *w = *w * inverse;
+        *t = *w * (*t - mean) * scale;
+    }
+}
+
+versions! {
+/// The slopes 1 − (score/cap)² of capped scores.
+pub(super) fn cap_slopes<T: Real>(capped: &[T; BLOCK], inverse: T, slopes: &mut [T; BLOCK]) = cap_slopes_body;
+}
+
+#[inline(always)]
+fn cap_slopes_body<T: Real, const FMA: bool>(capped: &[T; BLOCK], inverse: T, slopes: &mut [T; BLOCK]) {
+    for (slope, &score) in slopes.iter_mut().zip(capped) {
+        let t = score * inverse;
+        *slope = (-t).mul_add::<FMA>(t, T::ONE);
+    }
+}
+
+versions! {
+/// Elementwise products, into `x`.
+pub(super) fn times<T: Real>(x: &mut [T; BLOCK], y: &[T; BLOCK]) = times_body;
+}
+
+#[inline(always)]
+fn times_body<T: Real, const FMA: bool>(x: &mut [T; BLOCK], y: &[T; BLOCK]) {
+    for (x, &y) in x.iter_mut().zip(y) {
+        *x = *x * y;
+    }
+}
+
+versions! {
+/// Elementwise sums, into `sums`.
+pub(super) fn plus<T: Real>(sums: &mut [T], terms: &[T]) = plus_body;
+}
+
+#[inline(always)]
+fn plus_body<T: Real, const FMA: bool>(sums: &mut [T], terms: &[T]) {
+    for (sum, &term) in sums.iter_mut().zip(terms) {
+        *sum = *sum + term;
+    }
 }
 
 versions! {

@@ -7,8 +7,12 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod backward;
 mod loops;
 mod tile;
+
+pub use backward::attention_backward;
+pub(crate) use backward::extra_bytes as backward_extra_bytes;
 
 use super::{check_float, check_out};
 use crate::element::Element;
@@ -112,42 +116,13 @@ pub fn attention(
     params: &AttentionParams,
     out: &mut SliceMut<'_>,
 ) -> Result<()> {
-    for t in [Some(q), Some(k), Some(v), mask].into_iter().flatten() {
-        t.check()?;
-        check_float(OP, t.dtype())?;
-    }
-    for (what, t) in [("k", k), ("v", v)] {
-        if t.dtype() != q.dtype() {
-            return Err(Error::dtypes(OP, what, q.dtype(), t.dtype()));
-        }
-    }
-    let bad = || {
-        Error::shape(
-            OP,
-            format!("q {:?}, k {:?}, v {:?}, mask {:?}", q.dims(), k.dims(), v.dims(), mask.map(|m| m.dims())),
-        )
-    };
-    let (&[b, h, sq, d], &[kb, hk, skv, kd], &[vb, vh, vs, dv]) = (q.dims(), k.dims(), v.dims()) else {
-        return Err(bad());
-    };
-    let grouped = hk != 0 && h % hk == 0 || h == 0 && hk == 0;
-    if kb != b || vb != b || vh != hk || vs != skv || kd != d || !grouped {
-        return Err(bad());
-    }
-    let mask = match mask.filter(|_| !fault::active("attention.mask")) {
-        None => None,
-        Some(m) => {
-            let layout = m.layout.broadcast_to(&[b, h, sq, skv]).map_err(|_| bad())?;
-            Some((m.data, layout))
-        }
-    };
+    let (job, b) = Job::checked(OP, q, k, v, mask, params)?;
+    let Shape { h, sq, dv, .. } = job.shape;
     let len = [h, sq, dv].iter().fold(b, |a, &x| a.saturating_mul(x));
     check_out(OP, out, q.dtype(), len)?;
     if len == 0 {
         return Ok(());
     }
-    let shape = Shape { h, group: h / hk.max(1), sq, skv, d, dv };
-    let job = Job { shape, params, q: &q.layout, k: &k.layout, v: &v.layout, mask };
     match (q.data, k.data, v.data, out) {
         (Slice::F64(q), Slice::F64(k), Slice::F64(v), SliceMut::F64(o)) => {
             job.run::<f64, _>(q, k, v, o);
@@ -173,6 +148,50 @@ struct Job<'a> {
     k: &'a Strided,
     v: &'a Strided,
     mask: Option<(Slice<'a>, Strided)>,
+}
+
+impl<'a> Job<'a> {
+    /// The job of these operands, and how many batches there are.
+    fn checked(
+        op: &'static str,
+        q: &'a View<'_>,
+        k: &'a View<'_>,
+        v: &'a View<'_>,
+        mask: Option<&'a View<'_>>,
+        params: &'a AttentionParams,
+    ) -> Result<(Self, usize)> {
+        for t in [Some(q), Some(k), Some(v), mask].into_iter().flatten() {
+            t.check()?;
+            check_float(op, t.dtype())?;
+        }
+        for (what, t) in [("k", k), ("v", v)] {
+            if t.dtype() != q.dtype() {
+                return Err(Error::dtypes(op, what, q.dtype(), t.dtype()));
+            }
+        }
+        let bad = || {
+            Error::shape(
+                op,
+                format!("q {:?}, k {:?}, v {:?}, mask {:?}", q.dims(), k.dims(), v.dims(), mask.map(|m| m.dims())),
+            )
+        };
+        let (&[b, h, sq, d], &[kb, hk, skv, kd], &[vb, vh, vs, dv]) = (q.dims(), k.dims(), v.dims()) else {
+            return Err(bad());
+        };
+        let grouped = hk != 0 && h % hk == 0 || h == 0 && hk == 0;
+        if kb != b || vb != b || vh != hk || vs != skv || kd != d || !grouped {
+            return Err(bad());
+        }
+        let mask = match mask.filter(|_| !fault::active("attention.mask")) {
+            None => None,
+            Some(m) => {
+                let layout = m.layout.broadcast_to(&[b, h, sq, skv]).map_err(|_| bad())?;
+                Some((m.data, layout))
+            }
+        };
+        let shape = Shape { h, group: h / hk.max(1), sq, skv, d, dv };
+        Ok((Self { shape, params, q: &q.layout, k: &k.layout, v: &v.layout, mask }, b))
+    }
 }
 
 /// Rows of keys or values in the arithmetic type: in place, or converted.

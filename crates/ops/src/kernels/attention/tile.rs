@@ -16,19 +16,27 @@ const WORK_PER_NS: usize = 20;
 
 /// Queries that share keys: rows `first..` of those of the heads of one key head, which are `group` times `sq`.
 #[derive(Clone, Copy)]
-struct Tile {
-    b: usize,
+pub(super) struct Tile {
+    pub(super) b: usize,
     /// The key head.
-    hk: usize,
-    first: usize,
-    count: usize,
+    pub(super) hk: usize,
+    pub(super) first: usize,
+    pub(super) count: usize,
 }
 
 /// One query of a tile: its head, its number, and the keys it sees.
-struct Query {
-    h: usize,
-    i: usize,
-    keys: Range<usize>,
+pub(super) struct Query {
+    pub(super) h: usize,
+    pub(super) i: usize,
+    pub(super) keys: Range<usize>,
+}
+
+impl Query {
+    /// Which keys of the block that begins with `key` it sees.
+    pub(super) fn seen(&self, key: usize) -> Range<usize> {
+        let of = |at: usize| at.saturating_sub(key).min(BLOCK);
+        of(self.keys.start)..of(self.keys.end.max(self.keys.start))
+    }
 }
 
 /// What a tile has found in a stretch of keys.
@@ -103,7 +111,7 @@ impl Job<'_> {
             let mut sc = Scratch::<T>::default();
             for (tile, out) in group {
                 let queries = self.queries(tile);
-                let rows = self.rows(tile, &queries, q);
+                let rows = self.rows(tile, &queries, q, self.q);
                 let mut found = None;
                 for segment in segments(&queries) {
                     let mut later = Found::nothing(tile.count, s.dv);
@@ -129,7 +137,8 @@ impl Job<'_> {
     {
         let dv = self.shape.dv;
         let known: Vec<_> = tiles.iter().map(|(tile, _)| self.queries(*tile)).collect();
-        let rows: Vec<Vec<T>> = tiles.iter().zip(&known).map(|((tile, _), known)| self.rows(*tile, known, q)).collect();
+        let rows: Vec<Vec<T>> =
+            tiles.iter().zip(&known).map(|((tile, _), known)| self.rows(*tile, known, q, self.q)).collect();
         let mut parts = Vec::new();
         for (t, ((tile, _), queries)) in tiles.iter().zip(&known).enumerate() {
             parts.extend(segments(queries).map(|segment| (t, segment, Found::<T>::nothing(tile.count, dv))));
@@ -152,7 +161,7 @@ impl Job<'_> {
         }
     }
 
-    fn queries(&self, tile: Tile) -> Vec<Query> {
+    pub(super) fn queries(&self, tile: Tile) -> Vec<Query> {
         let s = &self.shape;
         let of = |row: usize| {
             let (g, i) = (row / s.sq, row % s.sq);
@@ -163,14 +172,30 @@ impl Job<'_> {
         (tile.first..tile.first + tile.count).map(of).collect()
     }
 
-    /// The rows of a tile's queries, `(count, d)`.
-    fn rows<T: Real, E: Element>(&self, tile: Tile, queries: &[Query], q: &[E]) -> Vec<T> {
-        let (d, st) = (self.shape.d, &self.q.strides);
-        let mut rows = vec![T::ZERO; queries.len() * d];
-        for (row, query) in rows.chunks_exact_mut(d.max(1)).zip(queries) {
-            read_row(q, self.q.offset + tile.b * st[0] + query.h * st[1] + query.i * st[2], st[3], row);
+    /// The rows of a tile's queries in `data` of the layout (b, h, sq, width): `(count, width)`.
+    pub(super) fn rows<T: Real, E: Element>(
+        &self,
+        tile: Tile,
+        queries: &[Query],
+        data: &[E],
+        layout: &Strided,
+    ) -> Vec<T> {
+        let (width, st) = (layout.dims[3], &layout.strides);
+        let mut rows = vec![T::ZERO; queries.len() * width];
+        for (row, query) in rows.chunks_exact_mut(width.max(1)).zip(queries) {
+            read_row(data, layout.offset + tile.b * st[0] + query.h * st[1] + query.i * st[2], st[3], row);
         }
         rows
+    }
+
+    /// The key head whose keys and values a tile's queries use.
+    pub(super) fn key_head(&self, tile: Tile) -> usize {
+        let heads = self.shape.h / self.shape.group.max(1);
+        if fault::active("attention.group") {
+            (tile.hk * self.shape.group) % heads.max(1)
+        } else {
+            tile.hk
+        }
     }
 
     /// What the queries find in a stretch of the keys, into `found`, which has nothing yet.
@@ -189,8 +214,7 @@ impl Job<'_> {
         for<'s> Slice<'s>: From<&'s [E]>,
     {
         let s = &self.shape;
-        let heads = s.h / s.group.max(1);
-        let hk = if fault::active("attention.group") { (tile.hk * s.group) % heads.max(1) } else { tile.hk };
+        let hk = self.key_head(tile);
         let start_of = |l: &Strided| l.offset + tile.b * l.strides[0] + hk * l.strides[1];
         let (k0, v0) = (start_of(self.k), start_of(self.v));
         let (ks, vs) = (self.k.strides[2], self.v.strides[2]);
@@ -207,13 +231,8 @@ impl Job<'_> {
             T::turn(keys, kp, count, &mut sc.turned);
             let (values, vp) = block(v, self.v, v0 + place * vs, count, &mut sc.values, &v.into());
             for (g, queries) in queries.chunks(GROUP).enumerate() {
-                // the keys of the block that a query sees
-                let seen = |q: &Query| {
-                    let (from, to) = (q.keys.start.max(key) - key, q.keys.end.min(key + BLOCK).saturating_sub(key));
-                    from..to.max(from)
-                };
                 let m = queries.len();
-                if queries.iter().all(|q| seen(q).is_empty()) {
+                if queries.iter().all(|q| q.seen(key).is_empty()) {
                     continue;
                 }
                 let mut weights: Block<T> = [[T::ZERO; BLOCK]; GROUP];
@@ -224,7 +243,7 @@ impl Job<'_> {
                 let mut whole = BLOCK;
                 for (i, (query, (state, scores))) in queries.iter().zip(states.iter_mut().zip(&mut weights)).enumerate()
                 {
-                    let Range { start, end } = seen(query);
+                    let Range { start, end } = query.seen(key);
                     if start == end {
                         whole = 0;
                         continue;
@@ -244,7 +263,7 @@ impl Job<'_> {
                     T::values(&together[..m], values, vp, sums);
                 }
                 for (i, query) in queries.iter().enumerate() {
-                    let Range { start, end } = seen(query);
+                    let Range { start, end } = query.seen(key);
                     if start == end {
                         continue;
                     }
@@ -285,14 +304,32 @@ impl Job<'_> {
         scores: &mut [T; BLOCK],
         mask: &mut Vec<T>,
     ) {
+        self.capped(seen.clone(), scores);
+        self.masked(b, query, key, seen, scores, mask);
+    }
+
+    /// Scale and softcap on the visible scores of a block.
+    pub(super) fn capped<T: Real>(&self, seen: Range<usize>, scores: &mut [T; BLOCK]) {
         let scale = if fault::active("attention.scale") { 1.0 } else { self.params.scale };
         let by = T::from_f64(scale);
         match self.params.softcap.filter(|_| !fault::active("attention.softcap")) {
-            Some(cap) => scores[seen.clone()].iter_mut().for_each(|x| *x = x.softcap(scale / cap, cap)),
+            Some(cap) => scores[seen].iter_mut().for_each(|x| *x = x.softcap(scale / cap, cap)),
             // -∞ stays what it is, and a length that the compiler knows is quicker
             None if by > T::ZERO => scaled(&mut scores[..], by),
-            None => scaled(&mut scores[seen.clone()], by),
+            None => scaled(&mut scores[seen], by),
         }
+    }
+
+    /// The mask on the visible scores of a query in the block that begins with `key`.
+    pub(super) fn masked<T: Real>(
+        &self,
+        b: usize,
+        query: &Query,
+        key: usize,
+        seen: Range<usize>,
+        scores: &mut [T; BLOCK],
+        mask: &mut Vec<T>,
+    ) {
         if let Some((data, l)) = &self.mask {
             let st = &l.strides;
             let h = if fault::active("attention.mask_head") { 0 } else { query.h };
