@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::kv_cache::KvCache;
 use crate::linear::{linear_b, Linear};
-use crate::lora::LoraLinear;
+use crate::lora::{AdaptedRows, LoraLinear};
 use crate::module::Module;
 use crate::scope;
 use candle_lazy_exec::{AttentionOptions, LazyTensor};
@@ -116,6 +116,44 @@ impl CausalSelfAttention {
         }
     }
 
+    /// The maps in the order `q_proj`, `k_proj`, `v_proj`, `o_proj`.
+    pub(crate) fn projections(&self) -> [&LoraLinear; 4] {
+        [&self.q, &self.k, &self.v, &self.o]
+    }
+
+    /// As [`CausalSelfAttention::forward`] for several texts at once: the rows of `xs` (1, rows, hidden) are new positions of one text
+    /// after the other, `caches` has each text's number of rows and its cache, and `at` each row's own place. Rows see their own text
+    /// alone. `adapters` names the rows' adapters of each map, as [`CausalSelfAttention::projections`] orders them.
+    #[track_caller]
+    pub(crate) fn forward_packed<'c>(
+        &self,
+        xs: &LazyTensor,
+        at: &Positions,
+        caches: impl Iterator<Item = (usize, &'c mut KvCache)>,
+        adapters: [&[AdaptedRows<'_>]; 4],
+    ) -> Result<LazyTensor> {
+        let _scope = scope::enter(&self.path);
+        let [of_q, of_k, of_v, of_o] = adapters;
+        let (q, k, v) = (
+            self.q.forward_packed(xs, of_q)?,
+            self.k.forward_packed(xs, of_k)?,
+            self.v.forward_packed(xs, of_v)?,
+        );
+        let (q, k, v) = self.turned(&q, &k, &v, at)?;
+        let options = AttentionOptions { causal: true, window: self.window, ..self.options() };
+        let mut results = Vec::new();
+        let mut start = 0;
+        for (rows, cache) in caches {
+            let (q, k, v) = (q.narrow(2, start, rows)?, k.narrow(2, start, rows)?, v.narrow(2, start, rows)?);
+            let (k, v) = cache.append(&k, &v)?;
+            results.push(LazyTensor::attention(&q, &k, &v, None, &options)?);
+            start += rows;
+        }
+        let y = LazyTensor::cat(&results, 2)?;
+        let (b, _, s, _) = y.dims4()?;
+        self.o.forward_packed(&y.transpose(1, 2)?.reshape((b, s, self.heads * self.head_dim))?, of_o)
+    }
+
     /// Attention of the new positions `xs` (batch, s, hidden) over themselves and what `cache` holds.
     ///
     /// The query at new position `i` sees the keys `0..=held + i`. The result has shape (batch, s, hidden).
@@ -172,10 +210,22 @@ impl CausalSelfAttention {
     /// Queries (batch, heads, s, head dim), keys and values (batch, kv heads, s, head dim) of `xs`, turned by their positions.
     #[track_caller]
     fn heads(&self, xs: &LazyTensor, at: &Positions) -> Result<(LazyTensor, LazyTensor, LazyTensor)> {
-        let (b, s, _) = xs.dims3()?;
-        let q = self.q.forward(xs)?.reshape((b, s, self.heads, self.head_dim))?.transpose(1, 2)?;
-        let k = self.k.forward(xs)?.reshape((b, s, self.kv_heads, self.head_dim))?.transpose(1, 2)?;
-        let v = self.v.forward(xs)?.reshape((b, s, self.kv_heads, self.head_dim))?.transpose(1, 2)?;
+        self.turned(&self.q.forward(xs)?, &self.k.forward(xs)?, &self.v.forward(xs)?, at)
+    }
+
+    /// The maps' results (batch, s, heads · head dim) as heads, queries and keys turned by their positions.
+    #[track_caller]
+    fn turned(
+        &self,
+        q: &LazyTensor,
+        k: &LazyTensor,
+        v: &LazyTensor,
+        at: &Positions,
+    ) -> Result<(LazyTensor, LazyTensor, LazyTensor)> {
+        let (b, s, _) = q.dims3()?;
+        let q = q.reshape((b, s, self.heads, self.head_dim))?.transpose(1, 2)?;
+        let k = k.reshape((b, s, self.kv_heads, self.head_dim))?.transpose(1, 2)?;
+        let v = v.reshape((b, s, self.kv_heads, self.head_dim))?.transpose(1, 2)?;
         Ok((q.rope(&at.cos, &at.sin)?, k.rope(&at.cos, &at.sin)?, v))
     }
 

@@ -241,6 +241,24 @@ pub enum Error {
         message: String,
     },
 
+    /// A request names an adapter that the service does not have.
+    #[error("there is no adapter `{name}` (the service has {known})")]
+    UnknownAdapter {
+        /// The name that was asked for.
+        name: String,
+        /// The names that there are.
+        known: String,
+    },
+
+    /// A service cannot do what a request asks for, or ended before it did.
+    #[error("{service}: {message}")]
+    Service {
+        /// Which service.
+        service: &'static str,
+        /// What is wrong.
+        message: String,
+    },
+
     /// A text's vector holds a NaN or an infinity.
     #[error("the vector of text {} is not finite: {}", text + 1, match first { Some(first) => first.to_string(), None => "every value on the way to it is".to_string() })]
     NonFinite {
@@ -382,6 +400,11 @@ impl Error {
     pub(crate) fn non_finite_step(step: u64, name: String, norm: f64, first: Option<NonFinite>) -> Self {
         let (first, site) = (first.map(Box::new), Box::new(BuildSite::here()));
         Self::NonFiniteStep { step, name, norm, first, site }
+    }
+
+    /// What a service cannot do.
+    pub(crate) fn service(service: &'static str, message: impl std::fmt::Display) -> Self {
+        Self::Service { service, message: message.to_string() }
     }
 
     /// Logits or options that no token can be chosen by.

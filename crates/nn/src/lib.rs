@@ -12,6 +12,7 @@
 //! | weights | [`weights`]: safetensors and GGUF behind Candle's `VarBuilder` |
 //! | a model on disk | [`ModelDir`] |
 //! | training | [`data`], [`params`], [`loss`], [`optim`], [`LoraAdapter`], [`train`] |
+//! | many callers | [`service`]: embeddings and generations of independent callers, computed together |
 //! | the next token | [`sampling`]: greedy, temperature, top-k, top-p, a penalty for repetition |
 //! | text | `tokenizer` (feature `tokenizers`) |
 //! | fetching | `hub` (feature `hub`) |
@@ -44,6 +45,7 @@ pub mod models;
 pub mod optim;
 pub mod params;
 pub mod sampling;
+pub mod service;
 #[cfg(feature = "tokenizers")]
 pub mod tokenizer;
 pub mod train;
@@ -55,7 +57,7 @@ pub use embedding::{embedding, Embedding};
 pub use error::{Error, Result};
 pub use kv_cache::KvCache;
 pub use linear::{linear, linear_b, linear_no_bias, Linear};
-pub use lora::{LoraAdapter, LoraConfig, LoraLinear, LoraTargets, LoraWeights};
+pub use lora::{LoraAdapter, LoraConfig, LoraLinear, LoraSet, LoraTargets, LoraWeights};
 pub use mlp::{FeedForward, Mlp};
 pub use model_dir::{ModelDir, WeightFiles};
 pub use module::Module;

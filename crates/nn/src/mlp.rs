@@ -3,7 +3,7 @@
 use crate::activation::Activation;
 use crate::error::Result;
 use crate::linear::{linear_b, Linear};
-use crate::lora::LoraLinear;
+use crate::lora::{AdaptedRows, LoraLinear};
 use crate::module::Module;
 use crate::scope;
 use candle_lazy_exec::LazyTensor;
@@ -58,6 +58,21 @@ impl Mlp {
             "down_proj" => Some(&mut self.down),
             _ => None,
         }
+    }
+
+    /// The maps in the order `gate_proj`, `up_proj`, `down_proj`.
+    pub(crate) fn projections(&self) -> [&LoraLinear; 3] {
+        [&self.gate, &self.up, &self.down]
+    }
+
+    /// The block of rows `xs` (1, rows, hidden) whose stretches have adapters of their own, by map.
+    #[track_caller]
+    pub(crate) fn forward_packed(&self, xs: &LazyTensor, adapters: [&[AdaptedRows<'_>]; 3]) -> Result<LazyTensor> {
+        let _scope = scope::enter(&self.path);
+        let [of_gate, of_up, of_down] = adapters;
+        let gate = self.gate.forward_packed(xs, of_gate)?;
+        let up = self.up.forward_packed(xs, of_up)?;
+        self.down.forward_packed(&gate.silu_mul(&up)?, of_down)
     }
 }
 

@@ -112,6 +112,15 @@ impl RopeTable {
         self.positions
     }
 
+    /// Cosines and sines of the positions `at` (u32, of any shape S), (S…, head_dim / 2) each.
+    ///
+    /// # Errors
+    /// Where `at` is not of u32; a position beyond the table is an error when it is evaluated.
+    #[track_caller]
+    pub fn select(&self, at: &LazyTensor) -> Result<(LazyTensor, LazyTensor)> {
+        Ok((self.cos.embedding(at)?, self.sin.embedding(at)?))
+    }
+
     /// Cosines and sines of `len` positions from `start` on, (len, head_dim / 2) each.
     ///
     /// # Errors

@@ -142,6 +142,80 @@ impl Sampler {
     }
 }
 
+/// How each token of a text is chosen.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampling {
+    /// From which distribution.
+    pub options: SamplingOptions,
+    /// As [`penalize_repetition`], of all tokens before, the prompt's included; 1 is none.
+    pub repetition_penalty: f32,
+    /// What the text repeats itself by; `None` for a seed of the system's.
+    pub seed: Option<u64>,
+}
+
+impl Default for Sampling {
+    /// [`SamplingOptions::default`], without a penalty or a seed.
+    fn default() -> Self {
+        Self { options: SamplingOptions::default(), repetition_penalty: 1.0, seed: None }
+    }
+}
+
+impl Sampling {
+    /// Always the token with the largest logit, the first of equals.
+    #[must_use]
+    pub fn greedy() -> Self {
+        Self { options: SamplingOptions::greedy(), ..Self::default() }
+    }
+
+    /// Checks it without logits.
+    ///
+    /// # Errors
+    /// As [`SamplingOptions::validate`], and [`Error::Sampling`] for a penalty that is not finite or not above 0.
+    pub fn validate(&self) -> Result<()> {
+        self.options.validate()?;
+        penalize_repetition::<f32>(&mut [], &[], self.repetition_penalty)
+    }
+
+    /// Begins a text.
+    #[must_use]
+    pub fn chooser(&self) -> Chooser {
+        let sampler = match self.seed {
+            Some(seed) => Sampler::seeded(seed),
+            None => Sampler::unseeded(),
+        };
+        Chooser { sampling: *self, sampler }
+    }
+}
+
+/// Chooses the tokens of one text, by [`Sampling::chooser`].
+#[derive(Debug, Clone)]
+pub struct Chooser {
+    sampling: Sampling,
+    sampler: Sampler,
+}
+
+impl Chooser {
+    /// The token that follows `before`, by the logits after it. At a temperature of 0 a NaN never wins, and `None` means that every logit
+    /// is one.
+    ///
+    /// # Errors
+    /// As [`penalize_repetition`] and [`Sampler::sample`].
+    pub fn choose(&mut self, logits: &[f32], before: &[u32]) -> Result<Option<u32>> {
+        let penalized = if self.sampling.repetition_penalty == 1.0 {
+            None
+        } else {
+            let mut logits = logits.to_vec();
+            penalize_repetition(&mut logits, before, self.sampling.repetition_penalty)?;
+            Some(logits)
+        };
+        let logits = penalized.as_deref().unwrap_or(logits);
+        if self.sampling.options.temperature == 0.0 {
+            return Ok(crate::models::generate::argmax(logits));
+        }
+        self.sampler.sample(logits, &self.sampling.options).map(Some)
+    }
+}
+
 /// Refuses logits that cannot be compared.
 fn comparable(logits: &[f32]) -> Result<()> {
     if logits.is_empty() {

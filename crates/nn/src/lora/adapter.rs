@@ -86,6 +86,28 @@ impl LoraAdapter {
         Ok(Self { params, config: config.clone(), paths, step })
     }
 
+    /// The factors on a model of the sizes that this one was made for, in the place of any that it has: the same parameters, so an
+    /// optimiser's step shows on both.
+    ///
+    /// # Errors
+    /// [`Error::Module`] where the model has no such maps, or of other widths; it then has what it had.
+    #[track_caller]
+    pub fn put_on(&self, model: &mut CausalLm) -> Result<()> {
+        let mut adapted = model.clone();
+        adapted.clear_lora()?;
+        for (map, path) in (0u64..).zip(&self.paths) {
+            let factor = |name: &str| self.params.get(&format!("base_model.model.{path}.{name}.weight"));
+            let (Some(a), Some(b)) = (factor("lora_A"), factor("lora_B")) else {
+                return Err(Error::module("lora", path, "the adapter has no factors for it"));
+            };
+            let weights = LoraWeights::from_params(a, b, self.config.scale())?;
+            let weights = weights.with_step_dropout(self.config.dropout, Arc::clone(&self.step), map);
+            adapted.set_lora(path, Some(weights))?;
+        }
+        *model = adapted;
+        Ok(())
+    }
+
     /// The factors: `base_model.model.<path>.lora_A.weight` (r, in) and `….lora_B.weight` (out, r).
     #[must_use]
     pub fn params(&self) -> &Params {

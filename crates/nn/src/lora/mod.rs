@@ -6,9 +6,11 @@
 mod adapter;
 mod config;
 mod peft;
+mod set;
 
 pub use adapter::LoraAdapter;
 pub use config::{LoraConfig, LoraTargets};
+pub use set::LoraSet;
 
 use crate::error::{Error, Result};
 use crate::linear::Linear;
@@ -120,6 +122,20 @@ impl LoraWeights {
     pub fn detached(&self) -> Result<Self> {
         let (a, b) = (detached(&self.a()?)?, detached(&self.b()?)?);
         Ok(Self { factors: Factors::Tensors { a, b }, scale: self.scale, dropout: None })
+    }
+
+    /// As [`LoraWeights::detached`], with factors that are contiguous as (in, r) and (r, out): quick to read at every step.
+    #[track_caller]
+    pub(crate) fn frozen(&self) -> Result<Self> {
+        let Self { factors, scale, .. } = self.detached()?;
+        let factors = match factors {
+            Factors::Tensors { a, b } => {
+                let (a, b) = (a.eval()?.contiguous()?, b.eval()?.contiguous()?);
+                Factors::Tensors { a: a.into(), b: b.into() }
+            }
+            params @ Factors::Params { .. } => params,
+        };
+        Ok(Self { factors, scale, dropout: None })
     }
 
     /// The factor (in, r); of a parameter the value of now.
@@ -253,9 +269,48 @@ impl Module for LoraLinear {
     #[track_caller]
     fn forward(&self, xs: &LazyTensor) -> Result<LazyTensor> {
         let base = self.base.forward(xs)?;
-        let Some(lora) = &self.adapter else {
+        match &self.adapter {
+            Some(lora) => self.adapted(lora, xs, base),
+            None => Ok(base),
+        }
+    }
+}
+
+/// Rows of a packed step that share an adapter: their number, and the adapter of the map at hand.
+pub(crate) type AdaptedRows<'a> = (usize, Option<&'a LoraWeights>);
+
+impl LoraLinear {
+    /// The map of packed rows `xs` (1, rows, in): one pass over the base for all of them, then each stretch of rows through its own
+    /// adapter. A stretch that names none has the module's, where there is one. The stretches follow one another and cover all rows.
+    #[track_caller]
+    pub(crate) fn forward_packed(&self, xs: &LazyTensor, stretches: &[AdaptedRows<'_>]) -> Result<LazyTensor> {
+        let base = self.base.forward(xs)?;
+        let adapter = |of: Option<&'_ LoraWeights>| of.or(self.adapter.as_ref()).cloned();
+        if let [(_, of)] = stretches {
+            return match adapter(*of) {
+                Some(lora) => self.adapted(&lora, xs, base),
+                None => Ok(base),
+            };
+        }
+        if stretches.iter().all(|(_, of)| of.is_none()) && self.adapter.is_none() {
             return Ok(base);
-        };
+        }
+        let mut pieces = Vec::with_capacity(stretches.len());
+        let mut start = 0;
+        for (rows, of) in stretches {
+            let piece = base.narrow(1, start, *rows)?;
+            pieces.push(match adapter(*of) {
+                Some(lora) => self.adapted(&lora, &xs.narrow(1, start, *rows)?, piece)?,
+                None => piece,
+            });
+            start += rows;
+        }
+        Ok(LazyTensor::cat(&pieces, 1)?)
+    }
+
+    /// `base`, which is the base's result for `xs`, plus what the adapter adds.
+    #[track_caller]
+    fn adapted(&self, lora: &LoraWeights, xs: &LazyTensor, base: LazyTensor) -> Result<LazyTensor> {
         let _scope = scope::enter(self.base.path());
         let (a, b) = (lora.a()?, lora.b()?);
         // an adapter of f32 on a base of half precision is computed in f32, and its sum with the base is rounded once

@@ -32,8 +32,8 @@ const FIRST_POSITIONS: usize = 4096;
 
 /// The rotary table as far as it was needed: a context of millions of positions costs nothing until a text reaches them.
 #[derive(Debug)]
-struct Rope {
-    table: RopeTable,
+pub(super) struct Rope {
+    table: Option<RopeTable>,
     head_dim: usize,
     theta: f32,
     scaling: RopeScaling,
@@ -42,22 +42,28 @@ struct Rope {
 }
 
 impl Rope {
-    fn new(config: &CausalLmConfig, capacity: usize, dtype: DType, device: &Device) -> Result<Self> {
+    fn new(config: &CausalLmConfig, dtype: DType, device: &Device) -> Self {
         let (head_dim, theta, scaling) = (config.head_dim, config.rope_theta, config.rope_scaling.clone());
-        let positions = capacity.min(FIRST_POSITIONS);
-        let table = RopeTable::new(head_dim, theta, &scaling, positions, dtype, device)?;
-        Ok(Self { table, head_dim, theta, scaling, dtype, device: device.clone() })
+        Self { table: None, head_dim, theta, scaling, dtype, device: device.clone() }
+    }
+
+    /// The table with rows for the first `end` positions, of which there are `capacity` at most.
+    #[track_caller]
+    pub(super) fn up_to(&mut self, end: usize, capacity: usize) -> Result<&RopeTable> {
+        let table = match self.table.take().filter(|table| table.positions() >= end) {
+            Some(table) => table,
+            None => {
+                let positions = end.checked_next_power_of_two().unwrap_or(end).max(FIRST_POSITIONS).min(capacity);
+                RopeTable::new(self.head_dim, self.theta, &self.scaling, positions, self.dtype, &self.device)?
+            }
+        };
+        Ok(self.table.insert(table))
     }
 
     /// As [`RopeTable::slice`], for any position below `capacity`.
     #[track_caller]
     fn slice(&mut self, start: usize, len: usize, capacity: usize) -> Result<(LazyTensor, LazyTensor)> {
-        let end = start.saturating_add(len);
-        if end > self.table.positions() {
-            let positions = end.checked_next_power_of_two().unwrap_or(end).min(capacity);
-            self.table = RopeTable::new(self.head_dim, self.theta, &self.scaling, positions, self.dtype, &self.device)?;
-        }
-        self.table.slice(start, len)
+        self.up_to(start.saturating_add(len), capacity)?.slice(start, len)
     }
 }
 
@@ -78,7 +84,7 @@ impl Cache {
             return Err(Error::prompt_too_long(capacity, config.max_position_embeddings));
         }
         room_for(config, capacity, dtype)?;
-        let rope = Rope::new(config, capacity, dtype, device)?;
+        let rope = Rope::new(config, dtype, device);
         let mut blocks = Vec::new();
         if blocks.try_reserve_exact(config.num_hidden_layers).is_err() {
             let layers = config.num_hidden_layers;
@@ -113,6 +119,16 @@ impl Cache {
         for block in &mut self.blocks {
             block.truncate(position);
         }
+    }
+
+    /// Number of blocks that it was made for.
+    pub(super) fn layers(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// What each block holds.
+    pub(super) fn blocks_mut(&mut self) -> &mut [KvCache] {
+        &mut self.blocks
     }
 
     /// The handles of all buffers, to be evaluated together with a step's logits.
@@ -319,6 +335,20 @@ impl CausalLm {
         (0..self.blocks.len()).flat_map(of_block).collect()
     }
 
+    /// The blocks, first to last.
+    pub(crate) fn blocks(&self) -> &[DecoderBlock] {
+        &self.blocks
+    }
+
+    pub(super) fn embed(&self) -> &Embedding {
+        &self.embed
+    }
+
+    /// A rotary table of this model.
+    pub(super) fn rope(&self) -> Rope {
+        Rope::new(&self.config, self.dtype, &self.device)
+    }
+
     pub(crate) fn projection_mut(&mut self, path: &str) -> Option<&mut LoraLinear> {
         let rest = path.strip_prefix("model.layers.")?;
         let (index, rest) = rest.split_once('.')?;
@@ -373,7 +403,7 @@ impl CausalLm {
         if len > context {
             return Err(Error::prompt_too_long(len, context));
         }
-        let (cos, sin) = Rope::new(&self.config, len, self.dtype, &self.device)?.slice(0, len, len)?;
+        let (cos, sin) = self.rope().slice(0, len, len)?;
         Ok(Positions { cos, sin })
     }
 
@@ -401,7 +431,7 @@ impl CausalLm {
     }
 
     #[track_caller]
-    fn logits(&self, hidden: &LazyTensor) -> Result<LazyTensor> {
+    pub(super) fn logits(&self, hidden: &LazyTensor) -> Result<LazyTensor> {
         let normed = {
             let _scope = scope::enter("model");
             self.norm.forward(hidden)?

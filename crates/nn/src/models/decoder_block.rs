@@ -4,7 +4,7 @@ use super::causal_lm_config::CausalLmConfig;
 use crate::attention::{AttentionSizes, CausalSelfAttention, Positions};
 use crate::error::Result;
 use crate::kv_cache::KvCache;
-use crate::lora::LoraLinear;
+use crate::lora::{AdaptedRows, LoraLinear};
 use crate::mlp::Mlp;
 use crate::module::Module;
 use crate::norm::{rms_norm, RmsNorm};
@@ -14,7 +14,7 @@ use candle_nn::VarBuilder;
 use std::sync::Arc;
 
 /// The names that the linear maps of a block have in checkpoints, by the part that they belong to.
-pub(super) const PROJECTIONS: [(&str, &str); 7] = [
+pub(crate) const PROJECTIONS: [(&str, &str); 7] = [
     ("self_attn", "q_proj"),
     ("self_attn", "k_proj"),
     ("self_attn", "v_proj"),
@@ -78,6 +78,11 @@ impl DecoderBlock {
         }
     }
 
+    /// The linear maps in the order of [`PROJECTIONS`].
+    pub(crate) fn projections(&self) -> impl Iterator<Item = &LoraLinear> {
+        self.attention.projections().into_iter().chain(self.mlp.projections())
+    }
+
     /// Removes all adapters.
     ///
     /// # Errors
@@ -100,6 +105,23 @@ impl DecoderBlock {
         let _scope = scope::enter(&self.path);
         let attended = self.attention.forward(&self.input_norm.forward(xs)?, at, cache)?;
         self.fed(xs, &attended)
+    }
+
+    /// The same for rows `xs` (1, rows, hidden) of several texts, see [`CausalSelfAttention::forward_packed`].
+    #[track_caller]
+    pub(super) fn forward_packed<'c>(
+        &self,
+        xs: &LazyTensor,
+        at: &Positions,
+        caches: impl Iterator<Item = (usize, &'c mut KvCache)>,
+        adapters: &[Vec<AdaptedRows<'_>>; PROJECTIONS.len()],
+    ) -> Result<LazyTensor> {
+        let _scope = scope::enter(&self.path);
+        let [q, k, v, o, gate, up, down] = adapters;
+        let attended = self.attention.forward_packed(&self.input_norm.forward(xs)?, at, caches, [q, k, v, o])?;
+        let xs = xs.add(&attended)?;
+        let fed = self.mlp.forward_packed(&self.mlp_norm.forward(&xs)?, [gate, up, down])?;
+        Ok(xs.add(&fed)?)
     }
 
     /// The same without a cache: the positions see themselves and those before them.

@@ -1,7 +1,8 @@
-//! Greedy generation, one token per step.
+//! Generation, one token per step: greedy, or sampled.
 
 use super::causal_lm::{Cache, CausalLm};
 use crate::error::{Error, Result};
+use crate::sampling::{Chooser, Sampling};
 use candle_core::DType;
 use candle_lazy_exec::{no_grad, EvalReport, LazyTensor};
 
@@ -29,6 +30,8 @@ impl Default for GenerateOptions {
 pub enum StopReason {
     /// The model gave one of the end tokens.
     EndOfText,
+    /// The text reached one of the stop strings (of a [`service`](crate::service)'s request).
+    StopString,
     /// As many tokens as were asked for.
     MaxNewTokens,
     /// The model has no more positions.
@@ -47,6 +50,9 @@ pub struct Generation<'a> {
     model: &'a CausalLm,
     cache: Cache,
     options: GenerateOptions,
+    chooser: Chooser,
+    /// The prompt and the new tokens.
+    history: Vec<u32>,
     pending: Vec<u32>,
     produced: usize,
     stop: Option<StopReason>,
@@ -74,6 +80,8 @@ impl CausalLm {
             cache,
             stop: (options.max_new_tokens == 0).then_some(StopReason::MaxNewTokens),
             options,
+            chooser: Sampling::greedy().chooser(),
+            history: prompt.to_vec(),
             pending: prompt.to_vec(),
             produced: 0,
             report: None,
@@ -83,7 +91,7 @@ impl CausalLm {
 
 /// Refuses a prompt without tokens, and ids that the vocabulary does not have.
 #[track_caller]
-fn check_prompt(prompt: &[u32], vocab: usize) -> Result<()> {
+pub(crate) fn check_prompt(prompt: &[u32], vocab: usize) -> Result<()> {
     if prompt.is_empty() {
         return Err(Error::empty_prompt());
     }
@@ -109,6 +117,15 @@ pub(crate) fn argmax(logits: &[f32]) -> Option<u32> {
 }
 
 impl Generation<'_> {
+    /// The same with tokens chosen in another way than greedily: the same seed gives the same tokens.
+    ///
+    /// # Errors
+    /// As [`Sampling::validate`].
+    pub fn sampled(self, sampling: &Sampling) -> Result<Self> {
+        sampling.validate()?;
+        Ok(Self { chooser: sampling.chooser(), ..self })
+    }
+
     /// Why the generation ended; `None` while it runs.
     pub fn stop_reason(&self) -> Option<StopReason> {
         self.stop
@@ -158,12 +175,13 @@ impl Generation<'_> {
             return Ok(None);
         }
         let row = self.advance()?;
-        let id = argmax(&row).ok_or(Error::Logits { position: self.cache.position() })?;
+        let id = self.chooser.choose(&row, &self.history)?.ok_or(Error::Logits { position: self.cache.position() })?;
         if self.options.eos_token_ids.contains(&id) {
             self.stop = Some(StopReason::EndOfText);
             return Ok(None);
         }
         self.produced += 1;
+        self.history.push(id);
         self.pending = vec![id];
         Ok(Some(id))
     }

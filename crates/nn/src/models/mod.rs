@@ -1,7 +1,7 @@
 //! Whole models.
 //!
 //! - [`bert`] and [`mpnet`]: encoders, and [`SentenceEncoder`] with mean pooling on top of either.
-//! - [`causal_lm`]: decoders of the Llama family (Llama, SmolLM2, Mistral, Qwen2) with [`generate`].
+//! - [`causal_lm`]: decoders of the Llama family (Llama, SmolLM2, Mistral, Qwen2) with [`generate`], and [`packed`] for several texts at once.
 
 pub mod bert;
 pub mod causal_lm;
@@ -11,6 +11,7 @@ mod encoder;
 mod encoder_block;
 pub mod generate;
 pub mod mpnet;
+pub mod packed;
 mod rope_config;
 mod sentence_encoder;
 
@@ -21,7 +22,10 @@ pub use decoder_block::DecoderBlock;
 pub use encoder::Encoder;
 pub use generate::{GenerateOptions, Generation, StopReason};
 pub use mpnet::{MpnetConfig, MpnetModel};
+pub use packed::{PackedDecoder, Segment};
 pub use sentence_encoder::SentenceEncoder;
+
+pub(crate) use decoder_block::PROJECTIONS;
 
 use crate::error::{Error, Result};
 use serde::Deserialize;
