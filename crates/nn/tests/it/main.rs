@@ -25,6 +25,8 @@ mod ported;
 mod rope;
 mod safetensors;
 mod sampling;
+mod service_embedding;
+mod service_generation;
 mod sites;
 mod token_loss;
 #[cfg(feature = "tokenizers")]

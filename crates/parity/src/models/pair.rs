@@ -5,7 +5,7 @@ use super::encoder::{self, eager_embed, Batch};
 use super::measure::{measure, Side, Way};
 use super::twin::{self, Mark, Twin};
 use crate::{Error, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, D};
 use candle_lazy_exec::{prepare, EvalOptions, EvalReport, LazyTensor};
 use candle_lazy_nn::models::{Cache, CausalLm, SentenceEncoder};
 use candle_lazy_nn::ModelDir;
@@ -47,6 +47,12 @@ impl EncoderPair {
     /// When recording or evaluation fails.
     pub fn lazy(&self, texts: &[Vec<u32>]) -> Result<Tensor> {
         Ok(self.lazy.embed(texts)?.eval()?)
+    }
+
+    /// The lazy model.
+    #[must_use]
+    pub fn model(&self) -> &SentenceEncoder {
+        &self.lazy
     }
 
     /// As [`EncoderPair::lazy`], in f64.
@@ -175,6 +181,29 @@ impl DecoderPair {
     pub fn eager_decode(&self, dtype: DType, id: u32) -> Result<Tensor> {
         let text = if dtype == DType::BF16 { &self.eager_half } else { &self.eager };
         text.after(&text.read, &[id])
+    }
+
+    /// `count` greedy tokens after a text, one by one, by the eager model of f32.
+    ///
+    /// # Errors
+    /// When a forward pass fails.
+    pub fn eager_generate(&self, prompt: &[u32], count: usize) -> Result<Vec<u32>> {
+        let mut logits = self.eager_prefill(prompt)?;
+        let mut tokens = Vec::with_capacity(count);
+        loop {
+            let token = logits.argmax(D::Minus1)?.squeeze(0)?.to_scalar::<u32>()?;
+            tokens.push(token);
+            if tokens.len() >= count {
+                return Ok(tokens);
+            }
+            logits = self.eager.twin.borrow_mut().forward(&[token])?;
+        }
+    }
+
+    /// The lazy model of f32.
+    #[must_use]
+    pub fn model(&self) -> &CausalLm {
+        &self.lazy.model
     }
 
     fn reader(&self, dtype: DType) -> &Reader {

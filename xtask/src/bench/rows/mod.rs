@@ -5,6 +5,7 @@ mod contraction;
 mod elementwise;
 mod model;
 mod overhead;
+mod service;
 mod train;
 mod v1;
 
@@ -93,6 +94,7 @@ pub(super) fn all() -> Vec<Row> {
     rows.extend(model::rows());
     rows.extend(overhead::rows());
     rows.extend(batch::rows());
+    rows.extend(service::rows());
     rows.extend(train::rows());
     rows.extend(v1::rows());
     rows

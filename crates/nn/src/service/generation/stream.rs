@@ -58,7 +58,7 @@ impl Pieces {
 }
 
 /// A generation that was submitted: a stream of its pieces for any runtime ([`Stream`], or [`Generating::next_piece`]), an iterator that
-/// blocks, or the whole of it ([`Generating::wait`], [`Generating::complete`]).
+/// blocks ([`Generating::wait_pieces`]), or the whole of it ([`Generating::wait`], [`Generating::complete`]).
 ///
 /// The pieces end with the generation, or with its error. Dropping it cancels the generation: it leaves before the next step.
 #[must_use = "dropped, the generation is cancelled"]
@@ -116,6 +116,14 @@ impl Generating {
         block_on(self.complete())
     }
 
+    /// The pieces from here on; each is waited for on this thread.
+    ///
+    /// # Errors
+    /// The items': as [`Generating::next_piece`].
+    pub fn wait_pieces(&mut self) -> impl Iterator<Item = Result<Piece>> + '_ {
+        std::iter::from_fn(|| block_on(poll_fn(|context| self.poll_piece(context))))
+    }
+
     fn poll_piece(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Piece>>> {
         // asked before the pieces are: what is there at the end was there when it came
         if let Some(ticket) = &mut self.ticket {
@@ -140,15 +148,6 @@ impl Stream for Generating {
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         self.get_mut().poll_piece(context)
-    }
-}
-
-impl Iterator for Generating {
-    type Item = Result<Piece>;
-
-    /// The next piece. Blocks.
-    fn next(&mut self) -> Option<Self::Item> {
-        block_on(poll_fn(|context| self.poll_piece(context)))
     }
 }
 
