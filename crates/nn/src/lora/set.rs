@@ -39,6 +39,13 @@ impl LoraSet {
         self.blocks.iter().flatten().all(Option::is_none)
     }
 
+    /// With these factors for a map, computed or not.
+    #[cfg(test)]
+    pub(crate) fn with(mut self, block: usize, map: usize, weights: LoraWeights) -> Self {
+        self.blocks[block][map] = Some(weights);
+        self
+    }
+
     /// Number of blocks of the model that it was made of.
     pub(crate) fn blocks(&self) -> usize {
         self.blocks.len()

@@ -318,3 +318,6 @@ impl Drop for GenerationService {
         self.shutdown(Shutdown::Cancel);
     }
 }
+
+#[cfg(test)]
+mod tests;
