@@ -134,11 +134,8 @@ impl CausalSelfAttention {
     ) -> Result<LazyTensor> {
         let _scope = scope::enter(&self.path);
         let [of_q, of_k, of_v, of_o] = adapters;
-        let (q, k, v) = (
-            self.q.forward_packed(xs, of_q)?,
-            self.k.forward_packed(xs, of_k)?,
-            self.v.forward_packed(xs, of_v)?,
-        );
+        let (q, k, v) =
+            (self.q.forward_packed(xs, of_q)?, self.k.forward_packed(xs, of_k)?, self.v.forward_packed(xs, of_v)?);
         let (q, k, v) = self.turned(&q, &k, &v, at)?;
         let options = AttentionOptions { causal: true, window: self.window, ..self.options() };
         let mut results = Vec::new();

@@ -4,7 +4,6 @@
 //! nothing is padded, so nothing is computed twice over and no mask comes near a text's numbers. A request is answered as soon as its last
 //! text is.
 
-use super::inbox::{Drawn, Inbox, MaxWait, Shutdown, SubmitOptions, Ticket, Window};
 use super::stats::{Counters, End, ServiceStats};
 use super::{contained, Worker};
 use crate::error::{Error, Result};
@@ -12,6 +11,7 @@ use crate::models::SentenceEncoder;
 #[cfg(feature = "tokenizers")]
 use crate::tokenizer::Tokenizer;
 use candle_core::DType;
+use candle_lazy_exec::batch::{Drawn, Inbox, MaxWait, Shutdown, SubmitOptions, Ticket, Window};
 use parking_lot::Mutex;
 use std::future::Future;
 use std::pin::Pin;
@@ -164,7 +164,7 @@ impl EmbeddingService {
     /// What it has done so far.
     #[must_use]
     pub fn stats(&self) -> ServiceStats {
-        self.counters.snapshot(self.inbox.len())
+        self.counters.snapshot(&self.inbox.stats())
     }
 
     /// Takes no more requests; serves those that wait or refuses them, as asked, and returns when its thread has ended.
@@ -256,6 +256,7 @@ struct Text {
 impl Work {
     fn run(self) {
         while let Some(drawn) = self.inbox.draw(&self.options.window) {
+            let (count, began) = (drawn.len(), Instant::now());
             let (mut requests, mut texts) = self.begin(drawn);
             texts.sort_by_key(|text| text.ids.len());
             let mut rest = texts.as_slice();
@@ -266,6 +267,7 @@ impl Work {
                 self.compute(batch, &mut requests);
                 rest = after;
             }
+            self.inbox.ran(count, began.elapsed());
         }
     }
 
@@ -338,7 +340,7 @@ impl Work {
         for text in batch {
             let Some(slot) = requests.get_mut(text.request) else { continue };
             if let Some(request) = slot.take_if(|request| request.drawn.is_cancelled()) {
-                self.counters.ended(End::Cancelled, request.began.elapsed());
+                self.counters.ended(End::Unwanted, request.began.elapsed());
             }
         }
     }

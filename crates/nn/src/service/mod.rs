@@ -28,14 +28,11 @@
 
 mod embedding;
 mod generation;
-pub mod inbox;
 mod stats;
 
+pub use candle_lazy_exec::batch::{MaxWait, Priority, Shutdown, SubmitOptions, Window};
 pub use embedding::{EmbeddingOptions, EmbeddingService, Embeddings};
-pub use generation::{
-    Completion, Finish, GenerationOptions, GenerationRequest, GenerationService, Generating, Piece,
-};
-pub use inbox::{MaxWait, Priority, Shutdown, SubmitOptions, Window};
+pub use generation::{Completion, Finish, Generating, GenerationOptions, GenerationRequest, GenerationService, Piece};
 pub use stats::{Histogram, ServiceStats};
 
 use crate::error::{Error, Result};

@@ -1,5 +1,8 @@
 //! What a service counts, for whoever watches it.
 
+use crate::error::{Error, Result};
+use candle_lazy_exec::batch::BatchStats;
+use candle_lazy_exec::error::QueueError;
 use parking_lot::Mutex;
 use std::time::Duration;
 
@@ -56,12 +59,14 @@ impl Histogram {
 }
 
 /// Seconds.
-const TIMES: &[f64] = &[1e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+const TIMES: &[f64] =
+    &[1e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
 const SIZES: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0];
 
 /// What a service has done since it was made, at one moment.
 ///
-/// A request is counted in `submitted` when it is accepted, and in exactly one of `completed`, `failed` and `cancelled` when it is over.
+/// A request is counted in `submitted` when it is accepted, and in one of `completed`, `failed` and `cancelled` when it is over; one whose
+/// caller goes away at the very moment of its answer may be counted in two.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct ServiceStats {
@@ -100,16 +105,29 @@ pub struct ServiceStats {
 pub(super) enum End {
     Completed,
     Failed,
-    Cancelled,
+    /// Its caller went away.
+    Unwanted,
+    /// The service was shut down.
+    ShutDown,
 }
 
 /// The counters behind [`ServiceStats`].
 #[derive(Debug)]
-pub(super) struct Counters(Mutex<ServiceStats>);
+pub(super) struct Counters(Mutex<Counted>);
+
+#[derive(Debug)]
+struct Counted {
+    /// What the service's thread counts: requests that began.
+    stats: ServiceStats,
+    /// Requests that were drawn and have not begun.
+    held: usize,
+    /// Requests that were refused because their deadline had passed, which the queue counts too.
+    late: u64,
+}
 
 impl Default for Counters {
     fn default() -> Self {
-        Self(Mutex::new(ServiceStats {
+        let stats = ServiceStats {
             queued: 0,
             running: 0,
             submitted: 0,
@@ -124,34 +142,46 @@ impl Default for Counters {
             run: Histogram::new(TIMES),
             first_token: Histogram::new(TIMES),
             step: Histogram::new(TIMES),
-        }))
+        };
+        Self(Mutex::new(Counted { stats, held: 0, late: 0 }))
     }
 }
 
 impl Counters {
     /// What a submission came to.
-    pub(super) fn submitted<T, E>(&self, result: &Result<T, E>) {
-        let mut stats = self.0.lock();
+    pub(super) fn submitted<T>(&self, result: &Result<T>) {
+        let mut counted = self.0.lock();
         match result {
-            Ok(_) => stats.submitted += 1,
-            Err(_) => stats.refused += 1,
+            Ok(_) => counted.stats.submitted += 1,
+            Err(error) => {
+                counted.stats.refused += 1;
+                let late = |error: &candle_lazy_exec::Error| {
+                    matches!(error, candle_lazy_exec::Error::Queue(QueueError::Deadline))
+                };
+                counted.late += u64::from(matches!(error, Error::Exec(error) if late(error)));
+            }
         }
+    }
+
+    /// So many requests were drawn and have not begun.
+    pub(super) fn held(&self, count: usize) {
+        self.0.lock().held = count;
     }
 
     /// A request begins.
     pub(super) fn began(&self, waited: Duration) {
-        let mut stats = self.0.lock();
+        let stats = &mut self.0.lock().stats;
         stats.running += 1;
         stats.wait.add(waited.as_secs_f64());
     }
 
     pub(super) fn first_token(&self, after: Duration) {
-        self.0.lock().first_token.add(after.as_secs_f64());
+        self.0.lock().stats.first_token.add(after.as_secs_f64());
     }
 
     /// One evaluation.
     pub(super) fn step(&self, requests: usize, tokens_in: usize, tokens_out: usize, took: Duration) {
-        let mut stats = self.0.lock();
+        let stats = &mut self.0.lock().stats;
         stats.batch.add(requests as f64);
         stats.step.add(took.as_secs_f64());
         stats.tokens_in += tokens_in as u64;
@@ -160,23 +190,25 @@ impl Counters {
 
     /// A request that had begun is over.
     pub(super) fn ended(&self, how: End, ran: Duration) {
-        let mut stats = self.0.lock();
+        let stats = &mut self.0.lock().stats;
         stats.running = stats.running.saturating_sub(1);
         stats.run.add(ran.as_secs_f64());
         match how {
             End::Completed => stats.completed += 1,
             End::Failed => stats.failed += 1,
-            End::Cancelled => stats.cancelled += 1,
+            End::ShutDown => stats.cancelled += 1,
+            // the queue counts those whose callers went away, begun or not
+            End::Unwanted => {}
         }
     }
 
-    /// The numbers of now, with the queue's. What was accepted and neither waits, runs nor has ended was cancelled or too late in the
-    /// queue, which does not call anybody for it.
-    pub(super) fn snapshot(&self, queued: usize) -> ServiceStats {
-        let mut stats = self.0.lock().clone();
-        stats.queued = queued;
-        let known = stats.completed + stats.failed + stats.cancelled + (stats.running + queued) as u64;
-        stats.cancelled += stats.submitted.saturating_sub(known);
+    /// The numbers of now, with the queue's.
+    pub(super) fn snapshot(&self, line: &BatchStats) -> ServiceStats {
+        let counted = self.0.lock();
+        let mut stats = counted.stats.clone();
+        stats.queued = line.queued + counted.held;
+        stats.cancelled += line.cancelled;
+        stats.failed += line.failed + line.expired.saturating_sub(counted.late);
         stats
     }
 }
@@ -199,17 +231,20 @@ mod tests {
     #[test]
     fn a_request_is_counted_once() {
         let counters = Counters::default();
-        for _ in 0..5 {
-            counters.submitted(&Ok::<(), ()>(()));
+        for _ in 0..6 {
+            counters.submitted(&Ok(()));
         }
-        counters.submitted(&Err::<(), ()>(()));
-        for how in [End::Completed, End::Failed, End::Cancelled] {
+        counters.submitted::<()>(&Err(candle_lazy_exec::Error::Queue(QueueError::Deadline).into()));
+        for how in [End::Completed, End::Failed, End::Unwanted, End::ShutDown] {
             counters.began(Duration::ZERO);
             counters.ended(how, Duration::ZERO);
         }
-        // one still waits, and one left the queue
-        let stats = counters.snapshot(1);
-        assert_eq!((stats.submitted, stats.refused, stats.queued, stats.running), (5, 1, 1, 0));
+        counters.held(1);
+        // one waits in the queue and one was drawn; the queue has seen who went away, and who was late at the door
+        let mut line = BatchStats::default();
+        (line.queued, line.cancelled, line.expired) = (1, 1, 1);
+        let stats = counters.snapshot(&line);
+        assert_eq!((stats.submitted, stats.refused, stats.queued, stats.running), (6, 1, 2, 0));
         assert_eq!((stats.completed, stats.failed, stats.cancelled), (1, 1, 2));
     }
 }

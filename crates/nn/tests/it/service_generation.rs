@@ -179,14 +179,20 @@ fn what_cannot_be_served_is_an_error_to_its_caller() {
     assert!(refused(GenerationRequest::new(vec![61])).contains("outside of the vocabulary of 61"));
     assert!(refused(GenerationRequest::new(vec![1; 32])).contains("32 tokens, the context has room for 32"));
     assert!(refused(GenerationRequest::new(vec![1]).adapter("x")).contains("no adapter `x` (the service has none)"));
-    let cold = Sampling { options: SamplingOptions { temperature: -1.0, ..SamplingOptions::default() }, ..Sampling::default() };
+    let cold = Sampling {
+        options: SamplingOptions { temperature: -1.0, ..SamplingOptions::default() },
+        ..Sampling::default()
+    };
     assert!(refused(GenerationRequest::new(vec![1]).sampling(cold)).contains("temperature"));
     let shrinking = Sampling { repetition_penalty: 0.0, ..Sampling::default() };
     assert!(refused(GenerationRequest::new(vec![1]).sampling(shrinking)).contains("penalty"));
     assert!(refused(GenerationRequest::new(vec![1]).stop(vec!["x".into()])).contains("no tokenizer"));
     let late = SubmitOptions { deadline: Some(Instant::now() - Duration::from_secs(1)), ..how() };
     assert!(service.submit(GenerationRequest::new(vec![1]), &late).and_then(Generating::wait).is_err());
-    assert_eq!(service.submit(GenerationRequest::new(vec![1]).max_new_tokens(2), &how()).unwrap().wait().unwrap().tokens.len(), 2);
+    assert_eq!(
+        service.submit(GenerationRequest::new(vec![1]).max_new_tokens(2), &how()).unwrap().wait().unwrap().tokens.len(),
+        2
+    );
     let zero = GenerationOptions { prefill_tokens: 0, ..options };
     assert!(text(GenerationService::new(model(5), zero)).contains("prefill_tokens is 0"));
     let carries = adapted(&model(5), 2, 0.1);
@@ -259,8 +265,7 @@ fn pieces_come_one_by_one_in_any_runtime() {
     let (streamed, awaited) = futures::executor::block_on(async {
         let one = service.submit_async(request.clone(), &how()).await.unwrap();
         let two = service.submit_async(request.clone(), &how()).await.unwrap();
-        let streamed: Vec<u32> =
-            one.filter_map(|piece| async { piece.unwrap().token }).collect().await;
+        let streamed: Vec<u32> = one.filter_map(|piece| async { piece.unwrap().token }).collect().await;
         (streamed, two.complete().await.unwrap().tokens)
     });
     assert_eq!((&streamed, &awaited), (&want, &want));

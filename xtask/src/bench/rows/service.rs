@@ -11,7 +11,8 @@ use crate::demo::sources;
 use candle_core::{Device, Tensor};
 use candle_lazy::nn::models::{CausalLm, GenerateOptions};
 use candle_lazy::nn::service::{
-    EmbeddingOptions, EmbeddingService, Embeddings, GenerationOptions, GenerationRequest, GenerationService, SubmitOptions,
+    EmbeddingOptions, EmbeddingService, Embeddings, GenerationOptions, GenerationRequest, GenerationService,
+    SubmitOptions,
 };
 use candle_lazy::nn::{LoraAdapter, LoraConfig, LoraTargets};
 use candle_lazy_parity::models::{DecoderPair, EncoderPair};
@@ -108,7 +109,12 @@ fn embed_64(models: &Models, effort: Effort) -> Result<Paired, Error> {
         check_vectors(pair, texts, &embed(&service, texts)?)?;
     }
     let per = SENTENCES as f64;
-    Ok(Paired { eager_us: paired.eager_us / per, lazy_us: paired.lazy_us / per, idle_us: paired.idle_us / per, ..paired })
+    Ok(Paired {
+        eager_us: paired.eager_us / per,
+        lazy_us: paired.lazy_us / per,
+        idle_us: paired.idle_us / per,
+        ..paired
+    })
 }
 
 /// Time of a full batch over the time that 99 of 100 requests have been answered in, at most, while they arrive at random (a Poisson
@@ -126,9 +132,8 @@ fn embed_p99(models: &Models, effort: Effort) -> Result<Paired, Error> {
     let mut times = std::thread::scope(|scope| -> Result<Vec<f64>, Error> {
         // in the order of arrival: an answer that overtakes another counts as late as that
         let waiter = scope.spawn(move || {
-            let wait = |(begin, pending): (Instant, Embeddings)| {
-                pending.wait().map(|_| begin.elapsed().as_secs_f64() * 1e6)
-            };
+            let wait =
+                |(begin, pending): (Instant, Embeddings)| pending.wait().map(|_| begin.elapsed().as_secs_f64() * 1e6);
             receiver.into_iter().map(wait).collect::<Vec<_>>()
         });
         let begin = Instant::now();
@@ -168,8 +173,7 @@ fn generate(service: &GenerationService, requests: &[GenerationRequest]) -> Resu
 
 fn check_tokens(model: &CausalLm, request: &GenerationRequest, got: &[u32]) -> Result<(), Error> {
     let options = GenerateOptions { max_new_tokens: NEW, ..GenerateOptions::default() };
-    let want: Vec<u32> =
-        model.generate(&request.prompt, options).and_then(|run| run.collect()).map_err(nn)?;
+    let want: Vec<u32> = model.generate(&request.prompt, options).and_then(|run| run.collect()).map_err(nn)?;
     if want != got {
         return Err(Error::Wrong("a text of the service is not the one that it is alone".into()));
     }
@@ -247,7 +251,12 @@ fn generate_8_lora(models: &Models, effort: Effort, targets: &LoraTargets) -> Re
         check_tokens(model, request, &got)?;
     }
     let per = (TEXTS * NEW) as f64;
-    Ok(Paired { eager_us: paired.eager_us / per, lazy_us: paired.lazy_us / per, idle_us: paired.idle_us / per, ..paired })
+    Ok(Paired {
+        eager_us: paired.eager_us / per,
+        lazy_us: paired.lazy_us / per,
+        idle_us: paired.idle_us / per,
+        ..paired
+    })
 }
 
 /// One request at a time, over the same by a direct call.

@@ -14,7 +14,6 @@ mod work;
 pub use request::{Completion, Finish, GenerationRequest};
 pub use stream::{Generating, Piece};
 
-use super::inbox::{Inbox, Shutdown, SubmitOptions, Ticket};
 use super::stats::{Counters, ServiceStats};
 use super::Worker;
 use crate::error::{Error, Result};
@@ -22,6 +21,7 @@ use crate::lora::{LoraAdapter, LoraSet};
 use crate::models::{CausalLm, PackedDecoder};
 #[cfg(feature = "tokenizers")]
 use crate::tokenizer::Tokenizer;
+use candle_lazy_exec::batch::{Inbox, Shutdown, SubmitOptions, Ticket};
 use parking_lot::Mutex;
 use request::Job;
 use std::collections::BTreeMap;
@@ -222,7 +222,7 @@ impl GenerationService {
     /// What it has done so far.
     #[must_use]
     pub fn stats(&self) -> ServiceStats {
-        self.shared.counters.snapshot(self.inbox.len())
+        self.shared.counters.snapshot(&self.inbox.stats())
     }
 
     /// Takes no more requests; serves those that wait and run or ends them, as asked, and returns when its thread has ended.
@@ -245,11 +245,7 @@ impl GenerationService {
         Ok((job, pieces))
     }
 
-    fn accepted(
-        &self,
-        ticket: Result<Ticket<Job, Result<Finish>>>,
-        pieces: Arc<stream::Pieces>,
-    ) -> Result<Generating> {
+    fn accepted(&self, ticket: Result<Ticket<Job, Result<Finish>>>, pieces: Arc<stream::Pieces>) -> Result<Generating> {
         self.shared.counters.submitted(&ticket);
         Ok(Generating::new(ticket?, pieces))
     }

@@ -6,7 +6,8 @@
 /// is: what is left goes to those who want more. Who is left out for want of budget gets 0 and has its turn once others have caught up.
 pub(super) fn shares(behind: &[usize], budget: usize) -> Vec<usize> {
     let mut shares: Vec<usize> = behind.iter().map(|&count| count.min(1)).collect();
-    let mut prompts: Vec<usize> = (0..behind.len()).filter(|&i| behind.get(i).is_some_and(|&count| count > 1)).collect();
+    let mut prompts: Vec<usize> =
+        (0..behind.len()).filter(|&i| behind.get(i).is_some_and(|&count| count > 1)).collect();
     // the shortest first: what it leaves of its share is the others'
     prompts.sort_by_key(|&i| behind.get(i).copied());
     let (mut left, mut sharers) = (budget, prompts.len());

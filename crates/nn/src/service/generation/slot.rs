@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::lora::LoraSet;
 use crate::models::{Cache, StopReason};
 use crate::sampling::Chooser;
-use crate::service::inbox::Drawn;
+use candle_lazy_exec::batch::Drawn;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -93,11 +93,7 @@ impl<'v> Slot<'v> {
         self.new_tokens += 1;
         let (text, stopped) = self.letters.push(token)?;
         self.job.pieces.push(Piece { token: Some(token), text });
-        Ok(if stopped {
-            Some(StopReason::StopString)
-        } else {
-            self.full()
-        })
+        Ok(if stopped { Some(StopReason::StopString) } else { self.full() })
     }
 
     /// Why no further token fits, if none does.

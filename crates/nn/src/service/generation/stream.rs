@@ -3,7 +3,7 @@
 use super::request::{Completion, Finish, Job};
 use super::NAME;
 use crate::error::{Error, Result};
-use crate::service::inbox::Ticket;
+use candle_lazy_exec::batch::Ticket;
 use futures_core::Stream;
 use parking_lot::Mutex;
 use std::collections::VecDeque;

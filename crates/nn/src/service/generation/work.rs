@@ -8,9 +8,10 @@ use super::{GenerationOptions, Shared, Tickets, NAME};
 use crate::error::{Error, Result};
 use crate::models::{Cache, PackedDecoder, Segment, StopReason};
 use crate::service::contained;
-use crate::service::inbox::{Drawn, MaxWait, Window};
 use crate::service::stats::End;
 use candle_core::{DType, Storage, Tensor};
+use candle_lazy_exec::batch::{Drawn, MaxWait, Window};
+use candle_lazy_exec::error::QueueError;
 use candle_lazy_exec::LazyTensor;
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
@@ -75,7 +76,6 @@ impl<'v> Work<'v> {
         }
         while let Some((request, job)) = self.waiting.pop_front() {
             if request.is_cancelled() {
-                // never begun: the counters find it missing
                 continue;
             }
             match self.cache(job.capacity) {
@@ -95,6 +95,7 @@ impl<'v> Work<'v> {
                 }
             }
         }
+        self.shared.counters.held(self.waiting.len());
         true
     }
 
@@ -124,11 +125,11 @@ impl<'v> Work<'v> {
         for at in (0..self.slots.len()).rev() {
             let Some(slot) = self.slots.get(at) else { continue };
             if cancelled {
-                self.end(at, Err(Error::service(NAME, "it was shut down")), End::Cancelled);
+                self.end(at, Err(closed()), End::ShutDown);
                 continue;
             }
             match slot.leaves(now) {
-                Some(Leave::Cancelled) => self.end(at, Err(Error::service(NAME, "nobody waits")), End::Cancelled),
+                Some(Leave::Cancelled) => self.end(at, Err(Error::service(NAME, "nobody waits")), End::Unwanted),
                 Some(Leave::TooLate) => {
                     self.end(at, Err(Error::service(NAME, "the deadline passed while the text ran")), End::Failed);
                 }
@@ -141,8 +142,11 @@ impl<'v> Work<'v> {
         }
         if cancelled {
             for (request, _) in self.waiting.drain(..) {
-                request.finish(Ok(Err(Error::service(NAME, "it was shut down"))));
+                self.shared.counters.began(request.waited());
+                self.shared.counters.ended(End::ShutDown, Duration::ZERO);
+                request.finish(Ok(Err(closed())));
             }
+            self.shared.counters.held(0);
         }
     }
 
@@ -174,8 +178,7 @@ impl<'v> Work<'v> {
             Some(arrival) => slot.arrival == arrival,
             None => !slot.alone,
         };
-        let behind: Vec<usize> =
-            self.slots.iter().map(|slot| if joins(slot) { slot.behind() } else { 0 }).collect();
+        let behind: Vec<usize> = self.slots.iter().map(|slot| if joins(slot) { slot.behind() } else { 0 }).collect();
         let shares = shares(&behind, self.options.prefill_tokens);
         if shares.iter().all(|share| *share == 0) {
             return;
@@ -258,6 +261,10 @@ struct Computed {
     rows: Vec<usize>,
 }
 
+fn closed() -> Error {
+    candle_lazy_exec::Error::Queue(QueueError::Closed).into()
+}
+
 /// Computes each slot's share of a step.
 fn compute(decoder: &mut PackedDecoder, slots: &mut [Slot<'_>], shares: &[usize]) -> Result<Computed> {
     let (mut segments, mut rows) = (Vec::new(), Vec::new());
@@ -285,7 +292,11 @@ fn compute(decoder: &mut PackedDecoder, slots: &mut [Slot<'_>], shares: &[usize]
 }
 
 /// Calls `read` with the rows of a matrix, which is not copied where it lies in the memory of the process.
-fn with_rows<R>(matrix: Option<&Tensor>, rows: usize, read: impl FnOnce(std::slice::ChunksExact<'_, f32>) -> R) -> Result<R> {
+fn with_rows<R>(
+    matrix: Option<&Tensor>,
+    rows: usize,
+    read: impl FnOnce(std::slice::ChunksExact<'_, f32>) -> R,
+) -> Result<R> {
     let Some(matrix) = matrix else { return Ok(read([].chunks_exact(1))) };
     let width = (matrix.elem_count() / rows.max(1)).max(1);
     let (storage, layout) = matrix.storage_and_layout();
