@@ -84,7 +84,9 @@ impl Cache {
             return Err(Error::prompt_too_long(capacity, config.max_position_embeddings));
         }
         room_for(config, capacity, dtype)?;
-        let rope = Rope::new(config, dtype, device);
+        let mut rope = Rope::new(config, dtype, device);
+        // a config without a table is refused here; the table itself is made when a text needs it
+        rope.up_to(1, 1)?;
         let mut blocks = Vec::new();
         if blocks.try_reserve_exact(config.num_hidden_layers).is_err() {
             let layers = config.num_hidden_layers;
