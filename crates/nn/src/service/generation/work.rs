@@ -196,7 +196,7 @@ impl<'v> Work<'v> {
     /// Texts that are alone and the others take turns.
     fn alone_has_its_turn(&mut self) -> bool {
         self.turns = self.turns.wrapping_add(1);
-        self.turns % 2 == 0 || self.slots.iter().all(|slot| slot.alone)
+        self.turns.is_multiple_of(2) || self.slots.iter().all(|slot| slot.alone)
     }
 
     /// Hands the logits to their texts.
