@@ -9,6 +9,7 @@ mod decoder;
 mod encoder;
 mod measure;
 mod pair;
+mod peft;
 mod training;
 mod twin;
 
@@ -19,6 +20,7 @@ use std::time::Duration;
 pub use encoder::{cosine, SENTENCES};
 pub use measure::{measure, Measured, Side, Way};
 pub use pair::{DecoderPair, EncoderPair};
+pub use peft::{trains_as_peft, Agreement, FactorAgreement, PeftRun, FACTOR_TOLERANCE, LOSS_TOLERANCE};
 pub use training::TrainingPair;
 
 /// The largest difference of lazy from eager, relative to eager's largest number, that counts as agreement.
