@@ -31,6 +31,9 @@ ROWS = {
     "bias_gelu_erf/4x16x1024": ("bias_gelu_erf", SMALL),
     "swiglu/4x16x1024": ("swiglu", SMALL),
     "overhead/add-1280": ("add", (1280,)),
+    "train/lora-step/4x64x512-r8": ("lora_step", (4, 64, 512), 8),
+    "train/cross-entropy/2x16x512": ("cross_entropy", (2 * 16, 512)),
+    "train/smollm2-lora/4x128": ("decoder_step", (4, 128)),
 }
 for width, rank, count in [
     (512, 8, 1), (2048, 8, 1), (512, 8, 64), (512, 8, 512), (512, 4, 1), (512, 16, 1), (512, 64, 1),
@@ -49,6 +52,8 @@ def operands(row):
     """The ring of inputs and the other operands of a row, as float32 arrays."""
     rng = np.random.default_rng(7)
     kind, shape, *rest = row
+    if kind == "decoder_step":  # tokens, and one more: what follows the last
+        return [rng.integers(0, 49152, (shape[0], shape[1] + 1)) for _ in range(RING)], []
     normal = lambda *dims: rng.standard_normal(dims, dtype=np.float32)
     ring = [normal(*shape) for _ in range(RING)]
     last = shape[-1]
@@ -60,6 +65,10 @@ def operands(row):
         return ring, [normal(*shape), normal(last)]
     if kind in ("swiglu", "add"):
         return ring, [normal(*shape)]
+    if kind == "cross_entropy":
+        return ring, [np.arange(shape[0]) * 37 % last]
+    if kind == "lora_step":
+        return ring, [0.05 * normal(last, rest[0]), 0.05 * normal(rest[0], last)]
     if kind == "lora":
         return ring, [normal(last, rest[0]), normal(rest[0], last)]
     if kind in ("linear", "linear_bf16"):

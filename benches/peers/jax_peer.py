@@ -50,6 +50,8 @@ FORMULAS = {
 
 
 def make(row, ring, others):
+    if row[0] not in FORMULAS:
+        return None
     dtype = jnp.bfloat16 if row[0] == "linear_bf16" else jnp.float32
     ring = [jnp.asarray(x, dtype) for x in ring]
     others = [jnp.asarray(x, dtype) for x in others]

@@ -1,4 +1,4 @@
-"""PyTorch, eager and compiled."""
+"""PyTorch, eager and compiled; steps of training too, of a decoder by transformers and PEFT."""
 
 import os
 
@@ -39,8 +39,73 @@ def formula(row):
     }[kind]
 
 
+def optimizer(parameters):
+    """AdamW at a rate so small that the parameters stay where they are."""
+    return torch.optim.AdamW(parameters, lr=1e-12, weight_decay=0.01)
+
+
+def lora_step(ring, others, compiled):
+    """Forward, backward and AdamW of the mean square of a low-rank product."""
+    a, b = (torch.from_numpy(x).requires_grad_() for x in others)
+    ring, steps = [torch.from_numpy(x) for x in ring], optimizer([a, b])
+    loss = lambda x: (x @ a @ b * 2.0).square().mean()
+    loss = torch.compile(loss) if compiled else loss
+
+    def call(i):
+        with torch.enable_grad():
+            loss(ring[i]).backward()
+        steps.step()
+        steps.zero_grad()
+
+    return call
+
+
+def cross_entropy(ring, others, compiled):
+    """Forward and backward, with respect to the logits."""
+    ring, targets = [torch.from_numpy(x).requires_grad_() for x in ring], torch.from_numpy(others[0])
+    loss = torch.compile(F.cross_entropy) if compiled else F.cross_entropy
+
+    def call(i):
+        with torch.enable_grad():
+            loss(ring[i], targets).backward()
+        ring[i].grad = None
+
+    return call
+
+
+def decoder_step(ring, _, compiled):
+    """SmolLM2's shapes with random weights, which cost the same; rank 8 on q and v, the loss of all positions. Not compiled: minutes."""
+    if compiled:
+        return None
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True,
+    )
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM(config), lora)
+    steps = optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
+    ring = [torch.from_numpy(x) for x in ring]
+
+    def call(i):
+        with torch.enable_grad():
+            logits = model(input_ids=ring[i][:, :-1], use_cache=False).logits
+            F.cross_entropy(logits.flatten(0, 1), ring[i][:, 1:].flatten()).backward()
+        steps.step()
+        steps.zero_grad()
+
+    return call
+
+
+STEPS = {"lora_step": lora_step, "cross_entropy": cross_entropy, "decoder_step": decoder_step}
+
+
 def maker(compiled):
     def make(row, ring, others):
+        if row[0] in STEPS:
+            return STEPS[row[0]](ring, others, compiled)
         dtype = torch.bfloat16 if row[0] == "linear_bf16" else torch.float32
         ring = [torch.from_numpy(x).to(dtype) for x in ring]
         others = [torch.from_numpy(x).to(dtype) for x in others]

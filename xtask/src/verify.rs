@@ -1,5 +1,7 @@
 //! `cargo xtask verify`: eager against lazy for every op, over shapes, layouts, dtypes and modes.
 
+mod train;
+
 use crate::output::{self, complain, say};
 use crate::progress::Bars;
 use candle_lazy::nn::hub::{cache_dir, ModelSource, ALL_MINILM_L6_V2, SMOLLM2_135M_INSTRUCT};
@@ -25,6 +27,9 @@ pub struct VerifyArgs {
     /// The two real models too (fetched if they are not in the cache).
     #[arg(long)]
     pub models: bool,
+    /// With --models: a training of the decoder, beside PyTorch's steps and by what it learns and keeps. It takes minutes.
+    #[arg(long, requires = "models")]
+    pub train: bool,
     /// Only this op, by its name in docs/ops.md; `random` for the random graphs.
     #[arg(long, value_name = "NAME", conflicts_with = "mutants")]
     pub op: Option<String>,
@@ -56,6 +61,8 @@ enum Error {
     DType(String),
     #[error("{path}: {source}")]
     Json { path: String, source: std::io::Error },
+    #[error("{0}")]
+    Training(String),
     #[error(transparent)]
     Output(#[from] output::Error),
 }
@@ -111,7 +118,7 @@ fn verify(args: &VerifyArgs) -> Result<Summary, Error> {
     };
     let mut summary = run_matrix(&options)?;
     if args.models {
-        models(&mut summary)?;
+        models(&mut summary, args)?;
     }
     if let Some(path) = &args.json {
         std::fs::write(path, json(&summary))
@@ -121,7 +128,7 @@ fn verify(args: &VerifyArgs) -> Result<Summary, Error> {
 }
 
 /// The two published models: what is known of them, and lazy against eager. Their speed is the demo's concern.
-fn models(summary: &mut Summary) -> Result<(), Error> {
+fn models(summary: &mut Summary, args: &VerifyArgs) -> Result<(), Error> {
     let encoder = ALL_MINILM_L6_V2.fetch(&cache_dir()?, &Bars::default())?;
     let decoder = SMOLLM2_135M_INSTRUCT.fetch(&cache_dir()?, &Bars::default())?;
     let outcome = |wrong: Option<String>| wrong.map_or(Outcome::Passed, Outcome::Failed);
@@ -138,6 +145,12 @@ fn models(summary: &mut Summary) -> Result<(), Error> {
             Ok(_) => (row.fallbacks > 0).then(|| format!("{} ops ran as Candle's own", row.fallbacks)),
         };
         summary.count("models", &row.name, "lazy against eager", &Cell::of(outcome(wrong)));
+    }
+    if args.train {
+        for (fact, wrong) in train::facts(&decoder, args.seed)? {
+            say!("training: {fact}{}", wrong.as_deref().map_or(String::new(), |wrong| format!(": no, {wrong}")))?;
+            summary.count("models", &fact, "training", &Cell::of(outcome(wrong)));
+        }
     }
     Ok(())
 }
@@ -197,6 +210,7 @@ mod tests {
             mutants: false,
             only: None,
             models: false,
+            train: false,
             op: op.map(str::to_string),
             mode: mode.map(str::to_string),
             dtype: dtype.map(str::to_string),

@@ -5,10 +5,11 @@
 //! cargo run --release -p candle-lazy --example generate -- --chat --adapter target/varn --prompt "Who looks after the light at Varn?"
 //! ```
 //!
-//! The text is one of questions and answers ([`text`]); a part of it is held out. The base is frozen; the adapter is saved as PEFT saves
-//! it (`adapter_config.json`, `adapter_model.safetensors`), with the losses as `loss.csv` and `loss.svg` beside it. Ctrl-C ends the
-//! training with a checkpoint, which `--resume` goes on from. The last line is `train: held-out loss A -> B`; the exit status is 1
-//! unless B is at most 0.8·A.
+//! The text is one of questions and answers ([`text`]); a part of it is held out. Some of its questions have no answer in it: those are
+//! trained with what the model answers before the training, so that it learns the new and keeps the rest. The base is frozen; the adapter is
+//! saved as PEFT saves it (`adapter_config.json`, `adapter_model.safetensors`), with the losses as `loss.csv` and `loss.svg` beside it, and
+//! what was asked before and after as `answers.json`. Ctrl-C ends the training with a checkpoint, which `--resume` goes on from. The last
+//! line is `train: held-out loss A -> B`; the exit status is 1 unless B is at most 0.8·A.
 
 mod curve;
 #[path = "../shared/mod.rs"]
@@ -19,10 +20,11 @@ use candle_core::{DType, Device};
 use candle_lazy::nn::data::{self, Packing, Rows};
 use candle_lazy::nn::hub::{self, SMOLLM2_135M_INSTRUCT};
 use candle_lazy::nn::loss::TokenLossOptions;
-use candle_lazy::nn::models::{CausalLm, GenerateOptions};
+use candle_lazy::nn::models::{CausalLm, GenerateOptions, StopReason};
 use candle_lazy::nn::optim::{LrSchedule, OnNonFinite, Optimizer, OptimizerOptions, ParamsAdamW, Rule};
 use candle_lazy::nn::tokenizer::Tokenizer;
 use candle_lazy::nn::train::{Trainer, TrainerOptions};
+use candle_lazy::nn::weights::write_whole;
 use candle_lazy::nn::{LoraAdapter, LoraConfig, LoraTargets};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -35,6 +37,10 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Instant;
+use text::Reply;
+
+/// Tokens of an answer at most.
+const ANSWER: usize = 32;
 
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;
@@ -52,7 +58,7 @@ pub(crate) struct Arguments {
     /// Where the adapter, the losses and checkpoints go.
     #[arg(long)]
     output: PathBuf,
-    /// A text of blocks between blank lines, `Q: …` and `A: …` or plain, instead of the one that comes with the example.
+    /// A text of blocks between blank lines, `Q: …` and `A: …`, `Keep: …` or plain, instead of the one that comes with the example.
     #[arg(long)]
     text: Option<PathBuf>,
     /// A directory with a model, instead of the published one.
@@ -92,7 +98,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     pack: bool,
     /// The largest learning rate; it rises over the first tenth of the steps and falls by a cosine after that.
-    #[arg(long, default_value_t = 1e-3)]
+    #[arg(long, default_value_t = 5e-4)]
     lr: f64,
     /// The decay of the factors.
     #[arg(long, default_value_t = 0.0)]
@@ -127,14 +133,28 @@ pub(crate) struct Arguments {
 }
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse(), &mut std::io::stdout().lock()) {
-        Ok(learned) if !learned => ExitCode::FAILURE,
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&interrupted);
+    if let Err(error) = ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)) {
+        say(format_args!("Ctrl-C ends without a checkpoint: {error}"));
+    }
+    status(run(&Arguments::parse(), &interrupted, &mut std::io::stdout().lock()))
+}
+
+/// A training that learned too little is a failure too.
+pub(crate) fn status(result: Result<bool, Box<dyn Error>>) -> ExitCode {
+    match result {
+        Ok(false) => ExitCode::FAILURE,
         other => exit(other.map(|_| ())),
     }
 }
 
-/// Whether the held-out loss fell to 0.8 of what it was.
-pub(crate) fn run(arguments: &Arguments, out: &mut dyn Write) -> Result<bool, Box<dyn Error>> {
+/// Whether the held-out loss fell to 0.8 of what it was. Where `interrupted` becomes true, the training ends with a checkpoint and an error.
+pub(crate) fn run(
+    arguments: &Arguments,
+    interrupted: &AtomicBool,
+    out: &mut dyn Write,
+) -> Result<bool, Box<dyn Error>> {
     // what can be refused is refused before anything is fetched or loaded
     let texts = text::read(arguments.text.as_deref())?;
     let config = adapter_config(arguments);
@@ -148,11 +168,14 @@ pub(crate) fn run(arguments: &Arguments, out: &mut dyn Write) -> Result<bool, Bo
     };
     let mut model = files.causal_lm(dtype, &Device::Cpu)?;
     let end = model.config().eos_token_ids.first().copied();
-    let (learned, held) = data::split(text::documents(&tokenizer, &texts)?, arguments.held_out, arguments.seed)?;
-    let longest = learned.iter().chain(&held).map(|document| document.ids().len()).max().unwrap_or(1);
-    let length = arguments.length.unwrap_or(longest);
+    let documents = text::documents(&tokenizer, &texts, end, |question| reply(&model, &tokenizer, question))?;
+    let (learned, held) = data::split(documents, arguments.held_out, arguments.seed)?;
+    // the last token is a target only
+    let longest = learned.iter().chain(&held).map(|document| document.ids().len() - 1).max();
+    let length = arguments.length.or(longest).unwrap_or(0).max(1);
     let pad = end.unwrap_or(0);
-    let packing = if arguments.pack { Packing::Whole { end, pad } } else { Packing::Documents { end, pad } };
+    let packing =
+        if arguments.pack { Packing::Whole { end: None, pad } } else { Packing::Documents { end: None, pad } };
     let (rows, held) = (Rows::pack(&learned, length, &packing)?, Rows::pack(&held, length, &packing)?);
     model.set_gradient_checkpointing(arguments.checkpoint);
     let before = answers(&model, &tokenizer, &arguments.ask)?;
@@ -174,29 +197,33 @@ pub(crate) fn run(arguments: &Arguments, out: &mut dyn Write) -> Result<bool, Bo
         seed: arguments.seed,
     };
     let mut trainer = Trainer::new(&model, &adapter, &rows, optimizer, options)?;
+    // a new adapter adds nothing: this is the model's own loss, where a training goes on too
+    let first = trainer.evaluate(&held)?;
     if let Some(dir) = &arguments.resume {
         trainer.resume(dir)?;
         say(format_args!("going on after step {}", trainer.optimizer().steps()));
     }
-    let first = trainer.evaluate(&held)?;
-    let (mut losses, mut evaluated) = (Vec::new(), vec![(trainer.optimizer().steps(), first)]);
-    let trained = train(arguments, &mut trainer, &held, &mut losses, &mut evaluated)?;
+    let (mut losses, mut evaluated) = (Vec::new(), vec![(0, first)]);
+    let trained = train(arguments, &mut trainer, &held, interrupted, &mut losses, &mut evaluated)?;
     let dir = &arguments.output;
     write_losses(dir, &losses, &evaluated)?;
+    if !trained {
+        return Err("interrupted: go on with --resume".into());
+    }
     let last = match evaluated.last() {
         Some((step, loss)) if *step == trainer.optimizer().steps() => *loss,
         _ => trainer.evaluate(&held)?,
     };
     drop(trainer);
-    if !trained {
-        return Err("interrupted: go on with --resume".into());
-    }
     adapter.save(dir, Some("HuggingFaceTB/SmolLM2-135M-Instruct"))?;
     writeln!(out, "loss {}", curve::text(&losses.iter().map(|(_, loss)| *loss).collect::<Vec<_>>(), 60))?;
     let after = answers(&model, &tokenizer, &arguments.ask)?;
+    let mut asked = Vec::new();
     for ((question, before), after) in arguments.ask.iter().zip(before).zip(after) {
         writeln!(out, "question: {question}\n  before: {}\n  after:  {}", before.trim(), after.trim())?;
+        asked.push(serde_json::json!({ "question": question, "before": before, "after": after }));
     }
+    write_whole(dir.join("answers.json"), serde_json::to_string_pretty(&asked)?.as_bytes())?;
     writeln!(out, "adapter in {}", dir.display())?;
     writeln!(out, "train: held-out loss {first:.4} -> {last:.4}")?;
     out.flush()?;
@@ -237,30 +264,20 @@ fn optimizer_options(arguments: &Arguments) -> OptimizerOptions {
     }
 }
 
-/// Steps until they are done or Ctrl-C is pressed; says whether they are done.
+/// Steps until they are done or it is interrupted; says whether they are done.
 fn train(
     arguments: &Arguments,
     trainer: &mut Trainer<'_>,
     held: &Rows,
+    interrupted: &AtomicBool,
     losses: &mut Vec<(u64, f64)>,
     evaluated: &mut Vec<(u64, f64)>,
 ) -> Result<bool, Box<dyn Error>> {
-    let interrupted = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&interrupted);
-    // a second program in this process (a test) has its handler already
-    if let Err(error) = ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)) {
-        say(format_args!("Ctrl-C ends without a checkpoint: {error}"));
-    }
     let bar = ProgressBar::new(arguments.steps);
     bar.set_style(ProgressStyle::with_template("{msg} [{wide_bar}] {pos}/{len} {eta}")?);
     bar.set_position(trainer.optimizer().steps());
     ALLOCATOR.reset_peak_usage();
     let (began, mut tokens) = (Instant::now(), 0);
-    let save = |trainer: &Trainer<'_>| -> Result<PathBuf, Box<dyn Error>> {
-        let dir = arguments.output.join(format!("checkpoint-{}", trainer.optimizer().steps()));
-        trainer.save(&dir)?;
-        Ok(dir)
-    };
     while trainer.optimizer().steps() < arguments.steps {
         let step = trainer.step()?;
         tokens += step.positions;
@@ -278,7 +295,7 @@ fn train(
         }
         if interrupted.load(Ordering::Relaxed) {
             bar.finish();
-            say(format_args!("checkpoint in {}", save(trainer)?.display()));
+            say(format_args!("checkpoint in {}", save(trainer, &arguments.output)?.display()));
             return Ok(false);
         }
     }
@@ -292,32 +309,36 @@ fn train(
     Ok(true)
 }
 
+/// A checkpoint in a directory that is not there yet.
+fn save(trainer: &Trainer<'_>, output: &Path) -> Result<PathBuf, Box<dyn Error>> {
+    let name = format!("checkpoint-{}", trainer.optimizer().steps());
+    let more = (2..).map(|number| output.join(format!("{name}-{number}")));
+    let dir = std::iter::once(output.join(&name)).chain(more).find(|dir| !dir.exists());
+    let dir = dir.unwrap_or_else(|| output.join(&name));
+    trainer.save(&dir)?;
+    Ok(dir)
+}
+
 fn write_losses(dir: &Path, losses: &[(u64, f64)], held_out: &[(u64, f64)]) -> Result<(), Box<dyn Error>> {
-    let write = |name: &str, text: String| {
-        let path = dir.join(name);
-        std::fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))
-    };
     let line = |of: &'static str| move |(step, loss): &(u64, f64)| format!("{step},{of},{loss}\n");
     let table: String = losses.iter().map(line("train")).chain(held_out.iter().map(line("held-out"))).collect();
-    write("loss.csv", format!("step,of,loss\n{table}"))?;
-    write("loss.svg", curve::svg(losses, held_out))?;
+    write_whole(dir.join("loss.csv"), format!("step,of,loss\n{table}").as_bytes())?;
+    write_whole(dir.join("loss.svg"), curve::svg(losses, held_out).as_bytes())?;
     Ok(())
 }
 
 /// What the model answers, greedily.
+fn reply(model: &CausalLm, tokenizer: &Tokenizer, question: &str) -> Result<Reply, Box<dyn Error>> {
+    let options = GenerateOptions {
+        max_new_tokens: ANSWER,
+        eos_token_ids: model.config().eos_token_ids.clone(),
+        ..GenerateOptions::default()
+    };
+    let mut generation = model.generate(&text::prompt(tokenizer, question)?, options)?;
+    let ids = generation.by_ref().collect::<Result<_, _>>()?;
+    Ok(Reply { ids, whole: generation.stop_reason() == Some(StopReason::EndOfText) })
+}
+
 fn answers(model: &CausalLm, tokenizer: &Tokenizer, questions: &[String]) -> Result<Vec<String>, Box<dyn Error>> {
-    let mut answers = Vec::new();
-    for question in questions {
-        let options = GenerateOptions {
-            max_new_tokens: 32,
-            eos_token_ids: model.config().eos_token_ids.clone(),
-            ..GenerateOptions::default()
-        };
-        let mut ids = Vec::new();
-        for id in model.generate(&text::prompt(tokenizer, question)?, options)? {
-            ids.push(id?);
-        }
-        answers.push(tokenizer.decode(&ids)?);
-    }
-    Ok(answers)
+    questions.iter().map(|question| Ok(tokenizer.decode(&reply(model, tokenizer, question)?.ids)?)).collect()
 }

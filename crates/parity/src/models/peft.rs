@@ -133,7 +133,8 @@ impl PeftRun {
     /// When the steps were taken on another, or it cannot be made.
     pub fn model(&self) -> Result<CausalLm> {
         let made_up = self.steps.made_up.as_ref();
-        let MadeUp { config, weights: shapes } = made_up.ok_or_else(|| Error::NoTwin("a model of real weights".into()))?;
+        let MadeUp { config, weights: shapes } =
+            made_up.ok_or_else(|| Error::NoTwin("a model of real weights".into()))?;
         let config = CausalLmConfig::from_json(&config.to_string())?;
         let (mut rng, mut weights) = (Rng::new(1), HashMap::new());
         for (name, shape) in shapes {
@@ -153,12 +154,8 @@ impl PeftRun {
         let first = self.set_factors(&adapter)?;
         let Steps { rate: lr, warmup, clip, decay, smoothing, batches, losses: wanted, .. } = &self.steps;
         let rule = Rule::AdamW(ParamsAdamW { lr: *lr, weight_decay: *decay, ..ParamsAdamW::default() });
-        let schedule = LrSchedule::WarmupCosine {
-            warmup_steps: *warmup,
-            total_steps: batches.len(),
-            max_lr: *lr,
-            min_lr: 0.0,
-        };
+        let schedule =
+            LrSchedule::WarmupCosine { warmup_steps: *warmup, total_steps: batches.len(), max_lr: *lr, min_lr: 0.0 };
         let options =
             OptimizerOptions { clip_norm: Some(*clip), schedule: Some(schedule), ..OptimizerOptions::default() };
         let loss_options = TokenLossOptions { label_smoothing: *smoothing, ..TokenLossOptions::default() };
