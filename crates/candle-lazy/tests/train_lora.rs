@@ -81,7 +81,6 @@ impl Bench {
     fn new() -> Result<Self, Box<dyn Error>> {
         let bench = Self { model: tempfile::tempdir()?, output: tempfile::tempdir()? };
         write_model(bench.model.path(), 8)?;
-        // what is held out is learned from its other copies
         bench.write(&TEXT.repeat(6))?;
         Ok(bench)
     }
@@ -127,6 +126,8 @@ const LEARN: [&str; 6] = ["--lr", "0.05", "--steps", "40", "--held-out", "0.25"]
 #[test]
 fn it_learns_and_saves_what_peft_reads() -> TestResult {
     let bench = Bench::new()?;
+    // what is held out is learned from its other copies
+    bench.write(&"Q: eat\nA: food food\n\nQ: food\nA: food food\n\n".repeat(8))?;
     let (learned, printed) = bench.run("out", &LEARN, false)?;
     let (first, last) = losses(&printed).ok_or_else(|| printed.clone())?;
     assert!(learned && last <= 0.8 * first, "{printed}");

@@ -94,10 +94,10 @@ impl Agreement {
 
 /// The larger one; NaN is larger than anything.
 fn largest(most: f64, next: f64) -> f64 {
-    if next <= most {
-        most
-    } else {
+    if next > most || next.is_nan() {
         next
+    } else {
+        most
     }
 }
 
