@@ -37,7 +37,7 @@ ops! {
     casts: "to_dtype";
     sources: "full", "causal_mask", "arange", "rand", "randn";
     reductions: "sum", "mean", "max", "min", "var", "log_sum_exp", "argmax", "argmin";
-    views: "reshape", "permute", "narrow", "broadcast_as", "contiguous", "detach", "stride", "to_device";
+    views: "reshape", "permute", "narrow", "broadcast_as", "contiguous", "detach", "stride", "to_device", "barrier", "checkpoint";
     movement: "cat", "index_select", "slice_assign", "embedding";
     placed: "gather", "scatter", "scatter_add", "index_add";
     groups_and_losses: "group_norm", "cross_entropy";
@@ -45,7 +45,7 @@ ops! {
     rows: "softmax", "log_softmax", "rms_norm", "layer_norm", "glu";
     opaque: "custom_op1", "custom_op2", "custom_op3", "qmatmul";
     rope: "rope";
-    attention: "attention";
+    attention: "attention", "attention_backward";
     blocks: "block", "method";
     random_graphs: "random";
 }

@@ -53,6 +53,14 @@ const ALLOWED: &[(&str, &str, What)] = &[
     ("compile", "tensor", What::Only(&["LazyTensor"])),
     ("compile", "run", What::Only(&["eval_all", "Trace"])),
     ("compile", "config", What::All),
+    (
+        "batch",
+        "run",
+        What::Only(&["eval_all", "eval_group", "in_group", "message_of", "refuse_while_recording", "Request"]),
+    ),
+    ("batch", "tensor", What::Only(&["LazyTensor"])),
+    // a job that was submitted
+    ("batch", "future", What::Only(&["task"])),
     ("future", "run", What::Only(&["eval_all", "message_of", "refuse_while_recording"])),
     ("future", "config", What::All),
     ("future", "tensor", What::Only(&["LazyTensor"])),

@@ -36,7 +36,7 @@ use crate::future::task;
 
 /// The locks of `line`, which its tests replace.
 mod sync {
-    use super::task::held;
+    use crate::future::task::held;
     pub(super) use std::sync::{Arc, Condvar, Mutex, MutexGuard};
     use std::time::Instant;
 

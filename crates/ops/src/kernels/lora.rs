@@ -22,6 +22,13 @@ pub(crate) fn skinny_rank(r: usize) -> Option<usize> {
     (r <= skinny::LARGEST).then(|| skinny::padded(r))
 }
 
+/// Whether a [`lora`] of this rank in f32, f16 or bf16 has an order of sums of its own, in which no row's bits depend on another row: up to
+/// a rank of 64.
+#[must_use]
+pub fn lora_is_skinny(rank: usize) -> bool {
+    skinny_rank(rank).is_some()
+}
+
 /// `(x·A)·B·scale`, plus `base` if there is one: x `(…, in)`, a `(in, r)`, b `(r, out)`, base and output `(…, out)`.
 ///
 /// In f32, f16 and bf16 a hidden row of up to 64 numbers stays in registers between the products, in an order of sums of its own; larger

@@ -6,9 +6,10 @@
 use super::{by_themselves, Company, Member};
 use crate::buffer::Buffer;
 use crate::error::{Error, Result};
-use crate::plan::{Plan, SourceStep, Step, StepKind};
+use crate::plan::{Output, Plan, SourceStep, Step, StepKind};
 use crate::run::kernel;
 use crate::run::slots::{kernel_error, with_views, SlotValue};
+use candle_core::DType;
 use candle_lazy_graph::{Dims, Sym};
 use candle_lazy_ops::fault;
 use candle_lazy_ops::kernels;
@@ -66,10 +67,21 @@ fn rows(step: &Step, member: &Member) -> Option<usize> {
     if matches!(step.kind, StepKind::Matmul) && dims.len() != 2 {
         return None;
     }
+    if !is_independent(step, member) {
+        return None;
+    }
     let (_, lead) = dims.split_last()?;
     let rows = lead.iter().product::<usize>();
     // only from the CPU, and only with something to do
     (rows > 0 && dims.iter().all(|&d| d > 0)).then_some(rows)
+}
+
+/// Whether a row's bits are the same whatever rows stand beside it: not where the `gemm` crate multiplies.
+fn is_independent(step: &Step, member: &Member) -> bool {
+    let own = |output: &Output| output.dtype != DType::F64 || fault::active("group.gemm");
+    let rank = || member.slots.get(*step.inputs.get(1)? as usize).and_then(value_dims)?.last().copied();
+    let skinny = !matches!(step.kind, StepKind::Lora) || rank().is_some_and(kernels::lora_is_skinny);
+    step.outputs.iter().all(own) && skinny
 }
 
 fn value_dims(value: &SlotValue) -> Option<Dims> {
