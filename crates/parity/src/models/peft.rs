@@ -26,6 +26,9 @@ pub struct PeftRun {
     adapter: PathBuf,
 }
 
+/// Ids and targets (batch, length) of one step.
+type Batch = (Vec<Vec<u32>>, Vec<Vec<i64>>);
+
 #[derive(Debug, Deserialize)]
 struct Steps {
     /// Of a model of made-up weights.
@@ -37,8 +40,8 @@ struct Steps {
     clip: f64,
     decay: f64,
     smoothing: f64,
-    /// Ids and targets (batch, length) of each step.
-    batches: Vec<(Vec<Vec<u32>>, Vec<Vec<i64>>)>,
+    /// Those of each step.
+    batches: Vec<Batch>,
     /// Before each step.
     losses: Vec<f64>,
 }
@@ -84,8 +87,8 @@ impl Agreement {
     /// What is wrong with it, if anything.
     #[must_use]
     pub fn wrong(&self) -> [Option<String>; 2] {
-        let step = self.losses.iter().position(|off| !(*off <= LOSS_TOLERANCE));
-        let factor = self.factors.iter().find(|(_, factor)| !(factor.difference <= FACTOR_TOLERANCE));
+        let step = self.losses.iter().position(|off| off.is_nan() || *off > LOSS_TOLERANCE);
+        let factor = self.factors.iter().find(|(_, factor)| factor.difference.is_nan() || factor.difference > FACTOR_TOLERANCE);
         let loss = step.map(|at| format!("the loss of step {} is off by {:.1e}", at + 1, self.worst_loss()));
         let factor = factor.map(|(name, factor)| format!("{name} is off by {:.1e}", factor.difference));
         [loss, factor]
