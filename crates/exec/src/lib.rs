@@ -29,7 +29,7 @@ pub use candle_lazy_graph::{module_scope, BuildSite, ModuleScope};
 pub use compile::compile;
 pub use config::EvalOptions;
 pub use error::{Difference, Error, Member, QueueError, Result};
-pub use future::{eval_all_async, Eval, EvalAll};
+pub use future::{eval_all_async, join, Eval, EvalAll};
 pub use grad::{checkpoint, grad, is_grad_enabled, no_grad, value_and_grad, vjp, CheckpointRegion};
 pub use report::EvalReport;
 pub use run::{

@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor, Var};
-use candle_lazy_exec::{compile, eval_all_async, Error, Eval, EvalAll, LazyTensor, Result};
+use candle_lazy_exec::{compile, eval_all_async, join, Error, Eval, EvalAll, LazyTensor, Result};
 use futures::executor::block_on;
 use std::future::Future;
 use std::pin::pin;
@@ -387,4 +387,30 @@ fn a_function_that_is_being_compiled_evaluates_nothing() {
         Ok(vec![(&x[0] * f64::from(five))?])
     });
     assert_eq!(f.call(&[&x]).unwrap()[0].to_vec1::<f32>().unwrap(), [5.0, 10.0]);
+}
+
+#[test]
+fn joined_evaluations_end_together_in_their_order_and_the_first_error_counts() {
+    let x = line(&[1.0, 2.0]);
+    let squares = || [x.sqr().unwrap().eval_async(), (&x * 3.0).unwrap().eval_async()];
+    let wanted = [vec![1.0, 4.0], vec![3.0, 6.0]];
+    let got = |tensors: Vec<Tensor>| tensors.iter().map(values).collect::<Vec<_>>();
+    assert_eq!(got(join(squares()).wait().unwrap()), wanted);
+    assert_eq!(got(block_on(join(squares())).unwrap()), wanted);
+    assert!(join([]).wait().unwrap().is_empty());
+    for waits in [true, false] {
+        let ran = Arc::new(AtomicUsize::new(0));
+        let fails = |what: &'static str| calls(&x, move || Err(candle_core::Error::Msg(what.into()))).eval_async();
+        let counts = {
+            let ran = ran.clone();
+            calls(&x, move || {
+                ran.fetch_add(1, Ordering::SeqCst);
+                Ok(())
+            })
+        };
+        let all = join([fails("first"), fails("second"), counts.eval_async()]);
+        let error = if waits { all.wait() } else { block_on(all) }.unwrap_err();
+        assert!(error.to_string().contains("first"), "{error}");
+        assert_eq!(ran.load(Ordering::SeqCst), 1, "the others have ended all the same");
+    }
 }

@@ -26,6 +26,7 @@
 //! waits there or runs, they compute it a second time, and the first value that is there stays.
 
 mod engine;
+mod join;
 mod queue;
 pub(crate) mod task;
 
@@ -41,6 +42,8 @@ mod sync {
         std::thread::sleep(NAP);
     }
 }
+
+pub use join::{join, Join};
 
 use crate::error::{Error, Result};
 use crate::tensor::LazyTensor;

@@ -88,7 +88,8 @@ impl Agreement {
     #[must_use]
     pub fn wrong(&self) -> [Option<String>; 2] {
         let step = self.losses.iter().position(|off| off.is_nan() || *off > LOSS_TOLERANCE);
-        let factor = self.factors.iter().find(|(_, factor)| factor.difference.is_nan() || factor.difference > FACTOR_TOLERANCE);
+        let factor =
+            self.factors.iter().find(|(_, factor)| factor.difference.is_nan() || factor.difference > FACTOR_TOLERANCE);
         let loss = step.map(|at| format!("the loss of step {} is off by {:.1e}", at + 1, self.worst_loss()));
         let factor = factor.map(|(name, factor)| format!("{name} is off by {:.1e}", factor.difference));
         [loss, factor]
