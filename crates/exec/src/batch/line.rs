@@ -221,17 +221,32 @@ impl<J, T> Line<J, T> {
         self.tell_room(freed);
     }
 
-    /// Sleeps until a job waits, then for as many of them and as long as `more` says (asked once, with how many wait and since when the
-    /// one that is due waits) but not beyond a deadline, and takes at most `most`. `None` where the line is closed and empty.
+    /// Sleeps until a job waits, then for as many of them and as long as `more` says, but not beyond a deadline, and takes at most `most`.
+    /// `more` is asked with how many wait and since when the one that is due does. While none waits, it may ask to be left asleep until
+    /// several do: who submits then need not call for each. `None` where the line is closed and empty.
     pub(super) fn draw(
         &self,
         most: usize,
-        more: impl FnOnce(usize, Instant) -> Option<(usize, Instant)>,
+        more: impl Fn(usize, Instant) -> Option<(usize, Instant)>,
     ) -> Option<Vec<Started<J, T>>> {
         let most = most.max(1);
-        let mut more = Some(more);
         loop {
-            let started = self.draw_once(most, &mut more)?;
+            let mut state = held(self.state.lock());
+            if state.live == 0 {
+                state = self.wait_for(state, most, more(0, Instant::now()));
+            }
+            while state.live == 0 {
+                if state.closed {
+                    return None;
+                }
+                state.sleeps_for = Some(1);
+                state = held(self.news.wait(state));
+                state.sleeps_for = None;
+            }
+            let since = state.waiting.peek().map_or_else(Instant::now, |Reverse(entry)| entry.arrived);
+            let wanted = if state.live < most { more(state.live, since) } else { None };
+            let state = self.wait_for(state, most, wanted);
+            let started = self.take(state, most);
             if !started.is_empty() {
                 return Some(started);
             }
@@ -240,36 +255,25 @@ impl<J, T> Line<J, T> {
         }
     }
 
-    fn draw_once(
-        &self,
+    /// Sleeps until so many wait, or until then.
+    fn wait_for<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State<J, T>>,
         most: usize,
-        more: &mut Option<impl FnOnce(usize, Instant) -> Option<(usize, Instant)>>,
-    ) -> Option<Vec<Started<J, T>>> {
-        let mut state = held(self.state.lock());
-        while state.live == 0 {
-            if state.closed {
-                return None;
+        wanted: Option<(usize, Instant)>,
+    ) -> MutexGuard<'a, State<J, T>> {
+        let Some((enough, until)) = wanted else { return state };
+        let enough = enough.min(most);
+        while state.live < enough && !state.closed {
+            let end = state.nearest.map_or(until, |nearest| nearest.min(until));
+            if Instant::now() >= end {
+                break;
             }
-            state.sleeps_for = Some(1);
-            state = held(self.news.wait(state));
+            state.sleeps_for = Some(enough);
+            state = wait_until(&self.news, state, end);
             state.sleeps_for = None;
         }
-        if state.live < most && !state.closed {
-            let since = state.waiting.peek().map_or_else(Instant::now, |Reverse(entry)| entry.arrived);
-            if let Some((enough, until)) = more.take().and_then(|more| more(state.live, since)) {
-                let enough = enough.min(most);
-                while state.live < enough && !state.closed {
-                    let end = state.nearest.map_or(until, |nearest| nearest.min(until));
-                    if Instant::now() >= end {
-                        break;
-                    }
-                    state.sleeps_for = Some(enough);
-                    state = wait_until(&self.news, state, end);
-                    state.sleeps_for = None;
-                }
-            }
-        }
-        Some(self.take(state, most))
+        state
     }
 
     /// Takes what waits now, at most `most`.

@@ -48,7 +48,7 @@ impl Company<'_> {
 }
 
 /// About how long a request takes beside its kernels, in nanoseconds.
-const REQUEST_NS: usize = 1_500;
+const REQUEST_NS: usize = 4_500;
 /// Without a budget, the members that run at once hold no more than this many bytes together, or there is one of them.
 const AT_ONCE: u64 = 1 << 30;
 
