@@ -81,6 +81,24 @@ impl TrainingPair {
         super::pair::peaks(&|| self.eager(ids), &|| self.lazy(ids))
     }
 
+    /// The most bytes that a step of the lazy side had allocated at once beyond the weights: with the inner values of every block kept, then
+    /// with every block a checkpoint.
+    ///
+    /// # Errors
+    /// When a part fails, or the two differ in a bit.
+    pub fn checkpoint_peaks(&self, ids: &[Vec<u32>]) -> Result<(u64, u64)> {
+        let step = |checkpointed: bool| {
+            self.lazy.borrow_mut().model.set_gradient_checkpointing(checkpointed);
+            let values = self.lazy(ids);
+            self.lazy.borrow_mut().model.set_gradient_checkpointing(false);
+            values
+        };
+        if let Err(text) = crate::compare::same_bits("checkpointed blocks", &step(true)?, &step(false)?)? {
+            return Err(Error::NoTwin(text));
+        }
+        super::pair::peaks(&|| step(false), &|| step(true))
+    }
+
     /// Loss and gradients, one behind the other, of a step of Candle's autograd and AdamW on ids (batch, length).
     ///
     /// # Errors

@@ -173,13 +173,23 @@ fn memory(cell: &Pair) -> Result<Paired, Error> {
     Ok(measure::single(f64::NAN, eager as f64 / lazy as f64))
 }
 
+/// The peak beyond the weights with all inner values kept over that with checkpointed blocks.
+fn checkpoint(cell: &Pair) -> Result<Paired, Error> {
+    let (kept, again) = pair(cell)?.checkpoint_peaks(&batch(0, 4, 128))?;
+    if kept == 0 || again == 0 {
+        return Err(Error::Wrong("no allocator counts the memory".into()));
+    }
+    Ok(measure::single(f64::NAN, kept as f64 / again as f64))
+}
+
 pub(super) fn rows() -> Vec<Row> {
     let cell = Pair::default();
-    let (step, held) = (cell.clone(), cell);
+    let (step, held, again) = (cell.clone(), cell.clone(), cell);
     vec![
         Row::new("train/lora-step/4x64x512-r8", 2.5, || lora_step([4, 64, 512], 8)),
         Row::new("train/cross-entropy/2x16x512", 2.5, || cross_entropy([2, 16, 512])),
         Row::new("train/smollm2-lora/4x128", 2.0, move || decoder(&step, 4, 128)),
         Row::own("memory/smollm2-lora/4x128", Floor::Ratio(2.0), move |_| memory(&held)),
+        Row::own("memory/checkpoint", Floor::Ratio(1.6), move |_| checkpoint(&again)),
     ]
 }
