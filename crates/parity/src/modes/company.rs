@@ -6,7 +6,7 @@ use crate::compare::same_bits;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use candle_lazy_exec::batch::{BatchExecutor, BatchOptions, MaxWait, SubmitOptions, Window};
-use candle_lazy_exec::LazyTensor;
+use candle_lazy_exec::{EvalOptions, LazyTensor};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -69,7 +69,14 @@ pub(super) fn check(subject: &mut Subject, mode: Mode) -> Result<Option<Cell>> {
         }
         return Ok(Some(cell));
     }
-    let again = record(&subject.case, &subject.inputs)?;
+    // a neighbour with rows of its own and the same weights
+    let mut theirs = subject.inputs.clone();
+    let drawn = subject.case.inputs(subject.seed ^ 1)?;
+    if let (Some(first), Some(other)) = (theirs.first_mut(), drawn.into_iter().next()) {
+        *first = other;
+    }
+    let want_theirs = super::evaluate(&record(&subject.case, &theirs)?, &EvalOptions::no_passes())?.0;
+    let again = record(&subject.case, &theirs)?;
     let other = match subject.case.at_other_sizes() {
         Some(other) => {
             let inputs = other.inputs(subject.seed)?;
@@ -81,7 +88,7 @@ pub(super) fn check(subject: &mut Subject, mode: Mode) -> Result<Option<Cell>> {
     };
     let mut requests = vec![vec![tensor], vec![again]];
     requests.extend(other.iter().map(|(other, _)| vec![other.clone()]));
-    let wants = [Some(&want), Some(&want), other.as_ref().and_then(|(_, alone)| alone.as_ref())];
+    let wants = [Some(&want), Some(&want_theirs), other.as_ref().and_then(|(_, alone)| alone.as_ref())];
     for (i, (got, want)) in together(&requests)?.into_iter().zip(wants).enumerate() {
         let (got, Some(want)) = (one(got?)?, want) else { continue };
         if let Err(text) = same_bits(&format!("request {i} of a batch"), &got, want)? {

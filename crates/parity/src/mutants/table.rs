@@ -214,9 +214,8 @@ const BACKWARDS: &[Row] = &[
 ];
 
 const PLANS: &[Row] = &[
-    ("group.neighbour", "a request reads what its neighbour was given", "program", "batched"),
-    ("group.gemm", "rows are put together that the gemm crate multiplies", "matmul lora", "batched"),
-    ("group.rows", "a request gets its neighbour's rows of a product", "program", "batched"),
+    ("group.neighbour", "a request reads what its neighbour was given", "matmul linear softmax program", "batched"),
+    ("group.rows", "a request gets its neighbour's rows of a product", "matmul linear program", "batched"),
     ("tape.reversed", "the leaves get one another's gradients", "matmul lora linear", "tracked"),
     ("choose.falls_back", "row programs are not chosen", "exp add sum", "all-passes"),
     ("choose.replays_matmul", "matmul is replayed", "matmul", "all-passes"),

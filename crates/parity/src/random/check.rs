@@ -85,15 +85,21 @@ pub fn check(program: &Program) -> Result<Option<String>> {
     check_numbers(program)
 }
 
-/// What differs between the graph evaluated alone and twice in one batch, if anything.
+/// What differs between the graph evaluated alone and in one batch with itself on another first leaf, if anything.
 ///
 /// # Errors
 /// When an evaluation fails.
 pub fn check_together(program: &Program) -> Result<Option<String>> {
-    let leaves = program.leaves()?;
-    let plain = evaluate(program, &leaves, &EvalOptions::no_passes())?;
-    let requests = [program.record(&leaves)?, program.record(&leaves)?];
-    for got in crate::modes::together(&requests)? {
+    let ours = program.leaves()?;
+    let mut theirs = ours.clone();
+    let drawn = Program { seed: program.seed ^ 1, ..program.clone() }.leaves()?;
+    if let Some((first, other)) = theirs.iter_mut().zip(drawn).find(|(leaf, _)| leaf.is_some()) {
+        *first = other;
+    }
+    let alone = |leaves: &[Option<Tensor>]| evaluate(program, leaves, &EvalOptions::no_passes());
+    let plain = [alone(&ours)?, alone(&theirs)?];
+    let requests = [program.record(&ours)?, program.record(&theirs)?];
+    for (got, plain) in crate::modes::together(&requests)?.into_iter().zip(plain) {
         let got = got?;
         for (i, &root) in program.roots.iter().enumerate() {
             if let Err(text) = same_bits(&format!("root %{root} in a batch"), &got[i], &plain[i])? {
