@@ -49,7 +49,6 @@ const FAULTS: &[Fault] = &[
     ("vjp.softmax.sum", "softmax", "sub", 0, Dropped),
     ("vjp.log_softmax.exp", "log_softmax", "exp", 0, Dropped),
     ("vjp.glu.gate", "glu", "mul", 1, Dropped),
-    ("vjp.rope.back", "rope", "affine", 0, Scalar(0, 1.0)),
     ("vjp.embedding.rows", "embedding", "index_add", 0, Dropped),
     ("vjp.cross_entropy.target", "cross_entropy", "scatter_add", 0, Dropped),
     ("vjp.cross_entropy.mean", "cross_entropy", "affine", 0, Scalar(0, 1.0)),

@@ -342,7 +342,6 @@ const DERIVATIVES: &[Row] = &[
     ("vjp.softmax.sum", "the sum is not subtracted", "softmax", "grad"),
     ("vjp.log_softmax.exp", "logarithms count as probabilities", "log_softmax", "grad"),
     ("vjp.glu.gate", "the activation's slope is forgotten", "glu", "grad"),
-    ("vjp.rope.back", "the gradient is rotated onward", "rope", "grad"),
     ("vjp.embedding.rows", "no row gets a gradient", "embedding", "grad"),
     ("vjp.cross_entropy.target", "the target counts as any other class", "cross_entropy", "grad"),
     ("vjp.cross_entropy.mean", "the mean's gradient is the sum's", "cross_entropy", "grad"),
