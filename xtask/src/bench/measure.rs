@@ -54,6 +54,13 @@ impl Paired {
         }
     }
 
+    /// The same for each of `count` things that a call does.
+    pub(super) fn per(self, count: usize) -> Self {
+        let per = count as f64;
+        let (eager_us, lazy_us, idle_us) = (self.eager_us / per, self.lazy_us / per, self.idle_us / per);
+        Self { eager_us, lazy_us, idle_us, ..self }
+    }
+
     /// Whether something else ran meanwhile.
     pub(super) fn disturbed(&self) -> bool {
         self.eager_us.is_nan() || self.eager_us > DISTURBED * self.idle_us

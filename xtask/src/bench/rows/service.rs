@@ -108,13 +108,7 @@ fn embed_64(models: &Models, effort: Effort) -> Result<Paired, Error> {
     for texts in &ring {
         check_vectors(pair, texts, &embed(&service, texts)?)?;
     }
-    let per = SENTENCES as f64;
-    Ok(Paired {
-        eager_us: paired.eager_us / per,
-        lazy_us: paired.lazy_us / per,
-        idle_us: paired.idle_us / per,
-        ..paired
-    })
+    Ok(paired.per(SENTENCES))
 }
 
 /// Time of a full batch over the time that 99 of 100 requests have been answered in, at most, while they arrive at random (a Poisson
@@ -250,13 +244,7 @@ fn generate_8_lora(models: &Models, effort: Effort, targets: &LoraTargets) -> Re
     for ((request, model), got) in different.iter().zip(&adapted).zip(generate(&service, &different)?) {
         check_tokens(model, request, &got)?;
     }
-    let per = (TEXTS * NEW) as f64;
-    Ok(Paired {
-        eager_us: paired.eager_us / per,
-        lazy_us: paired.lazy_us / per,
-        idle_us: paired.idle_us / per,
-        ..paired
-    })
+    Ok(paired.per(TEXTS * NEW))
 }
 
 /// One request at a time, over the same by a direct call.

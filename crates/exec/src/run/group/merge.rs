@@ -109,14 +109,16 @@ fn same_weights(step: &Step, a: &Member, b: &Member) -> bool {
     let params = |m: &Member| -> SmallVec<[u64; 4]> {
         step.params.iter().filter_map(|&p| m.bindings.params.get(p as usize)).map(|p| p.to_bits()).collect()
     };
-    let same = |i: usize| {
-        let value = |m: &'_ Member| step.inputs.get(i).and_then(|&slot| m.slots.get(slot as usize)).cloned();
-        match (value(a), value(b)) {
-            (Some(a), Some(b)) => is_same(&a, &b),
-            _ => false,
-        }
-    };
+    let same = |i: usize| step.inputs.get(i).is_some_and(|&slot| is_same_in(a, b, slot));
     params(a) == params(b) && shared_inputs(step).into_iter().all(same)
+}
+
+/// Whether a slot holds the same in both.
+fn is_same_in(a: &Member, b: &Member, slot: u32) -> bool {
+    match (a.slots.get(slot as usize), b.slots.get(slot as usize)) {
+        (Some(a), Some(b)) => is_same(a, b),
+        _ => false,
+    }
 }
 
 /// Whether two values are the same elements of the same memory.
@@ -183,12 +185,7 @@ fn gather(step: &Step, members: &[(Member, usize)], total: usize) -> Result<(Vec
     let mut values = Vec::with_capacity(step.inputs.len());
     for (at, &slot) in step.inputs.iter().enumerate() {
         let (first, _) = members.first().ok_or_else(|| Error::Internal("a product of nobody".into()))?;
-        let same = || {
-            members.iter().all(|(m, _)| match (first.slots.get(slot as usize), m.slots.get(slot as usize)) {
-                (Some(a), Some(b)) => is_same(a, b),
-                _ => false,
-            })
-        };
+        let same = || members.iter().all(|(m, _)| is_same_in(first, m, slot));
         let role = role(step, at, first, same);
         values.push(match role {
             Role::Same => first.slots.get(slot as usize).cloned().unwrap_or_default(),
