@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::LocalKey;
 
 /// How a graph is evaluated. The default is what users want; the rest exists for tests, `verify` and bisection.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,9 +73,13 @@ const SMALL_NODES: u64 = 2_048;
 const SMALL_BYTES: u64 = 256;
 
 /// Past `nodes` pending nodes or `bytes` pending result bytes above a newly recorded tensor, that tensor is evaluated at
-/// once, so that a loop that never evaluates does not grow without limit. The default is 50,000 nodes or 1 GiB;
+/// once, so that a loop that never evaluates does not grow without limit; and with it what is pending above it and has another reader
+/// or a handle, so that nothing is computed twice. The default is 50,000 nodes or 1 GiB;
 /// `u64::MAX` turns a limit off. Where the pending results have less than 256 bytes each, a node costs more memory than its
 /// result and 2,048 nodes are the limit, unless `nodes` is lower or off.
+///
+/// For a tensor that gradients can be taken through only `nodes` counts: it keeps its history when it is evaluated, so that nothing would
+/// be freed. [`without_pending_budget`] is for what is evaluated as a whole soon.
 pub fn set_pending_budget(nodes: u64, bytes: u64) {
     PENDING_NODES.store(nodes, Ordering::Relaxed);
     PENDING_BYTES.store(bytes, Ordering::Relaxed);
@@ -99,10 +104,17 @@ pub fn pending_budget() -> (u64, u64) {
 }
 
 /// Whether so much is pending that it is evaluated now.
-pub(crate) fn over_budget(nodes: u64, bytes: u64) -> bool {
+pub(crate) fn over_budget(nodes: u64, bytes: u64, traced: bool) -> bool {
     let (max_nodes, max_bytes) = pending_budget();
     let small = max_nodes != u64::MAX && nodes > SMALL_NODES && bytes / nodes.max(1) < SMALL_BYTES;
-    nodes > max_nodes || bytes > max_bytes || small
+    nodes > max_nodes || !traced && (bytes > max_bytes || small)
+}
+
+/// Calls `f`; what this thread records meanwhile is not evaluated for its size, as by a step of training, which is evaluated as one plan
+/// at its end. Scopes nest.
+pub fn without_pending_budget<R>(f: impl FnOnce() -> R) -> R {
+    let _unbounded = Flag::set(&UNBOUNDED);
+    f()
 }
 
 /// How often this process evaluated because of the pending budget.
@@ -117,24 +129,39 @@ pub(crate) fn count_budget_evaluation() {
 
 thread_local! {
     static RECORDING: Cell<bool> = const { Cell::new(false) };
+    static UNBOUNDED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// While it lives, nothing is evaluated on this thread.
-pub(crate) struct Recording(bool);
+/// A thread's flag that is set; dropped, it is what it was, also where the scope is left by a panic.
+struct Flag(&'static LocalKey<Cell<bool>>, bool);
 
-impl Recording {
-    pub(crate) fn begin() -> Self {
-        Self(RECORDING.replace(true))
+impl Flag {
+    fn set(flag: &'static LocalKey<Cell<bool>>) -> Self {
+        Self(flag, flag.replace(true))
     }
 }
 
-impl Drop for Recording {
+impl Drop for Flag {
     fn drop(&mut self) {
-        RECORDING.set(self.0);
+        self.0.set(self.1);
+    }
+}
+
+/// While it lives, nothing is evaluated on this thread.
+pub(crate) struct Recording(#[allow(dead_code)] Flag); // it acts when it is dropped
+
+impl Recording {
+    pub(crate) fn begin() -> Self {
+        Self(Flag::set(&RECORDING))
     }
 }
 
 /// Whether a compiled function is being recorded on this thread.
 pub(crate) fn is_recording() -> bool {
     RECORDING.get()
+}
+
+/// Whether what is recorded on this thread is not evaluated for its size.
+pub(crate) fn is_unbounded() -> bool {
+    RECORDING.get() || UNBOUNDED.get()
 }

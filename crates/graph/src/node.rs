@@ -10,6 +10,7 @@
 mod id;
 mod no_grad;
 mod pending;
+mod shared;
 mod value;
 
 use crate::custom::CustomOp;

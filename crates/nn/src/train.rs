@@ -2,7 +2,7 @@
 
 use crate::data::{Batch, Batches, Rows};
 use crate::error::{Error, Result};
-use crate::loss::{token_cross_entropy, TokenLoss, TokenLossOptions};
+use crate::loss::{TokenLoss, TokenLossOptions};
 use crate::models::CausalLm;
 use crate::optim::Optimizer;
 use crate::params::Gradients;
@@ -120,8 +120,7 @@ impl<'a> Trainer<'a> {
     /// The loss of some rows, recorded.
     #[track_caller]
     fn loss(&self, batch: &Batch, at: &Positions, options: &TokenLossOptions) -> Result<TokenLoss> {
-        let logits = self.model.forward_causal(&batch.inputs, at)?;
-        token_cross_entropy(&logits, &batch.targets, Some(&batch.weights), options)
+        self.model.token_loss(&batch.inputs, at, &batch.targets, Some(&batch.weights), options)
     }
 
     /// One step: the next batches' gradients, and the optimiser's step by them. Dropout acts by a key of each batch's own.

@@ -2,10 +2,13 @@
 //!
 //! Every input comes first; beyond that, steps come as close to the captured order as the memory allows: where all that still has to read
 //! a value can run, it runs now, and the value is freed. Without that, the gradient of a weight would wait until the whole backward pass
-//! is over, and with it what the pass had kept, or computed again, to make it.
+//! is over, and with it what the pass had kept, or computed again, to make it. What makes views, scalars and vectors only comes before what makes
+//! more: it costs little to hold, and it is often all that the reader of a large value waits for, such as the scalar that a gradient
+//! begins with.
 
 use super::units::Units;
-use candle_lazy_graph::Graph;
+use candle_lazy_graph::capture::GOp;
+use candle_lazy_graph::{Graph, OpClass, Sym};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
@@ -21,10 +24,17 @@ struct Readers {
     kept: bool,
 }
 
-/// The units that may run: those that end a value first, then by their last member.
+/// The units that may run: those that end a value first, then those of views, scalars and vectors, then by their last member.
 struct Queue {
-    heap: BinaryHeap<Reverse<(bool, u32, usize)>>,
+    heap: BinaryHeap<Reverse<(Rank, u32, usize)>>,
     done: Vec<bool>,
+}
+
+#[derive(PartialEq, Eq, PartialOrd, Ord, Clone, Copy)]
+enum Rank {
+    EndsAValue,
+    Small,
+    Large,
 }
 
 impl Queue {
@@ -59,9 +69,20 @@ impl Units {
             }
         }
         let key = |unit: usize| self.members(unit).iter().copied().max().unwrap_or(0);
+        let small = |member: u32| {
+            let node = &graph.nodes[member as usize];
+            let view = matches!(&node.op, GOp::Op(op) if op.class() == OpClass::View);
+            view || node.dims.iter().filter(|&&dim| dim != Sym::ONE).count() <= 1
+        };
+        let read = |member: u32| readers[member as usize].kept || !readers[member as usize].units.is_empty();
+        let rank = |unit: usize| match self.members(unit).iter().all(|&m| small(m) || !read(m)) {
+            true => Rank::Small,
+            false => Rank::Large,
+        };
+        let ranks: Vec<Rank> = (0..n).map(rank).collect();
         let mut waits_for: Vec<usize> = inputs.iter().map(Vec::len).collect();
         let first = (0..n).filter(|&u| self.units[u].is_some() && waits_for[u] == 0);
-        let mut queue = Queue { heap: first.map(|u| Reverse((true, key(u), u))).collect(), done: vec![false; n] };
+        let mut queue = Queue { heap: first.map(|u| Reverse((ranks[u], key(u), u))).collect(), done: vec![false; n] };
         let mut order = Vec::with_capacity(n);
         while let Some(unit) = queue.next() {
             order.push(unit);
@@ -76,12 +97,12 @@ impl Units {
                     if waits_for[user] > 0 {
                         continue;
                     }
-                    queue.heap.push(Reverse((true, key(user), user)));
+                    queue.heap.push(Reverse((ranks[user], key(user), user)));
                     for &input in &inputs[user] {
                         let of = &mut readers[input as usize];
                         of.ready += 1;
                         if of.ready == of.left && !of.kept {
-                            queue.heap.extend(of.units.iter().map(|&u| Reverse((false, key(u), u))));
+                            queue.heap.extend(of.units.iter().map(|&u| Reverse((Rank::EndsAValue, key(u), u))));
                         }
                     }
                 }

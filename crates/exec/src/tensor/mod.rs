@@ -194,16 +194,18 @@ impl LazyTensor {
         Self::within_budget(Node::record(op, scalars, inputs, device, site)?)
     }
 
-    /// A handle on a new node; evaluated at once where the pending graph passed its budget.
+    /// A handle on a new node; evaluated at once where the pending graph passed its budget. With it come those values above it that
+    /// something else waits for too: nothing is computed twice because a graph is evaluated part by part.
     pub(crate) fn within_budget(node: Arc<Node>) -> Result<Self> {
         let (nodes, bytes) = node.pending_estimate();
-        if config::over_budget(nodes, bytes) && !config::is_recording() {
+        if config::over_budget(nodes, bytes, node.traced()) && !config::is_unbounded() {
             // the estimate counts shared parts more than once: look before evaluating
             let (nodes, bytes) = node.count_pending();
-            if config::over_budget(nodes, bytes) {
+            if config::over_budget(nodes, bytes, node.traced()) {
                 config::count_budget_evaluation();
+                let shared: Vec<Self> = node.shared_above().into_iter().map(|node| Self { node }).collect();
                 let tensor = Self { node };
-                crate::run::materialize(&[&tensor])?;
+                crate::run::materialize(&std::iter::once(&tensor).chain(&shared).collect::<Vec<_>>())?;
                 return Ok(tensor);
             }
         }

@@ -1,8 +1,8 @@
-//! Losses: of lazy tensors ([`token_cross_entropy`]), and on plain Candle tensors, differentiable on Candle's tape.
+//! Losses: of lazy tensors ([`token_cross_entropy`], [`linear_cross_entropy`]), and on plain Candle tensors, differentiable on Candle's tape.
 
 mod token;
 
-pub use token::{token_cross_entropy, TokenLoss, TokenLossOptions};
+pub use token::{linear_cross_entropy, token_cross_entropy, TokenLoss, TokenLossOptions};
 
 use crate::error::{Error, Result};
 use candle_core::{DType, Tensor, D};

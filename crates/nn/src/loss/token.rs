@@ -6,8 +6,14 @@ use candle_core::{DType, Device};
 use candle_lazy_exec::LazyTensor;
 
 const NAME: &str = "token_cross_entropy";
+const LINEAR: &str = "linear_cross_entropy";
 /// Numbers of classes up to which f32 tells one from the next.
 const CLASSES: usize = 1 << 24;
+/// Logits of a piece of [`linear_cross_entropy`]: 32 MiB of f32, a small part of what a step takes, and enough rows at the usual numbers of
+/// classes for the product to be bound by arithmetic.
+const PIECE: usize = 1 << 23;
+/// What the rows of a piece are a multiple of.
+const WHOLE: usize = 64;
 
 /// What is left out, and how sure the targets are.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -61,33 +67,108 @@ pub fn token_cross_entropy(
     weights: Option<&LazyTensor>,
     options: &TokenLossOptions,
 ) -> Result<TokenLoss> {
+    let (n, classes) = check(NAME, "logits", logits, targets, options)?;
+    let (ids, weights) = kept(NAME, targets, weights, classes, options.ignore_index)?;
+    let weight = weights.iter().sum();
+    let x = logits.reshape((n, classes))?;
+    Ok(TokenLoss { sum: summed(&x, ids, weights, options.label_smoothing)?, weight })
+}
+
+/// [`token_cross_entropy`] of the logits `head(hidden)`, without ever holding all of them: hidden (…, width) of any float dtype, targets and
+/// weights (…), and `head` a function of rows (rows, width) to their logits (rows, classes), each row by itself.
+///
+/// Positions that are left out get no logits. The others' are made in pieces, and in a plan with the gradient each piece's gradient is
+/// taken before the next piece is made: beside the gradient of `hidden`, memory is that of one piece, some 2²³ logits. (Liger's fused
+/// linear cross entropy, Hsu et al. 2024, arXiv:2410.10989, §3.2, has the same aim.) The pieces' sums are added from the first to the last.
+///
+/// # Errors
+/// As [`token_cross_entropy`], and where `head` fails or does not give `classes` logits for each row.
+#[track_caller]
+pub fn linear_cross_entropy(
+    hidden: &LazyTensor,
+    head: impl Fn(&LazyTensor) -> Result<LazyTensor>,
+    classes: usize,
+    targets: &LazyTensor,
+    weights: Option<&LazyTensor>,
+    options: &TokenLossOptions,
+) -> Result<TokenLoss> {
+    let (n, width) = check(LINEAR, "hidden", hidden, targets, options)?;
+    let (mut ids, mut weights) = kept(LINEAR, targets, weights, classes, options.ignore_index)?;
+    let weight = weights.iter().sum();
+    let mut rows = hidden.reshape((n, width))?;
+    let chosen: Vec<u32> = (0..).zip(&weights).filter(|(_, weight)| **weight != 0.0).map(|(row, _)| row).collect();
+    if chosen.len() < n {
+        let of =
+            |values: &[f64]| chosen.iter().filter_map(|row| values.get(*row as usize).copied()).collect::<Vec<_>>();
+        (ids, weights) = (of(&ids), of(&weights));
+        let count = chosen.len();
+        rows = rows.index_select(&LazyTensor::from_vec(chosen, count, hidden.device())?, 0)?;
+    }
+    let count = rows.dims()[0];
+    let piece = (PIECE / classes.max(1) / WHOLE * WHOLE).max(WHOLE);
+    let mut sum: Option<LazyTensor> = None;
+    for start in (0..count).step_by(piece) {
+        let len = piece.min(count - start);
+        let part = if len == count { rows.clone() } else { rows.narrow(0, start, len)? };
+        let logits = head(&part)?;
+        if logits.dims() != [len, classes] || !logits.dtype().is_float() {
+            let (found, dtype) = (logits.shape(), logits.dtype());
+            let message = format_args!("the head made {found:?} of {dtype:?} for {len} rows of {classes} classes");
+            return Err(Error::module(LINEAR, "", message));
+        }
+        let (ids, weights) = (ids[start..start + len].to_vec(), weights[start..start + len].to_vec());
+        let part = summed(&logits, ids, weights, options.label_smoothing)?;
+        sum = Some(match sum {
+            None => part,
+            Some(sum) => sum.add(&part)?,
+        });
+    }
+    match sum {
+        Some(sum) => Ok(TokenLoss { sum, weight }),
+        // what keeps no position was refused
+        None => Err(Error::module(LINEAR, "", format_args!("no position"))),
+    }
+}
+
+/// The number of positions and the last dimension of what is at them.
+#[track_caller]
+fn check(
+    name: &'static str,
+    what: &str,
+    values: &LazyTensor,
+    targets: &LazyTensor,
+    options: &TokenLossOptions,
+) -> Result<(usize, usize)> {
     let smoothing = options.label_smoothing;
     if !(0.0..1.0).contains(&smoothing) {
         return Err(Error::config("the loss", format_args!("a label smoothing of {smoothing}: needs 0 ≤ ε < 1")));
     }
-    let (n, classes) = match logits.dims() {
-        [lead @ .., classes] if lead == targets.dims() && logits.elem_count() > 0 => (targets.elem_count(), *classes),
+    let sizes = match values.dims() {
+        [lead @ .., last] if lead == targets.dims() && values.elem_count() > 0 => (targets.elem_count(), *last),
         found => {
             let targets = targets.dims();
+            let last = if what == "logits" { "classes" } else { "width" };
             let message = format_args!(
-                "expected logits (…, classes) and targets (…), none empty, found logits {found:?} and targets {targets:?}"
+                "expected {what} (…, {last}) and targets (…), none empty, found {what} {found:?} and targets {targets:?}"
             );
-            return Err(Error::module(NAME, "", message));
+            return Err(Error::module(name, "", message));
         }
     };
-    if !logits.dtype().is_float() {
-        return Err(Error::float_expected(NAME, "", "logits", logits.dtype()));
+    if !values.dtype().is_float() {
+        return Err(Error::float_expected(name, "", what, values.dtype()));
     }
     if targets.dtype() != DType::I64 {
-        return Err(Error::module(NAME, "", format_args!("targets must be I64, found {:?}", targets.dtype())));
+        return Err(Error::module(name, "", format_args!("targets must be I64, found {:?}", targets.dtype())));
     }
-    if classes > CLASSES {
-        return Err(Error::module(NAME, "", format_args!("{classes} classes: {CLASSES} at most")));
-    }
-    let (ids, weights) = kept(targets, weights, classes, options.ignore_index)?;
-    let weight = weights.iter().sum();
+    Ok(sizes)
+}
+
+/// The weighted sum over rows of logits (n, classes), whose classes and weights are given.
+#[track_caller]
+fn summed(logits: &LazyTensor, ids: Vec<f64>, weights: Vec<f64>, smoothing: f64) -> Result<LazyTensor> {
+    let (n, classes) = (ids.len(), logits.dim(1)?);
     let (dtype, device) = (if logits.dtype() == DType::F64 { DType::F64 } else { DType::F32 }, logits.device());
-    let x = logits.reshape((n, classes))?.to_dtype(dtype)?;
+    let x = logits.to_dtype(dtype)?;
     let column = |values: Vec<f64>| match dtype {
         DType::F64 => LazyTensor::from_vec(values, (n, 1), device),
         _ => LazyTensor::from_vec(values.into_iter().map(|value| value as f32).collect::<Vec<_>>(), (n, 1), device),
@@ -101,17 +182,21 @@ pub fn token_cross_entropy(
     if smoothing > 0.0 {
         rows = rows.sub(&x.mean_keepdim(1)?.affine(smoothing, 0.0)?)?;
     }
-    Ok(TokenLoss { sum: rows.mul(&weights)?.sum_all()?, weight })
+    Ok(rows.mul(&weights)?.sum_all()?)
 }
 
 /// The class and the weight of each position; a position that is left out has the weight 0 and class 0.
 #[track_caller]
 fn kept(
+    name: &'static str,
     targets: &LazyTensor,
     weights: Option<&LazyTensor>,
     classes: usize,
     ignored: i64,
 ) -> Result<(Vec<f64>, Vec<f64>)> {
+    if classes > CLASSES {
+        return Err(Error::module(name, "", format_args!("{classes} classes: {CLASSES} at most")));
+    }
     let targets = targets.flatten_all()?.eval()?.to_device(&Device::Cpu)?.to_vec1::<i64>()?;
     let given = match weights {
         None => vec![1f32; targets.len()],
@@ -120,7 +205,7 @@ fn kept(
         }
         Some(given) => {
             let (shape, dtype, n) = (given.shape(), given.dtype(), targets.len());
-            return Err(Error::module(NAME, "", format_args!("weights {shape:?} of {dtype:?} for {n} targets")));
+            return Err(Error::module(name, "", format_args!("weights {shape:?} of {dtype:?} for {n} targets")));
         }
     };
     let (mut ids, mut weights) = (Vec::with_capacity(targets.len()), Vec::with_capacity(targets.len()));
@@ -132,11 +217,11 @@ fn kept(
         }
         if !usize::try_from(*target).is_ok_and(|class| class < classes) {
             let message = format_args!("target {target} at position {position} is not one of {classes} classes");
-            return Err(Error::module(NAME, "", message));
+            return Err(Error::module(name, "", message));
         }
         if !(weight >= 0.0 && weight.is_finite()) {
             let message = format_args!("the weight {weight} at position {position} is negative or no number");
-            return Err(Error::module(NAME, "", message));
+            return Err(Error::module(name, "", message));
         }
         ids.push(*target as f64);
         weights.push(f64::from(weight));
@@ -144,7 +229,7 @@ fn kept(
     if weights.iter().all(|weight| *weight == 0.0) {
         let n = weights.len();
         return Err(Error::module(
-            NAME,
+            name,
             "",
             format_args!("none of {n} positions counts: all are ignored or weigh nothing"),
         ));

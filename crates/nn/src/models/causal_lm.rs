@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::kv_cache::KvCache;
 use crate::linear::{linear_no_bias, Linear};
 use crate::lora::{LoraLinear, LoraWeights};
+use crate::loss::{linear_cross_entropy, TokenLoss, TokenLossOptions};
 use crate::module::Module;
 use crate::norm::{rms_norm, RmsNorm};
 use crate::rope::{RopeScaling, RopeTable};
@@ -416,20 +417,42 @@ impl CausalLm {
     /// [`Error::EmptyPrompt`] for s = 0, and as its ops: where `at` is not of s positions.
     #[track_caller]
     pub fn forward_causal(&self, ids: &LazyTensor, at: &Positions) -> Result<LazyTensor> {
+        self.logits(&self.hidden_causal(ids, at)?)
+    }
+
+    /// The loss of whole sequences `ids` (batch, s), as [`CausalLm::forward_causal`] computes them, for targets (batch, s) of i64 and weights
+    /// (batch, s) of f32: [`linear_cross_entropy`] with the model's head, which never holds all logits and makes none where nothing is
+    /// learned.
+    ///
+    /// # Errors
+    /// As [`CausalLm::forward_causal`] and [`linear_cross_entropy`].
+    #[track_caller]
+    pub fn token_loss(
+        &self,
+        ids: &LazyTensor,
+        at: &Positions,
+        targets: &LazyTensor,
+        weights: Option<&LazyTensor>,
+        options: &TokenLossOptions,
+    ) -> Result<TokenLoss> {
+        let hidden = self.hidden_causal(ids, at)?;
+        linear_cross_entropy(&hidden, |rows| self.logits(rows), self.config.vocab_size, targets, weights, options)
+    }
+
+    /// The residual stream (batch, s, hidden) of whole sequences after all blocks, before the last norm.
+    #[track_caller]
+    fn hidden_causal(&self, ids: &LazyTensor, at: &Positions) -> Result<LazyTensor> {
         check_ids(ids)?;
-        let hidden = {
-            let _scope = scope::enter("model");
-            let mut xs = self.embed.forward(ids)?;
-            for block in &self.blocks {
-                let region = self.checkpointed.then(CheckpointRegion::begin);
-                xs = block.forward_causal(&xs, at)?;
-                if let Some(region) = region {
-                    xs = region.end(xs)?;
-                }
+        let _scope = scope::enter("model");
+        let mut xs = self.embed.forward(ids)?;
+        for block in &self.blocks {
+            let region = self.checkpointed.then(CheckpointRegion::begin);
+            xs = block.forward_causal(&xs, at)?;
+            if let Some(region) = region {
+                xs = region.end(xs)?;
             }
-            xs
-        };
-        self.logits(&hidden)
+        }
+        Ok(xs)
     }
 
     #[track_caller]

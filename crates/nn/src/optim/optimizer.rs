@@ -6,6 +6,7 @@ use super::LrSchedule;
 use crate::error::{Error, Result};
 use crate::params::{copied, quoted, Glob, Gradients, Param, Params};
 use candle_core::{DType, Device, Tensor};
+use candle_lazy_exec::config::without_pending_budget;
 use candle_lazy_exec::{materialize, EvalReport, LazyTensor};
 use std::sync::Arc;
 
@@ -207,31 +208,12 @@ impl Optimizer {
     /// [`Error::Params`] where a parameter that is not frozen has no gradient, or a gradient has no such parameter; [`Error::NonFinite`]
     /// as asked ([`OnNonFinite::Stop`]); and where the evaluation fails. Parameters and optimiser are as before the step then.
     #[track_caller]
-    pub fn step(&mut self, mut grads: Gradients, also: &[&LazyTensor]) -> Result<StepReport> {
+    pub fn step(&mut self, grads: Gradients, also: &[&LazyTensor]) -> Result<StepReport> {
         self.check(&grads)?;
         self.begin()?;
         let lr = self.lr();
-        let norm = match self.clip_norm.is_some() || self.on_non_finite != OnNonFinite::Apply {
-            true => Some(Norm::record(&grads)?),
-            false => None,
-        };
-        let factor = match (&norm, self.clip_norm) {
-            (Some(norm), Some(largest)) => Some(norm.factor(largest)?),
-            _ => None,
-        };
-        let finite = match &norm {
-            Some(norm) if self.on_non_finite != OnNonFinite::Apply => Some(norm.all.lt(f64::INFINITY)?),
-            _ => None,
-        };
-        let mut moves = Vec::new();
-        for (at, slot) in self.slots.iter().enumerate() {
-            if let Some(grad) = grads.remove(slot.param.name()) {
-                let (theta, kept) = slot.record(&self.rule, lr, &grad, factor.as_ref(), finite.as_ref())?;
-                moves.push(Move { at, theta, kept });
-            }
-        }
-        // what is still held is computed and kept
-        drop((factor, finite));
+        // all of it is evaluated below, as one plan
+        let (moves, norm) = without_pending_budget(|| self.record(grads, lr))?;
         let moved: Vec<usize> = moves.iter().map(|change| change.at).collect();
         let eval = self.run(moves, norm.as_ref(), also)?;
         let (norm, broken) = match &norm {
@@ -253,6 +235,32 @@ impl Optimizer {
                 Ok(StepReport { step: self.steps, lr, norm, skipped: None, eval })
             }
         }
+    }
+
+    /// What a step changes, and the norm of the gradients if it is asked for.
+    #[track_caller]
+    fn record(&self, mut grads: Gradients, lr: f64) -> Result<(Vec<Move>, Option<Norm>)> {
+        let norm = match self.clip_norm.is_some() || self.on_non_finite != OnNonFinite::Apply {
+            true => Some(Norm::record(&grads)?),
+            false => None,
+        };
+        let factor = match (&norm, self.clip_norm) {
+            (Some(norm), Some(largest)) => Some(norm.factor(largest)?),
+            _ => None,
+        };
+        let finite = match &norm {
+            Some(norm) if self.on_non_finite != OnNonFinite::Apply => Some(norm.all.lt(f64::INFINITY)?),
+            _ => None,
+        };
+        let mut moves = Vec::new();
+        for (at, slot) in self.slots.iter().enumerate() {
+            if let Some(grad) = grads.remove(slot.param.name()) {
+                let (theta, kept) = slot.record(&self.rule, lr, &grad, factor.as_ref(), finite.as_ref())?;
+                moves.push(Move { at, theta, kept });
+            }
+        }
+        // what is still held would be computed and kept: gradients, factor and comparison end here
+        Ok((moves, norm))
     }
 
     /// Zeros for what is kept of parameters that make their first step: values of the engine, as later steps find them, so that the

@@ -3,7 +3,10 @@
 
 use crate::common::{text, Rng};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_lazy_nn::loss::{cross_entropy, token_cross_entropy, TokenLoss, TokenLossOptions};
+use candle_lazy_exec::config::EvalOptions;
+use candle_lazy_exec::grad;
+use candle_lazy_exec::run::peak_bytes;
+use candle_lazy_nn::loss::{cross_entropy, linear_cross_entropy, token_cross_entropy, TokenLoss, TokenLossOptions};
 use candle_lazy_nn::LazyTensor;
 
 const CLASSES: usize = 11;
@@ -146,4 +149,124 @@ fn what_does_not_fit_is_refused() {
         let options = TokenLossOptions { label_smoothing: smoothing, ..options };
         assert!(text(token_cross_entropy(&logits, &ids, None, &options)).contains("a label smoothing of"));
     }
+}
+
+/// Hidden rows, a head's weight, and targets of which some are left out.
+struct Head {
+    hidden: LazyTensor,
+    weight: LazyTensor,
+    targets: Vec<i64>,
+    weights: Vec<f32>,
+}
+
+impl Head {
+    fn new(rows: usize, width: usize, classes: usize, left_out: impl Fn(usize) -> bool) -> Self {
+        let mut rng = Rng::new(5);
+        let hidden = rng.tensor(&[1, rows, width], 2.).unwrap();
+        let weight = rng.tensor(&[classes, width], 2.).unwrap();
+        let target = |row: usize| if left_out(row) { -100 } else { (row * 7919 % classes) as i64 };
+        Self {
+            hidden: LazyTensor::from(hidden).variable().unwrap(),
+            weight: LazyTensor::from(weight).variable().unwrap(),
+            targets: (0..rows).map(target).collect(),
+            weights: (0..rows).map(|row| 0.5 + (row % 3) as f32).collect(),
+        }
+    }
+
+    fn head(&self, rows: &LazyTensor) -> candle_lazy_nn::Result<LazyTensor> {
+        Ok(rows.matmul(&self.weight.t()?)?)
+    }
+
+    fn classes(&self) -> usize {
+        self.weight.dims()[0]
+    }
+
+    fn data(&self) -> (LazyTensor, LazyTensor) {
+        let rows = self.targets.len();
+        let targets = LazyTensor::from_slice(&self.targets, (1, rows), &Device::Cpu).unwrap();
+        (targets, LazyTensor::from_slice(&self.weights, (1, rows), &Device::Cpu).unwrap())
+    }
+
+    fn loss(&self, smoothing: f64) -> TokenLoss {
+        let options = TokenLossOptions { label_smoothing: smoothing, ..TokenLossOptions::default() };
+        let (targets, weights) = self.data();
+        let head = |rows: &LazyTensor| self.head(rows);
+        linear_cross_entropy(&self.hidden, head, self.classes(), &targets, Some(&weights), &options).unwrap()
+    }
+
+    /// Of all logits at once.
+    fn whole(&self, smoothing: f64) -> TokenLoss {
+        let options = TokenLossOptions { label_smoothing: smoothing, ..TokenLossOptions::default() };
+        let (targets, weights) = self.data();
+        let rows = self.hidden.flatten_to(1).unwrap();
+        let logits = self.head(&rows).unwrap().unsqueeze(0).unwrap();
+        token_cross_entropy(&logits, &targets, Some(&weights), &options).unwrap()
+    }
+}
+
+fn norm_of(x: &Tensor) -> f64 {
+    x.to_dtype(DType::F64).unwrap().sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt()
+}
+
+#[test]
+fn in_pieces_it_has_the_value_and_the_gradients_of_the_whole() {
+    // one piece with all rows, one without those that are left out, two pieces of 64 rows at most
+    for (rows, classes, kept, smoothing) in [(7, 13, 7, 0.), (7, 13, 7, 0.1), (40, 13, 30, 0.1), (80, 1 << 17, 70, 0.)]
+    {
+        let head = Head::new(rows, 4, classes, |row| row * 3 % rows >= kept);
+        let (loss, whole) = (head.loss(smoothing), head.whole(smoothing));
+        assert_eq!(loss.weight, whole.weight);
+        let (got, want) = (scalar(&loss.sum), scalar(&whole.sum));
+        assert!((got - want).abs() < 1e-6 * want, "{rows} {classes} {smoothing}: {got} {want}");
+        let wrt = [&head.hidden, &head.weight];
+        let gradients = |loss: &TokenLoss| grad(&loss.mean().unwrap(), &wrt).unwrap();
+        for (got, want) in gradients(&loss).iter().zip(&gradients(&whole)) {
+            let (got, want) = (got.eval().unwrap(), want.eval().unwrap());
+            let apart = norm_of(&(&got - &want).unwrap());
+            assert!(apart < 2e-6 * norm_of(&want), "{rows} {classes} {smoothing}: {apart} {}", norm_of(&want));
+        }
+    }
+}
+
+#[test]
+fn no_more_than_a_piece_of_logits_is_planned() {
+    let (rows, classes) = (512, 1 << 16);
+    let peak = |loss: &dyn Fn(&Head) -> TokenLoss| {
+        let head = Head::new(rows, 80, classes, |_| false);
+        let loss = loss(&head).mean().unwrap();
+        let gradient = grad(&loss, &[&head.hidden]).unwrap().remove(0);
+        peak_bytes(&[&loss, &gradient], &EvalOptions::default()).unwrap()
+    };
+    let (pieces, whole) = (peak(&|head| head.loss(0.)), peak(&|head| head.whole(0.)));
+    let logits = (rows * classes * 4) as u64;
+    assert!(whole >= logits, "{whole}");
+    // a piece is of 128 rows, a quarter; its gradient is made beside it
+    assert!(pieces < logits * 5 / 8, "{pieces} of {whole}");
+}
+
+#[test]
+fn batches_that_keep_other_numbers_of_positions_share_a_plan() {
+    let mut hits = Vec::new();
+    for kept in [17, 30, 32, 33] {
+        let head = Head::new(80, 4, 13, |row| row >= kept);
+        hits.push(head.loss(0.).mean().unwrap().eval_with_report().unwrap().1.cache_hit);
+    }
+    assert_eq!(hits[1..], [true; 3]);
+}
+
+#[test]
+fn a_head_that_does_not_fit_is_refused() {
+    let head = Head::new(6, 4, 11, |_| false);
+    let (targets, weights) = head.data();
+    let options = TokenLossOptions::default();
+    let with = |classes: usize, hidden: &LazyTensor| {
+        text(linear_cross_entropy(hidden, |rows| head.head(rows), classes, &targets, Some(&weights), &options))
+    };
+    assert!(with(12, &head.hidden).contains("the head made [6, 11] of F32 for 6 rows of 12 classes"));
+    assert!(with(11, &head.hidden.flatten_to(1).unwrap())
+        .contains("expected hidden (…, width) and targets (…), none empty, found hidden [6, 4] and targets [1, 6]"));
+    assert!(
+        with(10, &head.hidden).contains("target 10 at position")
+            || with(2, &head.hidden).contains("is not one of 2 classes")
+    );
 }

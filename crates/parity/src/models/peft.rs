@@ -4,7 +4,7 @@ use crate::rng::Rng;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_lazy_exec::LazyTensor;
-use candle_lazy_nn::loss::{token_cross_entropy, TokenLossOptions};
+use candle_lazy_nn::loss::TokenLossOptions;
 use candle_lazy_nn::models::{CausalLm, CausalLmConfig};
 use candle_lazy_nn::optim::{LrSchedule, Optimizer, OptimizerOptions, ParamsAdamW, Rule};
 use candle_lazy_nn::weights::SafetensorsFile;
@@ -169,10 +169,7 @@ impl PeftRun {
             let ids = LazyTensor::from(Tensor::new(ids.clone(), model.device())?);
             let targets = LazyTensor::from(Tensor::new(targets.clone(), model.device())?);
             let at = model.positions(ids.dim(1)?)?;
-            let loss = {
-                let logits = model.forward_causal(&ids, &at)?;
-                token_cross_entropy(&logits, &targets, None, &loss_options)?.mean()?
-            };
+            let loss = { model.token_loss(&ids, &at, &targets, None, &loss_options)?.mean()? };
             optimizer.step(adapter.params().grad(&loss)?, &[&loss])?;
             let loss = loss.eval()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
             losses.push((loss - wanted).abs() / wanted.abs());

@@ -7,6 +7,7 @@
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor, Var, D};
 use candle_lazy_exec::{eval_all, LazyTensor};
+use candle_lazy_nn::loss::TokenLossOptions;
 use candle_lazy_nn::models::{CausalLm, CausalLmConfig};
 use candle_lazy_nn::optim::{OnNonFinite, Optimizer, OptimizerOptions, Rule};
 use candle_lazy_nn::params::Gradients;
@@ -132,10 +133,9 @@ impl TrainingPair {
         let Lazy { model, adapter, optimizer } = &mut *self.lazy.borrow_mut();
         let at = model.positions(inputs.dim(1)?)?;
         let (loss, gradients) = {
-            let logits = model.forward_causal(&LazyTensor::from(inputs), &at)?;
-            let rows = logits.dims()[..2].iter().product::<usize>();
-            let vocab = logits.dim(2)?;
-            let loss = logits.reshape((rows, vocab))?.cross_entropy(&LazyTensor::from(targets))?;
+            let targets = LazyTensor::from(targets.reshape(inputs.shape())?.to_dtype(DType::I64)?);
+            let inputs = LazyTensor::from(inputs);
+            let loss = model.token_loss(&inputs, &at, &targets, None, &TokenLossOptions::default())?.mean()?;
             let gradients = adapter.params().grad(&loss)?;
             (loss.detach(), gradients)
         };
