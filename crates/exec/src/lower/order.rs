@@ -8,19 +8,19 @@
 
 use super::units::Units;
 use candle_lazy_graph::capture::GOp;
-use candle_lazy_graph::{Graph, OpClass, Sym};
+use candle_lazy_graph::{GNode, Graph, OpClass, Sym};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-/// Who reads a value, beside the unit that makes it.
+/// Who reads what a value holds, itself or through views.
 #[derive(Default, Clone)]
-struct Readers {
+struct Holding {
     units: Vec<usize>,
     /// How many have not run.
     left: usize,
     /// How many of those could.
     ready: usize,
-    /// Whether the caller keeps the value.
+    /// Whether nothing would be freed by the last of them: the caller keeps the value, it was there before, or it is small.
     kept: bool,
 }
 
@@ -48,62 +48,98 @@ impl Queue {
     }
 }
 
+/// Whether a value is a view, a scalar or a vector.
+fn is_small(node: &GNode) -> bool {
+    is_view(node) || node.dims.iter().filter(|&&dim| dim != Sym::ONE).count() <= 1
+}
+
+fn is_view(node: &GNode) -> bool {
+    matches!(&node.op, GOp::Op(op) if op.class() == OpClass::View)
+}
+
 impl Units {
     /// The units in an order in which every input comes first.
     pub(super) fn in_order(&self, graph: &Graph) -> Vec<usize> {
         let n = self.units.len();
-        let mut readers: Vec<Readers> = vec![Readers::default(); graph.nodes.len()];
-        for &output in &graph.outputs {
-            readers[output as usize].kept = true;
-        }
-        let mut inputs: Vec<Vec<u32>> = vec![Vec::new(); n];
-        for (unit, inputs) in inputs.iter_mut().enumerate() {
-            let read = self.members(unit).iter().flat_map(|&m| graph.nodes[m as usize].inputs.iter().copied());
-            // leaves are there, and what a unit makes itself needs no waiting
-            inputs.extend(read.filter(|&i| self.unit_of(i).is_some_and(|u| u != unit)));
-            inputs.sort_unstable();
-            inputs.dedup();
-            for &input in inputs.iter() {
-                readers[input as usize].units.push(unit);
-                readers[input as usize].left += 1;
+        let nodes = &graph.nodes;
+        // what a value is a view of
+        let mut base: Vec<u32> = (0..nodes.len() as u32).collect();
+        for (i, node) in nodes.iter().enumerate() {
+            if let (true, Some(&of)) = (is_view(node), node.inputs.first()) {
+                base[i] = base[of as usize];
             }
         }
+        // who waits for a value, beside the unit that makes it
+        let mut readers: Vec<Vec<usize>> = vec![Vec::new(); nodes.len()];
+        let holding =
+            |i: usize| Holding { kept: self.unit_of(i as u32).is_none() || is_small(&nodes[i]), ..Holding::default() };
+        let mut holding: Vec<Holding> = (0..nodes.len()).map(holding).collect();
+        for &output in &graph.outputs {
+            holding[base[output as usize] as usize].kept = true;
+        }
+        let mut waits_for: Vec<usize> = vec![0; n];
+        // of each unit but views: the values that it reads, through views or not
+        let mut reads: Vec<Vec<u32>> = vec![Vec::new(); n];
+        for unit in (0..n).filter(|&u| self.units[u].is_some()) {
+            let inputs = self.members(unit).iter().flat_map(|&m| nodes[m as usize].inputs.iter().copied());
+            // leaves are there, and what a unit makes itself needs no waiting
+            let mut inputs: Vec<u32> = inputs.filter(|&i| self.unit_of(i).is_some_and(|u| u != unit)).collect();
+            inputs.sort_unstable();
+            inputs.dedup();
+            waits_for[unit] = inputs.len();
+            for &input in &inputs {
+                readers[input as usize].push(unit);
+            }
+            if self.members(unit).iter().all(|&m| is_view(&nodes[m as usize])) {
+                continue;
+            }
+            inputs.iter_mut().for_each(|input| *input = base[*input as usize]);
+            inputs.sort_unstable();
+            inputs.dedup();
+            for &input in &inputs {
+                holding[input as usize].units.push(unit);
+                holding[input as usize].left += 1;
+            }
+            reads[unit] = inputs;
+        }
         let key = |unit: usize| self.members(unit).iter().copied().max().unwrap_or(0);
-        let small = |member: u32| {
-            let node = &graph.nodes[member as usize];
-            let view = matches!(&node.op, GOp::Op(op) if op.class() == OpClass::View);
-            view || node.dims.iter().filter(|&&dim| dim != Sym::ONE).count() <= 1
+        let is_output: Vec<bool> = {
+            let mut is_output = vec![false; nodes.len()];
+            graph.outputs.iter().for_each(|&output| is_output[output as usize] = true);
+            is_output
         };
-        let read = |member: u32| readers[member as usize].kept || !readers[member as usize].units.is_empty();
-        let rank = |unit: usize| match self.members(unit).iter().all(|&m| small(m) || !read(m)) {
+        let made = |m: u32| is_output[m as usize] || !readers[m as usize].is_empty();
+        let rank = |unit: usize| match self.members(unit).iter().all(|&m| is_small(&nodes[m as usize]) || !made(m)) {
             true => Rank::Small,
             false => Rank::Large,
         };
         let ranks: Vec<Rank> = (0..n).map(rank).collect();
-        let mut waits_for: Vec<usize> = inputs.iter().map(Vec::len).collect();
-        let first = (0..n).filter(|&u| self.units[u].is_some() && waits_for[u] == 0);
-        let mut queue = Queue { heap: first.map(|u| Reverse((ranks[u], key(u), u))).collect(), done: vec![false; n] };
+        let mut queue = Queue { heap: BinaryHeap::new(), done: vec![false; n] };
+        let may_run = |unit: usize, queue: &mut Queue, holding: &mut [Holding]| {
+            queue.heap.push(Reverse((ranks[unit], key(unit), unit)));
+            for &input in &reads[unit] {
+                let of = &mut holding[input as usize];
+                of.ready += 1;
+                if of.ready == of.left && !of.kept {
+                    queue.heap.extend(of.units.iter().map(|&u| Reverse((Rank::EndsAValue, key(u), u))));
+                }
+            }
+        };
+        for unit in (0..n).filter(|&u| self.units[u].is_some() && waits_for[u] == 0) {
+            may_run(unit, &mut queue, &mut holding);
+        }
         let mut order = Vec::with_capacity(n);
         while let Some(unit) = queue.next() {
             order.push(unit);
-            for &input in &inputs[unit] {
-                readers[input as usize].left -= 1;
-                readers[input as usize].ready -= 1;
+            for &input in &reads[unit] {
+                holding[input as usize].left -= 1;
+                holding[input as usize].ready -= 1;
             }
             for &made in self.members(unit) {
-                for i in 0..readers[made as usize].units.len() {
-                    let user = readers[made as usize].units[i];
+                for &user in &readers[made as usize] {
                     waits_for[user] -= 1;
-                    if waits_for[user] > 0 {
-                        continue;
-                    }
-                    queue.heap.push(Reverse((ranks[user], key(user), user)));
-                    for &input in &inputs[user] {
-                        let of = &mut readers[input as usize];
-                        of.ready += 1;
-                        if of.ready == of.left && !of.kept {
-                            queue.heap.extend(of.units.iter().map(|&u| Reverse((Rank::EndsAValue, key(u), u))));
-                        }
+                    if waits_for[user] == 0 {
+                        may_run(user, &mut queue, &mut holding);
                     }
                 }
             }
