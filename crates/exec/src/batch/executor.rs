@@ -4,7 +4,7 @@ use super::inbox::{Drawn, Entering, Inbox, Shutdown, SubmitOptions, Ticket};
 use super::window::Window;
 use super::BatchStats;
 use crate::error::{Error, Result};
-use crate::run::{eval_group, in_group, message_of, refuse_while_recording, Request};
+use crate::run::{eval_group, in_group, message_of, refuse_while_recording, Request, TARGET};
 use crate::tensor::LazyTensor;
 use candle_core::Tensor;
 use parking_lot::Mutex;
@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
 use std::time::Instant;
+use tracing::{debug, debug_span, enabled, Level};
 
 /// How an executor batches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,9 +64,15 @@ const STACK: usize = 8 << 20;
 fn work(line: &Line, window: &Window) {
     while let Some(drawn) = line.draw(window) {
         let (begin, count) = (Instant::now(), drawn.len());
+        let span = debug_span!(target: TARGET, "batch", requests = count).entered();
         let merged = serve(drawn);
+        drop(span);
         line.ran(count, begin.elapsed());
         line.merged(merged);
+        if enabled!(target: TARGET, Level::DEBUG) {
+            let BatchStats { queued, cancelled, .. } = line.stats();
+            debug!(target: TARGET, queued, cancelled, merged_products = merged, "batch done");
+        }
     }
 }
 

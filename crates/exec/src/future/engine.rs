@@ -2,7 +2,7 @@
 
 use super::queue::{Queue, Task};
 use crate::error::{Error, Result};
-use crate::run::{eval_all, message_of};
+use crate::run::{eval_all, message_of, TARGET};
 use crate::tensor::LazyTensor;
 use candle_core::Tensor;
 use std::cell::Cell;
@@ -10,6 +10,7 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
+use tracing::{debug_span, trace};
 
 /// What is evaluated together.
 type Job = Vec<LazyTensor>;
@@ -55,6 +56,7 @@ fn run(job: Job) -> Outcome {
             INSIDE.set(self.0);
         }
     }
+    let _span = debug_span!(target: TARGET, "job", tensors = job.len()).entered();
     let _restore = Restore(INSIDE.replace(true));
     let evaluated = catch_unwind(AssertUnwindSafe(|| {
         let values = match job.as_slice() {
@@ -81,6 +83,7 @@ pub(super) struct Ticket(Arc<Task<Job, Outcome>>);
 
 /// Puts `job` at the end of the line. Where the system gives no thread for it, this thread evaluates it now.
 pub(super) fn submit(job: Job) -> std::result::Result<Ticket, Outcome> {
+    trace!(target: TARGET, tensors = job.len(), "submitted");
     match queue() {
         Some(queue) => Ok(Ticket(queue.submit(job))),
         None => Err(run(job)),

@@ -4,7 +4,7 @@ mod heads;
 
 use super::bind::Lent;
 use super::slots::{kernel_error, slot_tensor, with_views, SlotValue};
-use super::{candle, Engine};
+use super::{candle, Engine, TARGET};
 use crate::buffer::{granted, Buffer};
 use crate::error::{Error, Result};
 use crate::plan::{CandleReason, Memory, Output, Step, StepKind};
@@ -17,6 +17,7 @@ use candle_lazy_ops::row::{BinaryFn, RowProgram};
 use candle_lazy_ops::view::{SliceMut, Strided, View};
 use smallvec::SmallVec;
 use std::sync::Arc;
+use tracing::trace_span;
 
 struct Ctx<'a> {
     step: &'a Step,
@@ -85,6 +86,8 @@ pub(super) fn run_step(
     report: &mut EvalReport,
 ) -> Result<()> {
     let ctx = Ctx { step, number, bindings, memory, rows: None };
+    let (kernel, ops) = (step.kind.name(), &step.ops);
+    let _span = trace_span!(target: TARGET, "step", kernel, number, ops = ?ops).entered();
     match &step.kind {
         StepKind::View(op) => return view(&ctx, op, slots, report),
         StepKind::Candle { op, reason } => {

@@ -44,6 +44,7 @@ use std::cell::Cell;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tracing::{debug_span, field, trace_span};
 
 /// Evaluates all tensors as one plan and returns their values.
 ///
@@ -122,12 +123,14 @@ fn evaluate(tensors: &[&LazyTensor], options: &EvalOptions, as_tensors: As) -> R
         report.elapsed = start.elapsed();
         return Ok(report);
     }
+    let span = debug_span!(target: TARGET, "eval", nodes = field::Empty, cache_hit = field::Empty).entered();
     let roots: Vec<Arc<Node>> = tensors.iter().map(|t| t.node().clone()).collect();
     loop {
         #[allow(unused_mut)] // faults write it
         let Planned { plan, mut bindings, hit } = planned(&roots, options)?;
         report.nodes = bindings.pending;
         report.cache_hit = hit;
+        span.record("nodes", report.nodes).record("cache_hit", hit);
         #[cfg(feature = "testing")]
         stale::bind(&plan, hit, &mut bindings);
         report.passes.clone_from(&plan.passes);
@@ -187,6 +190,9 @@ struct Planned {
     hit: bool,
 }
 
+/// The target of this crate's spans and events: what a subscriber's filter names.
+pub(crate) const TARGET: &str = "candle_lazy";
+
 thread_local! {
     /// The memory of this thread's captures.
     static WORKSPACE: Cell<Option<Box<Workspace>>> = const { Cell::new(None) };
@@ -206,6 +212,7 @@ fn planned(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Planned> {
             return Ok(Planned { plan, bindings, hit: true });
         }
     }
+    let _span = debug_span!(target: TARGET, "compile", nodes = bindings.pending).entered();
     // two threads may make the same plan, and the first one stays
     let plan = Arc::new(lower::make_plan(&graph, &bindings, options)?);
     let plan = if options.cache { plan::keep(key, options, plan) } else { plan };
@@ -236,6 +243,7 @@ fn waiting<T>(
     options: &EvalOptions,
     mut capture: impl FnMut(&CaptureOptions<'_>) -> std::result::Result<T, CaptureFailure>,
 ) -> Result<T> {
+    let _span = trace_span!(target: TARGET, "capture").entered();
     let expand = |op: &candle_lazy_graph::Op, _, device: &candle_core::Device| lower::expands(op, device, options);
     loop {
         let seen = *LENT.lock();
@@ -366,6 +374,7 @@ fn execute(
         let error = Error::Budget { needed: memory.peak, budget };
         return Err(failure::located(plan, memory.largest, bindings, error));
     }
+    let _span = debug_span!(target: TARGET, "run", steps = plan.steps.len(), peak_bytes = memory.peak).entered();
     let _running = buffer::running(memory.peak);
     let mut lent = Lent::default();
     let Some(mut slots) = bind::leaves(plan, bindings, &mut lent)? else {

@@ -7,8 +7,8 @@ use super::{by_themselves, Company, Member};
 use crate::buffer::Buffer;
 use crate::error::{Error, Result};
 use crate::plan::{Output, Plan, SourceStep, Step, StepKind};
-use crate::run::kernel;
 use crate::run::slots::{kernel_error, with_views, SlotValue};
+use crate::run::{kernel, TARGET};
 use candle_core::DType;
 use candle_lazy_graph::{Dims, Sym};
 use candle_lazy_ops::fault;
@@ -17,6 +17,7 @@ use candle_lazy_ops::view::{Strided, View};
 use smallvec::SmallVec;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
+use tracing::trace_span;
 
 /// From so many rows of a member on, its product computes longer than it reads, and gathering gains nothing.
 const FEW: usize = 64;
@@ -147,7 +148,9 @@ pub(super) fn run(plan: &Plan, i: usize, members: Vec<Member>, merged: &Merged, 
             None => rest.push(member),
         }
     }
+    let span = trace_span!(target: TARGET, "merged product", number = i, requests = together.len()).entered();
     let outcome = super::contained(|| products(plan, i, &mut together));
+    drop(span);
     let mut all = by_themselves(plan, i..i + 1, rest, company);
     match outcome {
         Ok(()) => {

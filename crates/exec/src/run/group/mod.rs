@@ -13,6 +13,7 @@ use super::bind::{self, Lent};
 use super::slots::SlotValue;
 use super::{
     announce_returned, eval_direct, evaluate, failure, kernel, plan, planned, publish, tensor_of, values, As, Planned,
+    TARGET,
 };
 use crate::buffer;
 use crate::config::{self, EvalOptions};
@@ -29,6 +30,7 @@ use std::cell::Cell;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
+use tracing::debug_span;
 
 /// The tensors that one caller wants.
 pub(crate) type Request = Vec<LazyTensor>;
@@ -331,6 +333,7 @@ fn run_group(group: Vec<Ready>, company: &Company<'_>) {
 }
 
 fn run_members(plan: &Plan, group: Vec<Member>, held: u64, company: &Company<'_>) {
+    let _span = debug_span!(target: TARGET, "group", requests = group.len(), steps = plan.steps.len()).entered();
     let _running = buffer::running(held);
     let mut members = Vec::with_capacity(group.len());
     let mut taken = Vec::new();
