@@ -146,11 +146,13 @@ impl LazyTensor {
 
     #[track_caller]
     fn recorded(&self) -> Result<Recorded, String> {
-        if let Some(recorded) = self.recorded.get() {
+        // a node that was changed by hand since is recorded anew
+        if let Some(recorded) = self.recorded.get().filter(|recorded| read(&self.graph).holds(self.id, recorded)) {
             return Ok(recorded.clone());
         }
         let recorded = write(&self.graph).handle(self.id)?;
-        Ok(self.recorded.get_or_init(|| recorded).clone())
+        self.recorded.get_or_init(|| recorded.clone());
+        Ok(recorded)
     }
 
     /// Records `operation` on this handle and `others`, whose parts of other graphs are copied into this one.

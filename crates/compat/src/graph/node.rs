@@ -96,6 +96,8 @@ pub struct ComputationGraph {
     nodes: Vec<GraphNode>,
     /// The engine's node of each, as long as a handle holds it.
     recorded: Vec<Weak<Node>>,
+    /// Nodes that were handed out to be changed since what was recorded was last looked at.
+    changed: Vec<NodeId>,
 }
 
 impl std::fmt::Debug for ComputationGraph {
@@ -109,7 +111,7 @@ impl ComputationGraph {
     /// A graph without nodes.
     #[must_use]
     pub fn new(device: Device) -> Self {
-        Self { device, nodes: Vec::new(), recorded: Vec::new() }
+        Self { device, nodes: Vec::new(), recorded: Vec::new(), changed: Vec::new() }
     }
 
     /// The device of its tensors.
@@ -126,15 +128,48 @@ impl ComputationGraph {
         self.nodes.get(id.0).ok_or_else(|| missing(id))
     }
 
-    /// A node, to be changed. What was recorded of it is forgotten: the next evaluation reads the node.
+    /// A node, to be changed. What was recorded of it and of nodes that need it is forgotten: the next evaluation reads the nodes. Values
+    /// that are there stay.
     ///
     /// # Errors
     /// A text, where there is no such node.
     pub fn get_node_mut(&mut self, id: NodeId) -> Result<&mut GraphNode, String> {
-        if let Some(recorded) = self.recorded.get_mut(id.0) {
+        let node = self.nodes.get_mut(id.0).ok_or_else(|| missing(id))?;
+        self.changed.push(id);
+        Ok(node)
+    }
+
+    /// Forgets what was recorded of nodes that were changed, and of those that need them.
+    fn forget_changed(&mut self) {
+        if self.changed.is_empty() {
+            return;
+        }
+        let mut stale = vec![false; self.nodes.len()];
+        for id in self.changed.drain(..) {
+            if let Some(stale) = stale.get_mut(id.0) {
+                *stale = true;
+            }
+        }
+        // an input may come after what needs it, where somebody changed it to that
+        let mut more = true;
+        while more {
+            more = false;
+            for (at, node) in self.nodes.iter().enumerate() {
+                let of_stale = node.inputs.iter().any(|input| stale.get(input.0).is_some_and(|stale| *stale));
+                if let Some(stale) = stale.get_mut(at).filter(|stale| of_stale && !**stale) {
+                    (*stale, more) = (true, true);
+                }
+            }
+        }
+        for (recorded, _) in self.recorded.iter_mut().zip(stale).filter(|(_, stale)| *stale) {
             *recorded = Weak::new();
         }
-        self.nodes.get_mut(id.0).ok_or_else(|| missing(id))
+    }
+
+    /// Whether `handle` is what was recorded of the node.
+    pub(crate) fn holds(&self, id: NodeId, handle: &Recorded) -> bool {
+        let known = self.recorded.get(id.0);
+        self.changed.is_empty() && known.is_some_and(|known| std::ptr::eq(known.as_ptr(), std::sync::Arc::as_ptr(handle.node())))
     }
 
     /// Adds an input.
@@ -231,7 +266,8 @@ impl ComputationGraph {
                 (*a, *b) = (copy_of(*a), copy_of(*b));
             }
             node.id = NodeId(self.nodes.len());
-            last = self.push(node, recorded.clone());
+            let recorded = if other.changed.is_empty() { recorded.clone() } else { Weak::new() };
+            last = self.push(node, recorded);
             if let Some(copy) = copies.get_mut(old.0) {
                 *copy = Some(last);
             }
@@ -249,6 +285,7 @@ impl ComputationGraph {
     /// The engine's handle of a node: the one that somebody holds, else one recorded anew from the arena.
     #[track_caller]
     pub(crate) fn handle(&mut self, id: NodeId) -> Result<Recorded, String> {
+        self.forget_changed();
         let known = |graph: &Self, at: usize| graph.recorded.get(at).and_then(Weak::upgrade).map(Recorded::from_node);
         if let Some(handle) = known(self, id.0) {
             return Ok(handle);
@@ -287,6 +324,7 @@ impl ComputationGraph {
 
     /// Takes over the values that an evaluation made: of `id`, and of every node that somebody holds.
     pub(crate) fn fill(&mut self, id: NodeId, value: &Tensor) {
+        self.forget_changed();
         for (node, recorded) in self.nodes.iter_mut().zip(&self.recorded) {
             if node.data.is_available() {
                 continue;

@@ -143,6 +143,39 @@ fn a_node_that_is_missing_and_a_node_that_was_changed() {
     assert!(graph.read().unwrap().topological_order(y).unwrap_err().contains("Cycle"));
 }
 
+/// New numbers for a graph that was evaluated: its input is set, what was computed is emptied, and the handles are asked again.
+#[test]
+fn a_handle_reads_nodes_that_were_changed_since() {
+    let mut graph = ComputationGraph::new(Device::Cpu);
+    let x = graph.add_input(Tensor::new(&[1f32, 2.], CPU).unwrap());
+    let double = graph.add_node(Operation::MulScalar { value: 2. }, vec![x]).unwrap();
+    let six = graph.add_node(Operation::MulScalar { value: 3. }, vec![double]).unwrap();
+    let graph = Arc::new(RwLock::new(graph));
+    let handle = |id| LazyTensor::new(id, Arc::clone(&graph), Shape::from(2), DType::F32, Device::Cpu);
+    let (double_handle, six_handle) = (handle(double), handle(six));
+    assert_eq!(values(&double_handle.clone().eval().unwrap()), [2., 4.]);
+    assert_eq!(values(&six_handle.clone().eval().unwrap()), [6., 12.]);
+    {
+        let mut graph = graph.write().unwrap();
+        graph.get_node_mut(x).unwrap().data = NodeData::Concrete(Tensor::new(&[5f32, 7.], CPU).unwrap());
+        graph.get_node_mut(double).unwrap().data = NodeData::Lazy;
+        graph.get_node_mut(six).unwrap().data = NodeData::Lazy;
+    }
+    assert!(!six_handle.is_evaluated());
+    let twelve = six_handle.mul_scalar(2.).unwrap();
+    assert_eq!(values(&six_handle.clone().eval().unwrap()), [30., 42.]);
+    assert_eq!(values(&twelve.eval().unwrap()), [60., 84.]);
+    assert_eq!(values(&double_handle.clone().eval().unwrap()), [10., 14.]);
+    // what needs a changed node is read anew, even where only the operation in front of it changed
+    let later = double_handle.mul_scalar(10.).unwrap();
+    {
+        let mut graph = graph.write().unwrap();
+        let node = graph.get_node_mut(double).unwrap();
+        (node.operation, node.data) = (Operation::MulScalar { value: -1. }, NodeData::Lazy);
+    }
+    assert_eq!(values(&later.eval().unwrap()), [-50., -70.]);
+}
+
 #[test]
 fn names_shapes_and_dtypes_of_operations() {
     let ops = [
