@@ -47,6 +47,7 @@ ops! {
     rope: "rope";
     attention: "attention", "attention_backward";
     blocks: "block", "method";
+    calls_of_metal_candle: "v1";
     random_graphs: "random";
 }
 
@@ -61,7 +62,7 @@ fn every_op_of_the_table_is_covered_here() {
 fn every_op_of_the_enum_is_in_the_table() {
     // one name per variant, and per function where the variant has one
     let table: std::collections::BTreeSet<&str> = cases(Extent::Smoke).iter().map(|c| c.op.name()).collect();
-    for name in COVERED.iter().filter(|name| !["random", "block", "method"].contains(name)) {
+    for name in COVERED.iter().filter(|name| !["random", "block", "method", "v1"].contains(name)) {
         assert!(table.contains(name), "{name}");
     }
 }

@@ -4,7 +4,7 @@ use super::ops::softmax;
 use super::{Call, Dtypes};
 use candle_core::Tensor;
 use candle_lazy_compat::inference::{
-    apply_repetition_penalty, sample_token_with_metadata, KVCache, KVCacheConfig, SamplingStrategy,
+    apply_repetition_penalty, sample_token, sample_token_with_metadata, KVCache, KVCacheConfig, SamplingStrategy,
 };
 
 const PENALTY: f32 = 1.25;
@@ -18,6 +18,16 @@ fn penalized(x: &Tensor) -> candle_core::Result<Tensor> {
     let seen = Tensor::from_vec(seen, n, x.device())?;
     let lowered = x.ge(0.0)?.where_cond(&(x / f64::from(PENALTY))?, &(x * f64::from(PENALTY))?)?;
     seen.where_cond(&lowered, x)
+}
+
+/// The place of the last of the largest logits, as a number.
+fn likeliest(logits: &Tensor) -> candle_core::Result<Tensor> {
+    let values = logits.to_dtype(candle_core::DType::F64)?.to_vec1::<f64>()?;
+    let last = values
+        .iter()
+        .enumerate()
+        .fold((0, f64::NEG_INFINITY), |best, (at, &v)| if v >= best.1 { (at, v) } else { best });
+    Tensor::new(last.0 as f64, logits.device())?.to_dtype(logits.dtype())
 }
 
 const CACHE: &[&[usize]] = &[&[1, 2, 3, 4], &[1, 2, 3, 4], &[1, 2, 1, 4], &[1, 2, 1, 4]];
@@ -34,6 +44,24 @@ pub(super) const CALLS: &[Call] = &[
         },
         formula: |x| Ok((vec![penalized(&x[0])?], Vec::new())),
         roundings: 1.0,
+        gradients: false,
+    },
+    Call {
+        name: "sample_token(logits, Greedy, ids, 1.25)",
+        inputs: LOGITS,
+        dtypes: Dtypes::Floats,
+        ours: |x| {
+            let token = sample_token(&x[0], &SamplingStrategy::Greedy, &SEEN, PENALTY)?;
+            Ok(vec![Tensor::new(f64::from(token), x[0].device())?.to_dtype(x[0].dtype())?])
+        },
+        // narrow floats are penalised in f32
+        formula: |x| {
+            Ok((
+                vec![likeliest(&penalized(&x[0].to_dtype(candle_core::DType::F64)?)?)?.to_dtype(x[0].dtype())?],
+                Vec::new(),
+            ))
+        },
+        roundings: 0.0,
         gradients: false,
     },
     Call {

@@ -1,8 +1,11 @@
-//! `models`: rotary embedding, attention, feed-forward block, and the decoder with an adapter on every projection.
+//! `models`: rotary embedding, attention, feed-forward block, one layer, and the decoder with an adapter on every projection, its
+//! gradients and what a generator makes of it.
 
 use super::ops::{product, softmax};
 use super::{Call, Dtypes};
-use candle_core::{DType, Result, Tensor, D};
+use candle_core::{DType, Result, Tensor, Var, D};
+use candle_lazy_compat::inference::{Generator, GeneratorConfig};
+use candle_lazy_compat::models::qwen::QwenDecoderLayer;
 use candle_lazy_compat::models::transformer::{Attention, RotaryEmbedding, MLP};
 use candle_lazy_compat::models::{ModelConfig, Qwen};
 use candle_lazy_compat::training::{ApplyAdapter, LoRAAdapter, LoRAAdapterConfig, TargetModule};
@@ -177,50 +180,155 @@ fn ids(x: &Tensor) -> Result<Tensor> {
     Tensor::new(&[[1u32, 5, 2], [0, 3, 6]], x.device())
 }
 
-/// Logits with an adapter on every projection, or without one.
-fn decode(x: &[Tensor], with_adapter: bool) -> Compat<Vec<Tensor>> {
-    let mut model = Qwen::new(&config(), builder(QWEN, x))?;
-    if with_adapter {
-        let adapter_config = LoRAAdapterConfig {
-            rank: RANK,
-            alpha: (SCALING * RANK as f64) as f32,
-            dropout: 0.0,
-            target_modules: PROJECTIONS.to_vec(),
-        };
-        let adapter = LoRAAdapter::for_model(&config(), &adapter_config, x[0].device())?;
-        for (at, target) in PROJECTIONS.iter().enumerate() {
-            if let Some(layer) = adapter.get_layer(0, target) {
-                layer.lora_a().set(&x[QWEN.len() + 2 * at].detach())?;
-                layer.lora_b().set(&x[QWEN.len() + 2 * at + 1].detach())?;
-            }
+/// An adapter on every projection, with these factors.
+fn adapter(factors: &[Tensor]) -> Compat<LoRAAdapter> {
+    let adapter_config = LoRAAdapterConfig {
+        rank: RANK,
+        alpha: (SCALING * RANK as f64) as f32,
+        dropout: 0.0,
+        target_modules: PROJECTIONS.to_vec(),
+    };
+    let adapter = LoRAAdapter::for_model(&config(), &adapter_config, factors[0].device())?;
+    for (target, factors) in PROJECTIONS.iter().zip(factors.chunks_exact(2)) {
+        if let Some(layer) = adapter.get_layer(0, target) {
+            layer.lora_a().set(&factors[0].detach())?;
+            layer.lora_b().set(&factors[1].detach())?;
         }
-        model.apply_adapter(Arc::new(adapter))?;
     }
-    Ok(vec![model.forward(&ids(&x[0])?, Some(&bias(&x[0])?))?])
+    Ok(adapter)
 }
 
-/// The same with every adapter merged into its weight: W + (A·B)ᵀ·scaling.
-fn decoded(x: &[Tensor], with_adapter: bool) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
+/// The decoder, with an adapter on every projection or without one.
+fn model(x: &[Tensor], with_adapter: bool) -> Compat<Qwen> {
+    let mut model = Qwen::new(&config(), builder(QWEN, x))?;
+    if with_adapter {
+        model.apply_adapter(Arc::new(adapter(&x[QWEN.len()..])?))?;
+    }
+    Ok(model)
+}
+
+fn decode(x: &[Tensor], with_adapter: bool) -> Compat<Vec<Tensor>> {
+    Ok(vec![model(x, with_adapter)?.forward(&ids(&x[0])?, Some(&bias(&x[0])?))?])
+}
+
+fn normed(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    x.broadcast_div(&(x.sqr()?.mean_keepdim(D::Minus1)? + NORM_EPS)?.sqrt()?)?.broadcast_mul(w)
+}
+
+/// One layer on the residual stream, and the sizes of the terms of its last sum. `w` as in [`QWEN`], the embedding first; of `factors` every
+/// projection's are merged into its weight: W + (A·B)ᵀ·scaling.
+fn layer(xs: &Tensor, w: &[Tensor], factors: &[Tensor], mask: &Tensor) -> Result<(Tensor, Tensor)> {
     let weight = |at: usize, projection: usize| -> Result<Tensor> {
-        if !with_adapter {
-            return Ok(x[at].clone());
+        match factors.get(2 * projection..2 * projection + 2) {
+            Some(factors) => &w[at] + (factors[0].matmul(&factors[1])?.t()? * SCALING)?,
+            None => Ok(w[at].clone()),
         }
-        let from = QWEN.len() + 2 * projection;
-        &x[at] + (x[from].matmul(&x[from + 1])?.t()? * SCALING)?
     };
-    let normed = |x: &Tensor, w: &Tensor| {
-        x.broadcast_div(&(x.sqr()?.mean_keepdim(D::Minus1)? + NORM_EPS)?.sqrt()?)?.broadcast_mul(w)
-    };
-    let xs = x[0].contiguous()?.embedding(&ids(&x[0])?.flatten_all()?)?.reshape((2, 3, HIDDEN))?;
-    let h = normed(&xs, &x[1])?;
-    let project = |at: usize, projection: usize| linear(&h, &weight(at, projection)?)?.broadcast_add(&x[at + 1]);
-    let context = context(&project(2, 0)?, &project(4, 1)?, &project(6, 2)?, Some(&bias(&x[0])?))?;
-    let xs = (xs + linear(&context, &weight(8, 3)?)?)?;
-    let h = normed(&xs, &x[9])?;
+    let h = normed(xs, &w[1])?;
+    let project = |at: usize, projection: usize| linear(&h, &weight(at, projection)?)?.broadcast_add(&w[at + 1]);
+    let context = context(&project(2, 0)?, &project(4, 1)?, &project(6, 2)?, Some(mask))?;
+    let attended = linear(&context, &weight(8, 3)?)?;
+    let middle = (xs + &attended)?;
+    let h = normed(&middle, &w[9])?;
     let inner = (linear(&h, &weight(10, 4)?)?.silu()? * linear(&h, &weight(11, 5)?)?)?;
-    let xs = (xs + linear(&inner, &weight(12, 6)?)?)?;
+    let down = weight(12, 6)?;
+    let sizes = ((xs.abs()? + attended.abs()?)? + linear(&inner.abs()?, &down.abs()?)?)?;
+    Ok(((middle + linear(&inner, &down)?)?, sizes))
+}
+
+/// Logits for ids (b, s).
+fn logits(x: &[Tensor], with_adapter: bool, ids: &Tensor, mask: &Tensor) -> Result<(Tensor, Tensor)> {
+    let (b, s) = ids.dims2()?;
+    let xs = x[0].contiguous()?.embedding(&ids.flatten_all()?)?.reshape((b, s, HIDDEN))?;
+    let (xs, _) = layer(&xs, x, if with_adapter { &x[QWEN.len()..] } else { &[] }, mask)?;
     let h = normed(&xs, &x[13])?;
-    Ok((vec![linear(&h, &x[14])?], vec![linear(&h.abs()?, &x[14].abs()?)?]))
+    Ok((linear(&h, &x[14])?, linear(&h.abs()?, &x[14].abs()?)?))
+}
+
+fn decoded(x: &[Tensor], with_adapter: bool) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
+    let (value, magnitude) = logits(x, with_adapter, &ids(&x[0])?, &bias(&x[0])?)?;
+    Ok((vec![value], vec![magnitude]))
+}
+
+/// The gradients of Σlogits² in A and B of every projection, by Candle's tape over the formula. Those of an attention's scores are
+/// differences that can cancel: they are measured by the largest of their attention.
+fn adapters_gradients(x: &[Tensor]) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
+    let (weights, factors) = x.split_at(QWEN.len());
+    let vars = factors.iter().map(Var::from_tensor).collect::<Result<Vec<_>>>()?;
+    let all: Vec<Tensor> = weights.iter().chain(vars.iter().map(Var::as_tensor)).cloned().collect();
+    let store = logits(&all, true, &ids(&x[0])?, &bias(&x[0])?)?.0.sqr()?.sum_all()?.backward()?;
+    let none = || candle_core::Error::Msg("no gradient".into());
+    let gradients = vars.iter().map(|var| store.get(var).cloned().ok_or_else(none)).collect::<Result<Vec<_>>>()?;
+    let largest = gradients.iter().map(|gradient| gradient.abs()?.max_all()).collect::<Result<Vec<_>>>()?;
+    let attention = Tensor::stack(&largest[..8], 0)?.max(0)?;
+    let mut sizes = Vec::new();
+    for (at, gradient) in gradients.iter().enumerate() {
+        let size = if at < 8 { &attention } else { &largest[at] };
+        sizes.push(size.broadcast_as(gradient.shape())?);
+    }
+    Ok((gradients, sizes))
+}
+
+const PROMPT: [u32; 2] = [1, 5];
+
+/// The tokens of a text that takes the likeliest one three times, as numbers.
+fn continued(x: &[Tensor]) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
+    let mut text = PROMPT.to_vec();
+    for _ in 0..3 {
+        let s = text.len();
+        let causal = (0..s * s).map(|at| if at % s > at / s { f32::NEG_INFINITY } else { 0.0 }).collect();
+        let mask = Tensor::from_vec(causal, (1, 1, s, s), x[0].device())?;
+        let ids = Tensor::new(text.as_slice(), x[0].device())?.unsqueeze(0)?;
+        let last = logits(x, true, &ids, &mask)?.0.get(0)?.get(s - 1)?;
+        text.push(last.argmax(0)?.to_scalar::<u32>()?);
+    }
+    Ok((vec![Tensor::new(text.as_slice(), x[0].device())?.to_dtype(x[0].dtype())?], Vec::new()))
+}
+
+/// The stream (2, 3, hidden), then as [`QWEN_INPUTS`] without the last norm and the output projection.
+const LAYER_WITH_ADAPTER_INPUTS: &[&[usize]] = &[
+    &[2, 3, HIDDEN],
+    &[HIDDEN],
+    &[HIDDEN, HIDDEN],
+    &[HIDDEN],
+    &[HEAD_DIM, HIDDEN],
+    &[HEAD_DIM],
+    &[HEAD_DIM, HIDDEN],
+    &[HEAD_DIM],
+    &[HIDDEN, HIDDEN],
+    &[HIDDEN],
+    &[FFN, HIDDEN],
+    &[FFN, HIDDEN],
+    &[HIDDEN, FFN],
+    &[HIDDEN, RANK],
+    &[RANK, HIDDEN],
+    &[HIDDEN, RANK],
+    &[RANK, HEAD_DIM],
+    &[HIDDEN, RANK],
+    &[RANK, HEAD_DIM],
+    &[HIDDEN, RANK],
+    &[RANK, HIDDEN],
+    &[HIDDEN, RANK],
+    &[RANK, FFN],
+    &[HIDDEN, RANK],
+    &[RANK, FFN],
+    &[FFN, RANK],
+    &[RANK, HIDDEN],
+];
+/// The same without an adapter.
+const LAYER_INPUTS: &[&[usize]] = LAYER_WITH_ADAPTER_INPUTS.split_at(13).0;
+
+fn run_layer(x: &[Tensor], adapter: Option<&LoRAAdapter>) -> Compat<Vec<Tensor>> {
+    let names: Vec<&str> =
+        QWEN[1..LAYER_INPUTS.len()].iter().filter_map(|name| name.strip_prefix("model.layers.0.")).collect();
+    let vb = builder(&names, &x[1..LAYER_INPUTS.len()]);
+    let layer = QwenDecoderLayer::new(&config(), 0, &vb)?;
+    Ok(vec![layer.forward(&x[0], Some(&bias(&x[0])?), adapter)?])
+}
+
+fn layer_formula(x: &[Tensor]) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
+    let (value, sizes) = layer(&x[0], x, &x[LAYER_INPUTS.len()..], &bias(&x[0])?)?;
+    Ok((vec![value], vec![sizes]))
 }
 
 pub(super) const CALLS: &[Call] = &[
@@ -285,6 +393,54 @@ pub(super) const CALLS: &[Call] = &[
         ours: |x| decode(x, true),
         formula: |x| decoded(x, true),
         roundings: 16.0,
+        gradients: false,
+    },
+    Call {
+        name: "Qwen's gradients of A and B of all seven projections",
+        inputs: QWEN_INPUTS,
+        dtypes: Dtypes::F32,
+        ours: |x| {
+            let adapter = Arc::new(adapter(&x[QWEN.len()..])?);
+            let mut model = Qwen::new(&config(), builder(QWEN, x))?;
+            model.apply_adapter(adapter.clone())?;
+            let store = model.forward(&ids(&x[0])?, Some(&bias(&x[0])?))?.sqr()?.sum_all()?.backward()?;
+            let none = || candle_core::Error::Msg("no gradient".into());
+            let variables = adapter.layers().flat_map(|(_, layer)| layer.trainable_variables());
+            variables.map(|var| Ok(store.get(var).cloned().ok_or_else(none)?)).collect()
+        },
+        formula: adapters_gradients,
+        roundings: 32.0,
+        gradients: false,
+    },
+    Call {
+        name: "QwenDecoderLayer::forward(x, Some(mask), None)",
+        inputs: LAYER_INPUTS,
+        dtypes: Dtypes::F32,
+        ours: |x| run_layer(x, None),
+        formula: layer_formula,
+        roundings: 16.0,
+        gradients: true,
+    },
+    Call {
+        name: "QwenDecoderLayer::forward(x, Some(mask), Some(adapter))",
+        inputs: LAYER_WITH_ADAPTER_INPUTS,
+        dtypes: Dtypes::F32,
+        ours: |x| run_layer(x, Some(&adapter(&x[LAYER_INPUTS.len()..])?)),
+        formula: layer_formula,
+        roundings: 16.0,
+        gradients: false,
+    },
+    Call {
+        name: "Generator::generate(prompt), greedy, with an adapter: the tokens",
+        inputs: QWEN_INPUTS,
+        dtypes: Dtypes::F32,
+        ours: |x| {
+            let config = GeneratorConfig { max_tokens: 3, ..GeneratorConfig::default() };
+            let text = Generator::new(Box::new(model(x, true)?), config)?.generate(&PROMPT)?;
+            Ok(vec![Tensor::new(text, x[0].device())?.to_dtype(DType::F32)?])
+        },
+        formula: continued,
+        roundings: 0.0,
         gradients: false,
     },
 ];

@@ -1,12 +1,12 @@
-//! `training`: low-rank layers, losses, the optimiser's step.
+//! `training`: low-rank layers, losses, the optimiser's step, schedules, and a step of the training loop.
 
 use super::ops::{lora, product, LOW_RANK, SCALING};
 use super::{Call, Dtypes};
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor, Var};
 use candle_lazy_compat::graph::LazyTensor;
 use candle_lazy_compat::training::{
-    cross_entropy_loss, cross_entropy_loss_with_smoothing, AdamW, AdamWConfig, LoRAAdapter, LoRAAdapterConfig,
-    LoRAConfig, LoRALayer, TargetModule,
+    cross_entropy_loss, cross_entropy_loss_with_smoothing, AdamW, AdamWConfig, LRScheduler, LoRAAdapter,
+    LoRAAdapterConfig, LoRAConfig, LoRALayer, TargetModule, Trainer, TrainingConfig, TrainingStep,
 };
 use candle_lazy_compat::Result as Compat;
 
@@ -58,6 +58,79 @@ fn entropy(x: &Tensor) -> Result<Tensor> {
 
 fn adamw_config() -> AdamWConfig {
     AdamWConfig { learning_rate: 0.1, beta1: 0.75, beta2: 0.875, epsilon: 0.015625, weight_decay: 0.25 }
+}
+
+/// Targets (2, 3) below eight classes; the highest number stands for what is ignored.
+fn step_targets(x: &Tensor) -> Result<Tensor> {
+    Tensor::new(&[[0u32, 7, u32::MAX], [2, 5, 1]], x.device())
+}
+
+/// The largest norm of the gradients in [`Trainer::train`]: smaller than theirs.
+const MAX_NORM: f32 = 0.0625;
+
+/// What the adapter's layer gives is taken for logits: their loss, and A and B after one step of AdamW.
+fn stepped(x: &[Tensor], max_norm: Option<f64>) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
+    let (a, b) = (Var::from_tensor(&x[1])?, Var::from_tensor(&x[2])?);
+    let logits = &lora(&[x[0].clone(), a.as_tensor().clone(), b.as_tensor().clone()])?.0[0];
+    let chosen = [(0, 0, 0), (0, 1, 7), (1, 0, 2), (1, 1, 5), (1, 2, 1)];
+    let all = nll(logits)?;
+    let terms = chosen.iter().map(|&(b, s, c)| all.get(b)?.get(s)?.get(c)).collect::<Result<Vec<_>>>()?;
+    let loss = Tensor::stack(&terms, 0)?.mean_all()?;
+    let store = loss.backward()?;
+    let of = |var: &Var| store.get(var).cloned().ok_or_else(|| candle_core::Error::Msg("no gradient".into()));
+    let mut gradients = vec![of(&a)?, of(&b)?];
+    if let Some(max_norm) = max_norm {
+        let mut sum = 0.0;
+        for gradient in &gradients {
+            sum += gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
+        }
+        let scale = max_norm / (sum.sqrt() + 1e-6);
+        gradients = gradients.iter().map(|gradient| gradient * scale).collect::<Result<_>>()?;
+    }
+    let c = adamw_config();
+    let (lr, decay) = (f64::from(c.learning_rate), f64::from(c.weight_decay));
+    let (mut values, mut sizes) = (vec![loss.detach()], vec![loss.detach()]);
+    for (value, gradient) in x[1..].iter().zip(&gradients) {
+        // at the first step the corrected means are g and g²
+        let step = (gradient.div(&(gradient.abs()? + f64::from(c.epsilon))?)? * lr)?;
+        values.push(((value * (1.0 - lr * decay))? - &step)?);
+        // the quotient multiplies the gradient's error by up to 1/ε
+        sizes.push(((value.abs()? + step.abs()?)? + lr)?);
+    }
+    Ok((values, sizes))
+}
+
+/// The loss, and the adapter's variables.
+fn after(loss: f32, adapter: &LoRAAdapter) -> Compat<Vec<Tensor>> {
+    let mut all = Vec::new();
+    for (_, layer) in adapter.layers() {
+        all.push(Tensor::new(loss, layer.lora_a().device())?);
+        all.extend([layer.lora_a().as_detached_tensor(), layer.lora_b().as_detached_tensor()]);
+    }
+    Ok(all)
+}
+
+fn logits_of(adapter: &LoRAAdapter, x: &Tensor) -> Compat<Tensor> {
+    let logits = adapter.forward(0, &TargetModule::DownProj, x)?;
+    Ok(logits.ok_or_else(|| candle_core::Error::Msg("the layer is missing".into()))?)
+}
+
+const SCHEDULES: [LRScheduler; 4] = [
+    LRScheduler::constant(0.5),
+    LRScheduler::linear(4, 0.5),
+    LRScheduler::cosine(6, 0.5, 0.125),
+    LRScheduler::warmup_cosine(3, 7, 0.5, 0.125),
+];
+
+/// The rates of [`SCHEDULES`] at the steps 0 to 8, by v1's formulas.
+fn rates() -> Vec<f64> {
+    let cosine = |done: f64| 0.125 + (0.5 - 0.125) * 0.5 * (1.0 + (std::f64::consts::PI * done.min(1.0)).cos());
+    let mut all = vec![0.5; 9];
+    let steps = || (0..9).map(f64::from);
+    all.extend(steps().map(|step| 0.5 * (step / 4.0).min(1.0)));
+    all.extend(steps().map(|step| cosine(step / 6.0)));
+    all.extend(steps().map(|step| if step < 3.0 { 0.5 * step / 3.0 } else { cosine((step - 3.0) / 4.0) }));
+    all
 }
 
 const LOGITS: &[&[usize]] = &[&[2, 3, 5]];
@@ -209,6 +282,54 @@ pub(super) const CALLS: &[Call] = &[
             Ok((vec![((&x[0] * kept)? - &step)?], vec![(x[0].abs()? + step.abs()?)?]))
         },
         roundings: 6.0,
+        gradients: false,
+    },
+    Call {
+        name: "TrainingStep::execute: the loss, A and B",
+        inputs: DOWN,
+        dtypes: Dtypes::F32,
+        ours: |x| {
+            let (adapter, mut optimizer) = (adapter(&x[1], &x[2])?, AdamW::new(adamw_config())?);
+            let (rate, targets) = (adamw_config().learning_rate, step_targets(&x[0])?);
+            let done = TrainingStep::new()
+                .execute(&x[0], &targets, &adapter, &mut optimizer, rate, |x| logits_of(&adapter, x))?;
+            after(done.loss, &adapter)
+        },
+        formula: |x| stepped(x, None),
+        roundings: 12.0,
+        gradients: false,
+    },
+    Call {
+        name: "Trainer::train, one step of clipped gradients: the loss, A and B",
+        inputs: DOWN,
+        dtypes: Dtypes::F32,
+        ours: |x| {
+            let config = TrainingConfig {
+                num_epochs: 1,
+                lr_scheduler: LRScheduler::constant(adamw_config().learning_rate),
+                optimizer_config: adamw_config(),
+                max_grad_norm: Some(MAX_NORM),
+            };
+            let adapter = adapter(&x[1], &x[2])?;
+            let mut trainer = Trainer::new(8, 12, 1, adapter.config(), config, x[0].device())?;
+            *trainer.lora_adapter_mut() = adapter.clone();
+            let done = trainer.train(&[(x[0].clone(), step_targets(&x[0])?)], |x: &Tensor| logits_of(&adapter, x))?;
+            after(done.iter().map(|metrics| metrics.loss).sum(), trainer.lora_adapter())
+        },
+        formula: |x| stepped(x, Some(f64::from(MAX_NORM))),
+        roundings: 12.0,
+        gradients: false,
+    },
+    Call {
+        name: "LRScheduler::get_lr, all four",
+        inputs: &[&[1]],
+        dtypes: Dtypes::F32,
+        ours: |x| {
+            let rates = SCHEDULES.iter().flat_map(|schedule| (0..9).map(|step| schedule.get_lr(step)));
+            Ok(vec![Tensor::from_iter(rates, x[0].device())?])
+        },
+        formula: |x| Ok((vec![Tensor::from_iter(rates(), x[0].device())?.to_dtype(x[0].dtype())?], Vec::new())),
+        roundings: 1.0,
         gradients: false,
     },
 ];
