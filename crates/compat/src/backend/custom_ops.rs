@@ -209,6 +209,7 @@ impl CustomOp1 for LayerNormOp {
 ///
 /// # Errors
 /// For a scalar, or a dtype that is not a float.
+#[track_caller]
 pub fn layer_norm(tensor: &Tensor, eps: f64) -> Result<Tensor> {
     crate::eager::layer_norm(tensor, eps)
 }

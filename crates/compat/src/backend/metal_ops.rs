@@ -33,16 +33,19 @@ fn named(op: &str, result: CandleResult<Tensor>) -> Result<Tensor, TrainingError
 }
 
 impl CustomMetalOps for Tensor {
+    #[track_caller]
     fn lora_forward_fused(&self, lora_a: &Tensor, lora_b: &Tensor, scaling: f32) -> Result<Tensor, TrainingError> {
         named("lora_forward_fused", eager::lora(self, lora_a, lora_b, scaling))
     }
 
+    #[track_caller]
     fn softmax_fused(&self) -> Result<Tensor, TrainingError> {
         let last = self.rank().checked_sub(1);
         let last = last.ok_or_else(|| TrainingError::failed("softmax_fused: a scalar has no dim to sum over"))?;
         named("softmax_fused", eager::softmax(self, last))
     }
 
+    #[track_caller]
     fn rms_norm_fused(&self, eps: f32) -> Result<Tensor, TrainingError> {
         named("rms_norm_fused", eager::rms_norm(self, f64::from(eps)))
     }

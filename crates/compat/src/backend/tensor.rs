@@ -25,14 +25,17 @@ pub trait TensorExt {
 }
 
 impl TensorExt for Tensor {
+    #[track_caller]
     fn softmax_stable(&self) -> Result<Tensor> {
         eager::softmax(self, candle_core::shape::Dim::to_index(&D::Minus1, self.shape(), "softmax_stable")?)
     }
 
+    #[track_caller]
     fn layer_norm(&self, eps: f64) -> Result<Tensor> {
         eager::layer_norm(self, eps)
     }
 
+    #[track_caller]
     fn rms_norm(&self, eps: f64) -> Result<Tensor> {
         eager::rms_norm(self, eps)
     }

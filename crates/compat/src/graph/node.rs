@@ -169,7 +169,8 @@ impl ComputationGraph {
     /// Whether `handle` is what was recorded of the node.
     pub(crate) fn holds(&self, id: NodeId, handle: &Recorded) -> bool {
         let known = self.recorded.get(id.0);
-        self.changed.is_empty() && known.is_some_and(|known| std::ptr::eq(known.as_ptr(), std::sync::Arc::as_ptr(handle.node())))
+        self.changed.is_empty()
+            && known.is_some_and(|known| std::ptr::eq(known.as_ptr(), std::sync::Arc::as_ptr(handle.node())))
     }
 
     /// Adds an input.

@@ -106,6 +106,23 @@ fn bad_input_is_an_error() {
     assert!(ids.softmax_stable().is_err() && ids.rms_norm(1e-5).is_err());
 }
 
+/// The first line of an error names the caller's line; a backtrace may follow, where the environment asks for one.
+#[track_caller]
+fn assert_names(result: Result<Tensor, impl std::fmt::Display>, what: &str, line: u32) {
+    let error = result.unwrap_err().to_string();
+    let first = error.lines().next().unwrap_or_default();
+    let place = format!("{}:{line}:", file!());
+    assert!(first.contains(what) && first.contains(&place), "{place} in: {first}");
+}
+
+#[test]
+fn an_error_names_the_callers_line() {
+    let ids = Tensor::new(&[[1u32, 2]], &CandleDevice::Cpu).unwrap();
+    assert_names(ids.softmax_stable(), "softmax", line!());
+    assert_names(TensorExt::rms_norm(&ids, 1e-5), "rms_norm", line!());
+    assert_names(TensorExt::layer_norm(&ids, 1e-5), "layer_norm", line!());
+}
+
 #[test]
 fn words_of_the_errors() {
     let said = [
@@ -154,6 +171,15 @@ mod fused {
         assert_close(&x.rms_norm_fused(1e-5).unwrap(), &rows(&xs, 8, |r| rms_norm(r, 1e-5)));
         let error = x.lora_forward_fused(&tb, &ta, 0.5).unwrap_err();
         assert!(matches!(error, TrainingError::Failed { .. }), "{error}");
+    }
+
+    #[test]
+    fn an_error_of_a_fused_method_names_the_callers_line() {
+        let ids = Tensor::new(&[[1u32, 2]], &CandleDevice::Cpu).unwrap();
+        assert_names(ids.softmax_fused(), "softmax", line!());
+        assert_names(ids.rms_norm_fused(1e-5), "rms_norm", line!());
+        assert_names(ids.lora_forward_fused(&ids, &ids, 1.0), "lora", line!());
+        assert_names(metal_candle::backend::layer_norm(&ids, 1e-5), "layer_norm", line!());
     }
 
     #[test]
