@@ -227,10 +227,14 @@ fn the_executor_broadcasts_and_says_what_is_missing() {
 #[tokio::test]
 async fn asynchronous_code_gets_the_same_values() {
     use metal_candle::graph::AsyncGraphExecutor;
+    // as a task of a runtime with several threads would have to be
+    fn sent<T: Send>(future: T) -> T {
+        future
+    }
     let double = line(&[1., 2.]).mul_scalar(2.).unwrap();
-    assert_eq!(values(&double.eval_async().await.unwrap()), [2., 4.]);
+    assert_eq!(values(&sent(double.eval_async()).await.unwrap()), [2., 4.]);
     let mut executor = AsyncGraphExecutor::new(metal_candle::Device::new_cpu());
     let six = double.mul_scalar(3.).unwrap();
-    assert_eq!(values(&executor.execute_tensor(&six).await.unwrap()), [6., 12.]);
+    assert_eq!(values(&sent(executor.execute_tensor(&six)).await.unwrap()), [6., 12.]);
     assert!(format!("{:?}", executor.sync_executor()).contains("AsyncExecutor"));
 }
