@@ -4,6 +4,9 @@ use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::LocalKey;
 
+/// The target of this crate's spans and events: what a subscriber's filter names.
+pub(crate) const TARGET: &str = "candle_lazy";
+
 /// How a graph is evaluated. The default is what users want; the rest exists for tests, `verify` and bisection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EvalOptions {

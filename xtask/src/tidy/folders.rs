@@ -59,6 +59,8 @@ const ALLOWED: &[(&str, &str, What)] = &[
         What::Only(&["eval_all", "eval_group", "in_group", "message_of", "refuse_while_recording", "Request"]),
     ),
     ("batch", "tensor", What::Only(&["LazyTensor"])),
+    // of its spans
+    ("batch", "config", What::Only(&["TARGET"])),
     // a job that was submitted
     ("batch", "future", What::Only(&["task"])),
     ("future", "run", What::Only(&["eval_all", "message_of", "refuse_while_recording"])),

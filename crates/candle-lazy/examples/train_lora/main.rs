@@ -83,7 +83,7 @@ pub(crate) struct Arguments {
     #[arg(long, default_value_t = 0.0)]
     dropout: f64,
     /// Steps.
-    #[arg(long, default_value_t = 60)]
+    #[arg(long, default_value_t = 80)]
     steps: u64,
     /// Rows per batch.
     #[arg(long, default_value_t = 4)]
@@ -98,7 +98,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     pack: bool,
     /// The largest learning rate; it rises over the first tenth of the steps and falls by a cosine after that.
-    #[arg(long, default_value_t = 5e-4)]
+    #[arg(long, default_value_t = 7e-4)]
     lr: f64,
     /// The decay of the factors.
     #[arg(long, default_value_t = 0.0)]

@@ -3,8 +3,9 @@
 use super::inbox::{Drawn, Entering, Inbox, Shutdown, SubmitOptions, Ticket};
 use super::window::Window;
 use super::BatchStats;
+use crate::config::TARGET;
 use crate::error::{Error, Result};
-use crate::run::{eval_group, in_group, message_of, refuse_while_recording, Request, TARGET};
+use crate::run::{eval_group, in_group, message_of, refuse_while_recording, Request};
 use crate::tensor::LazyTensor;
 use candle_core::Tensor;
 use parking_lot::Mutex;

@@ -1,8 +1,9 @@
 //! The thread that runs what waits, and those that run it instead.
 
 use super::queue::{Queue, Task};
+use crate::config::TARGET;
 use crate::error::{Error, Result};
-use crate::run::{eval_all, message_of, TARGET};
+use crate::run::{eval_all, message_of};
 use crate::tensor::LazyTensor;
 use candle_core::Tensor;
 use std::cell::Cell;

@@ -4,8 +4,9 @@ mod heads;
 
 use super::bind::Lent;
 use super::slots::{kernel_error, slot_tensor, with_views, SlotValue};
-use super::{candle, Engine, TARGET};
+use super::{candle, Engine};
 use crate::buffer::{granted, Buffer};
+use crate::config::TARGET;
 use crate::error::{Error, Result};
 use crate::plan::{CandleReason, Memory, Output, Step, StepKind};
 use crate::report::EvalReport;

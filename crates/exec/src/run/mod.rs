@@ -25,6 +25,7 @@ pub use inspect::{first_nan, first_nonfinite, NonFinite};
 pub(crate) use trace::{refuse_while_recording, Trace};
 
 use crate::buffer::{self, BufferValue};
+use crate::config::TARGET;
 use crate::config::{self, EvalOptions};
 use crate::error::{Error, Result};
 use crate::lower;
@@ -189,9 +190,6 @@ struct Planned {
     /// Whether the plan was cached.
     hit: bool,
 }
-
-/// The target of this crate's spans and events: what a subscriber's filter names.
-pub(crate) const TARGET: &str = "candle_lazy";
 
 thread_local! {
     /// The memory of this thread's captures.

@@ -5,10 +5,11 @@
 
 use super::{by_themselves, Company, Member};
 use crate::buffer::Buffer;
+use crate::config::TARGET;
 use crate::error::{Error, Result};
 use crate::plan::{Output, Plan, SourceStep, Step, StepKind};
+use crate::run::kernel;
 use crate::run::slots::{kernel_error, with_views, SlotValue};
-use crate::run::{kernel, TARGET};
 use candle_core::DType;
 use candle_lazy_graph::{Dims, Sym};
 use candle_lazy_ops::fault;

@@ -13,9 +13,9 @@ use super::bind::{self, Lent};
 use super::slots::SlotValue;
 use super::{
     announce_returned, eval_direct, evaluate, failure, kernel, plan, planned, publish, tensor_of, values, As, Planned,
-    TARGET,
 };
 use crate::buffer;
+use crate::config::TARGET;
 use crate::config::{self, EvalOptions};
 use crate::error::{Error, Result};
 use crate::plan::{Memory, Plan};
