@@ -85,3 +85,26 @@ fn a_deadline_ends_a_text_that_runs() {
     let served = service.submit(request.max_new_tokens(1), &SubmitOptions::default()).unwrap().wait().unwrap();
     assert_eq!(served.tokens.len(), 1);
 }
+
+#[test]
+fn a_deadline_ends_a_text_that_waits_for_a_cache() {
+    let options = GenerationOptions { cache_positions: 1024, ..GenerationOptions::default() };
+    let service = GenerationService::new(model(), options).unwrap();
+    // its cache is all that there is, and a thousand steps take longer than the deadline of the other
+    let request = GenerationRequest::new(vec![1]).max_new_tokens(1000);
+    let mut runs = service.submit(request.clone(), &SubmitOptions::default()).unwrap();
+    runs.wait_pieces().next().unwrap().unwrap();
+    let deadline = Some(std::time::Instant::now() + std::time::Duration::from_millis(5));
+    let late = service.submit(request, &SubmitOptions { deadline, ..SubmitOptions::default() }).unwrap();
+    let error = futures::executor::block_on(late.complete()).unwrap_err();
+    assert!(matches!(&error, Error::Exec(error) if matches!(**error, candle_lazy_exec::Error::Queue(_))), "{error}");
+    let stats = service.stats();
+    assert_eq!((stats.running, stats.queued, stats.completed, stats.failed), (1, 0, 0, 1));
+    drop(runs);
+    // who goes away while it waits is forgotten too
+    let runs = service.submit(GenerationRequest::new(vec![1]).max_new_tokens(1000), &SubmitOptions::default()).unwrap();
+    drop(service.submit(GenerationRequest::new(vec![1]).max_new_tokens(1000), &SubmitOptions::default()).unwrap());
+    drop(runs);
+    let served = service.submit(GenerationRequest::new(vec![1]).max_new_tokens(1), &SubmitOptions::default()).unwrap();
+    assert_eq!(served.wait().unwrap().tokens.len(), 1);
+}

@@ -74,10 +74,8 @@ impl<'v> Work<'v> {
                 self.waiting.push_back((request, job));
             }
         }
+        self.late();
         while let Some((request, job)) = self.waiting.pop_front() {
-            if request.is_cancelled() {
-                continue;
-            }
             match self.cache(job.capacity) {
                 Ok(Some(cache)) => {
                     self.shared.counters.began(request.waited());
@@ -97,6 +95,24 @@ impl<'v> Work<'v> {
         }
         self.shared.counters.held(self.waiting.len());
         true
+    }
+
+    /// Ends requests that wait for a cache and that nobody waits for any more, or that are too late.
+    fn late(&mut self) {
+        let now = Instant::now();
+        let late = |job: &Job| job.deadline.is_some_and(|deadline| deadline <= now);
+        let leaves = |(request, job): &(Request, Job)| request.is_cancelled() || late(job);
+        if !self.waiting.iter().any(leaves) {
+            return;
+        }
+        let (gone, stay) = self.waiting.drain(..).partition::<VecDeque<_>, _>(leaves);
+        self.waiting = stay;
+        // before anybody is told: who looks then finds it so
+        self.shared.counters.held(self.waiting.len());
+        for (request, _) in gone {
+            // where nobody waits, nobody is told
+            request.finish(Err(candle_lazy_exec::Error::Queue(QueueError::Deadline)));
+        }
     }
 
     /// A cache of so many positions, if there is room for one beside those in use.
@@ -131,7 +147,8 @@ impl<'v> Work<'v> {
             match slot.leaves(now) {
                 Some(Leave::Cancelled) => self.end(at, Err(Error::service(NAME, "nobody waits")), End::Unwanted),
                 Some(Leave::TooLate) => {
-                    self.end(at, Err(Error::service(NAME, "the deadline passed while the text ran")), End::Failed);
+                    let error = Error::Deadline { service: NAME, tokens: slot.new_tokens() };
+                    self.end(at, Err(error), End::Failed);
                 }
                 None => {
                     if let Some(reason) = slot.full() {
