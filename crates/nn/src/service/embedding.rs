@@ -293,29 +293,24 @@ impl Work {
             return;
         }
         let ids: Vec<&[u32]> = alive.iter().map(|text| text.ids.as_slice()).collect();
-        match self.embed(&ids) {
-            Ok(rows) => {
-                for (text, row) in alive.iter().zip(rows) {
-                    self.answer(text, self.judged(text, row), requests);
-                }
-            }
+        let rows: Vec<Result<Vec<f32>>> = match self.embed(&ids) {
+            Ok(rows) => rows.into_iter().map(Ok).collect(),
             // whose fault it is shows when each is computed alone
             Err(_) if alive.len() > 1 => {
-                for text in &alive {
-                    let row = self.embed(&[text.ids.as_slice()]).and_then(|rows| {
-                        rows.into_iter().next().ok_or_else(|| Error::service(NAME, "a text without a vector"))
-                    });
-                    self.answer(text, row.and_then(|row| self.judged(text, row)), requests);
-                }
+                let alone = |text: &&Text| {
+                    let rows = self.embed(&[text.ids.as_slice()])?;
+                    rows.into_iter().next().ok_or_else(|| Error::service(NAME, "a text without a vector"))
+                };
+                alive.iter().map(alone).collect()
             }
-            Err(error) => {
-                if let Some(text) = alive.first() {
-                    self.answer(text, Err(error), requests);
-                }
-            }
-        }
+            Err(error) => vec![Err(error)],
+        };
+        // before anybody is told: who looks then finds it so
         let tokens = alive.iter().map(|text| text.ids.len()).sum();
         self.counters.step(alive.len(), tokens, 0, began.elapsed());
+        for (text, row) in alive.iter().zip(rows) {
+            self.answer(text, row.and_then(|row| self.judged(text, row)), requests);
+        }
     }
 
     fn embed(&self, ids: &[&[u32]]) -> Result<Vec<Vec<f32>>> {

@@ -88,7 +88,7 @@ pub struct ServiceStats {
     pub tokens_in: u64,
     /// Tokens that were generated.
     pub tokens_out: u64,
-    /// Requests per evaluation.
+    /// Texts per evaluation.
     pub batch: Histogram,
     /// Seconds from the submission of a request to the beginning of its work.
     pub wait: Histogram,
@@ -96,7 +96,7 @@ pub struct ServiceStats {
     pub run: Histogram,
     /// Seconds from the submission of a generation to its first token; nothing of embeddings.
     pub first_token: Histogram,
-    /// Seconds of each evaluation, with all that is done before and after it.
+    /// Seconds of each evaluation, with what is done before and after it.
     pub step: Histogram,
 }
 
