@@ -23,6 +23,8 @@ mod metrics;
 #[path = "../shared/mod.rs"]
 pub(crate) mod shared;
 mod texts;
+#[path = "../shared/timeline.rs"]
+mod timeline;
 
 use app::{App, Limits};
 use candle_core::{DType, Device};
@@ -78,6 +80,9 @@ pub(crate) struct Arguments {
     /// Seconds that answers get to be finished after Ctrl-C or SIGTERM.
     #[arg(long, default_value_t = 30.0, value_parser = seconds)]
     grace: f64,
+    /// A file for the timeline of batches, evaluations and their steps, which ui.perfetto.dev and chrome://tracing open.
+    #[arg(long)]
+    timeline: Option<PathBuf>,
 }
 
 fn adapter(argument: &str) -> Result<(String, PathBuf), String> {
@@ -102,6 +107,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
+    let _timeline = arguments.timeline.as_deref().map(timeline::begin).transpose()?;
     let app = Arc::new(load(arguments)?);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {

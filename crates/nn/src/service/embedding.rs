@@ -5,7 +5,7 @@
 //! text is.
 
 use super::stats::{Counters, End, ServiceStats};
-use super::{contained, Worker};
+use super::{contained, Worker, TARGET};
 use crate::error::{Error, Result};
 use crate::models::SentenceEncoder;
 #[cfg(feature = "tokenizers")]
@@ -18,6 +18,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{ready, Context, Poll};
 use std::time::Instant;
+use tracing::debug_span;
 
 const NAME: &str = "embedding service";
 
@@ -314,6 +315,8 @@ impl Work {
     }
 
     fn embed(&self, ids: &[&[u32]]) -> Result<Vec<Vec<f32>>> {
+        let (texts, waiting) = (ids.len(), self.inbox.len());
+        let _span = debug_span!(target: TARGET, "embedding batch", texts, waiting).entered();
         contained(NAME, || {
             let embedded = self.encoder.embed(ids)?;
             let embedded = if embedded.dtype() == DType::F32 { embedded } else { embedded.to_dtype(DType::F32)? };

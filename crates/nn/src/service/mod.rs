@@ -38,6 +38,9 @@ pub use stats::{Histogram, ServiceStats};
 use crate::error::{Error, Result};
 use std::any::Any;
 use std::panic::{catch_unwind, AssertUnwindSafe};
+
+/// The target of the services' spans, which is the engine's.
+const TARGET: &str = "candle_lazy";
 use std::thread::JoinHandle;
 
 /// What `work` gives; a panic becomes an error. What it left half done must be thrown away by the caller.

@@ -7,8 +7,8 @@ use super::text::Vocabulary;
 use super::{GenerationOptions, Shared, Tickets, NAME};
 use crate::error::{Error, Result};
 use crate::models::{Cache, PackedDecoder, Segment, StopReason};
-use crate::service::contained;
 use crate::service::stats::End;
+use crate::service::{contained, TARGET};
 use candle_core::{DType, Storage, Tensor};
 use candle_lazy_exec::batch::{Drawn, MaxWait, Window};
 use candle_lazy_exec::error::QueueError;
@@ -17,6 +17,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tracing::debug_span;
 
 type Request = Drawn<Job, Result<Finish>>;
 
@@ -200,10 +201,13 @@ impl<'v> Work<'v> {
         if shares.iter().all(|share| *share == 0) {
             return;
         }
+        let (texts, tokens) = (shares.iter().filter(|share| **share > 0).count(), shares.iter().sum::<usize>());
+        let span = debug_span!(target: TARGET, "generation step", texts, tokens, waiting = self.inbox.len()).entered();
         let computed = {
             let (decoder, slots) = (&mut self.decoder, &mut self.slots);
             contained(NAME, || compute(decoder, slots, &shares))
         };
+        drop(span);
         match computed {
             Ok(computed) => self.answer(&shares, computed, began),
             Err(error) => self.failed(&shares, error),
