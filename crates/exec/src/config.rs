@@ -1,6 +1,7 @@
 //! Knobs: how a graph is evaluated, and when it evaluates by itself.
 
 use std::cell::Cell;
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::LocalKey;
 
@@ -76,13 +77,13 @@ const SMALL_NODES: u64 = 2_048;
 const SMALL_BYTES: u64 = 256;
 
 /// Past `nodes` pending nodes or `bytes` pending result bytes above a newly recorded tensor, that tensor is evaluated at
-/// once, so that a loop that never evaluates does not grow without limit; and with it what is pending above it and has another reader
-/// or a handle, so that nothing is computed twice. The default is 50,000 nodes or 1 GiB;
+/// once, so that a loop that never evaluates does not grow without limit. The default is 50,000 nodes or 1 GiB;
 /// `u64::MAX` turns a limit off. Where the pending results have less than 256 bytes each, a node costs more memory than its
 /// result and 2,048 nodes are the limit, unless `nodes` is lower or off.
 ///
 /// For a tensor that gradients can be taken through only `nodes` counts: it keeps its history when it is evaluated, so that nothing would
-/// be freed. [`without_pending_budget`] is for what is evaluated as a whole soon.
+/// be freed, and its gradient would compute the inner values again. What is recorded from it without a gradient (a metric) counts whole:
+/// take the gradient first. [`without_pending_budget`] is for what is evaluated as a whole soon.
 pub fn set_pending_budget(nodes: u64, bytes: u64) {
     PENDING_NODES.store(nodes, Ordering::Relaxed);
     PENDING_BYTES.store(bytes, Ordering::Relaxed);
@@ -113,11 +114,19 @@ pub(crate) fn over_budget(nodes: u64, bytes: u64, traced: bool) -> bool {
     nodes > max_nodes || !traced && (bytes > max_bytes || small)
 }
 
-/// Calls `f`; what this thread records meanwhile is not evaluated for its size, as by a step of training, which is evaluated as one plan
-/// at its end. Scopes nest.
-pub fn without_pending_budget<R>(f: impl FnOnce() -> R) -> R {
-    let _unbounded = Flag::set(&UNBOUNDED);
-    f()
+/// While it lives, what its thread records is not evaluated for its size.
+#[derive(Debug)]
+pub struct WithoutPendingBudget {
+    _flag: Flag,
+    /// It belongs to the thread that made it.
+    _here: PhantomData<*const ()>,
+}
+
+/// Until the result is dropped, what this thread records is not evaluated for its size, as a step of training, which is evaluated as one
+/// plan at its end. Scopes nest.
+#[must_use]
+pub fn without_pending_budget() -> WithoutPendingBudget {
+    WithoutPendingBudget { _flag: Flag::set(&UNBOUNDED), _here: PhantomData }
 }
 
 /// How often this process evaluated because of the pending budget.
@@ -136,6 +145,7 @@ thread_local! {
 }
 
 /// A thread's flag that is set; dropped, it is what it was, also where the scope is left by a panic.
+#[derive(Debug)]
 struct Flag(&'static LocalKey<Cell<bool>>, bool);
 
 impl Flag {

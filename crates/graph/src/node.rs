@@ -10,7 +10,6 @@
 mod id;
 mod no_grad;
 mod pending;
-mod shared;
 mod value;
 
 use crate::custom::CustomOp;

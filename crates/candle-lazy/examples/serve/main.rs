@@ -65,10 +65,10 @@ pub(crate) struct Arguments {
     /// Requests that are answered at once at most, streams included; more are refused.
     #[arg(long, default_value_t = 512)]
     max_concurrency: usize,
-    /// Texts that may wait in front of each service; more are refused.
+    /// Requests that may wait in front of each service, each text of `/v1/completions` for itself; more are refused.
     #[arg(long, default_value_t = 256)]
     queue: usize,
-    /// Texts that are continued at once at most, and requests for embeddings that are computed together.
+    /// Texts that are continued at once at most; requests for embeddings that are computed together, of which 64 always may.
     #[arg(long, default_value_t = 8)]
     max_batch: usize,
     /// Tokens of a text at most, prompt included; no more than the model's context.
@@ -124,7 +124,10 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         };
         let enough = async {
             let again = async {
-                second.next().await;
+                // where signals are streams, the first one arrives here too; elsewhere this listens from now on
+                if cfg!(unix) {
+                    second.next().await;
+                }
                 second.next().await;
             };
             tokio::select! { () = tokio::time::sleep(grace) => {}, () = again => {} }

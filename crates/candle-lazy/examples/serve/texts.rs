@@ -30,7 +30,7 @@ pub(crate) enum Event {
 }
 
 impl Texts {
-    /// Submits all of them. Where one is refused, none is computed.
+    /// Submits all of them. Where one is refused, those before it are cancelled, whatever was begun of them.
     pub(crate) fn submit(
         service: &GenerationService,
         requests: Vec<GenerationRequest>,

@@ -2,13 +2,13 @@
 //!
 //! Every input comes first; beyond that, steps come as close to the captured order as the memory allows: where all that still has to read
 //! a value can run, it runs now, and the value is freed. Without that, the gradient of a weight would wait until the whole backward pass
-//! is over, and with it what the pass had kept, or computed again, to make it. What makes views, scalars and vectors only comes before what makes
-//! more: it costs little to hold, and it is often all that the reader of a large value waits for, such as the scalar that a gradient
+//! is over, and with it what the pass had kept, or computed again, to make it. What makes views, scalars and vectors as long as
+//! a matrix's side only comes before what makes more: it costs little to hold, and it is often all that the reader of a large value waits for, such as the scalar that a gradient
 //! begins with.
 
 use super::units::Units;
 use candle_lazy_graph::capture::GOp;
-use candle_lazy_graph::{GNode, Graph, OpClass, Sym};
+use candle_lazy_graph::{FastMap, GNode, Graph, Op, OpClass, Sym};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
@@ -48,13 +48,36 @@ impl Queue {
     }
 }
 
-/// Whether a value is a view, a scalar or a vector.
-fn is_small(node: &GNode) -> bool {
-    is_view(node) || node.dims.iter().filter(|&&dim| dim != Sym::ONE).count() <= 1
+/// For each value whether it is a view: of another shape on the same memory. A reshape of what need not be dense may be a copy.
+fn views(nodes: &[GNode]) -> Vec<bool> {
+    let class = |node: &GNode| match &node.op {
+        GOp::Op(op) => Some(op.class()),
+        GOp::Leaf(_) => None,
+    };
+    let is_view = |node: &GNode| match &node.op {
+        GOp::Op(Op::Reshape { .. }) => {
+            node.inputs.first().is_some_and(|&of| class(&nodes[of as usize]) != Some(OpClass::View))
+        }
+        GOp::Op(op) => op.class() == OpClass::View,
+        GOp::Leaf(_) => false,
+    };
+    nodes.iter().map(is_view).collect()
 }
 
-fn is_view(node: &GNode) -> bool {
-    matches!(&node.op, GOp::Op(op) if op.class() == OpClass::View)
+/// The sizes that are larger than one.
+fn long(node: &GNode) -> impl Iterator<Item = Sym> + '_ {
+    node.dims.iter().copied().filter(|&dim| dim != Sym::ONE)
+}
+
+/// For each value whether it is a view, a scalar, or a vector as long as a side of a matrix of the same graph.
+fn small(nodes: &[GNode], views: &[bool]) -> Vec<bool> {
+    let mut sides: FastMap<u32, ()> = FastMap::default();
+    for node in nodes.iter().filter(|node| long(node).count() > 1) {
+        sides.extend(long(node).map(|dim| (dim.index() as u32, ())));
+    }
+    let side = |dim: Sym| sides.contains_key(&(dim.index() as u32));
+    let is_small = |(node, view): (&GNode, &bool)| *view || long(node).count() <= 1 && long(node).all(side);
+    nodes.iter().zip(views).map(is_small).collect()
 }
 
 impl Units {
@@ -62,17 +85,18 @@ impl Units {
     pub(super) fn in_order(&self, graph: &Graph) -> Vec<usize> {
         let n = self.units.len();
         let nodes = &graph.nodes;
+        let views = views(nodes);
+        let small = small(nodes, &views);
         // what a value is a view of
         let mut base: Vec<u32> = (0..nodes.len() as u32).collect();
         for (i, node) in nodes.iter().enumerate() {
-            if let (true, Some(&of)) = (is_view(node), node.inputs.first()) {
+            if let (true, Some(&of)) = (views[i], node.inputs.first()) {
                 base[i] = base[of as usize];
             }
         }
         // who waits for a value, beside the unit that makes it
         let mut readers: Vec<Vec<usize>> = vec![Vec::new(); nodes.len()];
-        let holding =
-            |i: usize| Holding { kept: self.unit_of(i as u32).is_none() || is_small(&nodes[i]), ..Holding::default() };
+        let holding = |i: usize| Holding { kept: self.unit_of(i as u32).is_none() || small[i], ..Holding::default() };
         let mut holding: Vec<Holding> = (0..nodes.len()).map(holding).collect();
         for &output in &graph.outputs {
             holding[base[output as usize] as usize].kept = true;
@@ -90,7 +114,7 @@ impl Units {
             for &input in &inputs {
                 readers[input as usize].push(unit);
             }
-            if self.members(unit).iter().all(|&m| is_view(&nodes[m as usize])) {
+            if self.members(unit).iter().all(|&m| views[m as usize]) {
                 continue;
             }
             inputs.iter_mut().for_each(|input| *input = base[*input as usize]);
@@ -109,7 +133,7 @@ impl Units {
             is_output
         };
         let made = |m: u32| is_output[m as usize] || !readers[m as usize].is_empty();
-        let rank = |unit: usize| match self.members(unit).iter().all(|&m| is_small(&nodes[m as usize]) || !made(m)) {
+        let rank = |unit: usize| match self.members(unit).iter().all(|&m| small[m as usize] || !made(m)) {
             true => Rank::Small,
             false => Rank::Large,
         };

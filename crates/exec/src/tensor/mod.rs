@@ -194,8 +194,8 @@ impl LazyTensor {
         Self::within_budget(Node::record(op, scalars, inputs, device, site)?)
     }
 
-    /// A handle on a new node; evaluated at once where the pending graph passed its budget. With it come those values above it that
-    /// something else waits for too: nothing is computed twice because a graph is evaluated part by part.
+    /// A handle on a new node; evaluated at once where the pending graph passed its budget. As by every evaluation, what is held or read by
+    /// others on the way is kept with it.
     pub(crate) fn within_budget(node: Arc<Node>) -> Result<Self> {
         let (nodes, bytes) = node.pending_estimate();
         if config::over_budget(nodes, bytes, node.traced()) && !config::is_unbounded() {
@@ -203,9 +203,8 @@ impl LazyTensor {
             let (nodes, bytes) = node.count_pending();
             if config::over_budget(nodes, bytes, node.traced()) {
                 config::count_budget_evaluation();
-                let shared: Vec<Self> = node.shared_above().into_iter().map(|node| Self { node }).collect();
                 let tensor = Self { node };
-                crate::run::materialize(&std::iter::once(&tensor).chain(&shared).collect::<Vec<_>>())?;
+                crate::run::materialize(&[&tensor])?;
                 return Ok(tensor);
             }
         }

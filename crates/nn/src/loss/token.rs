@@ -2,6 +2,7 @@
 
 use crate::data::IGNORE_INDEX;
 use crate::error::{Error, Result};
+use crate::module::Module;
 use candle_core::{DType, Device};
 use candle_lazy_exec::LazyTensor;
 
@@ -12,7 +13,10 @@ const CLASSES: usize = 1 << 24;
 /// Logits of a piece of [`linear_cross_entropy`]: 32 MiB of f32, a small part of what a step takes, and enough rows at the usual numbers of
 /// classes for the product to be bound by arithmetic.
 const PIECE: usize = 1 << 23;
-/// What the rows of a piece are a multiple of.
+/// What the number of rows is rounded up to where some positions are left out: buffers are kept for the next step, which has other
+/// positions, and serve it again where the sizes are the same.
+const ALIKE: usize = 16;
+/// What the rows of a piece are a multiple of, where there are that many.
 const WHOLE: usize = 64;
 
 /// What is left out, and how sure the targets are.
@@ -74,19 +78,22 @@ pub fn token_cross_entropy(
     Ok(TokenLoss { sum: summed(&x, ids, weights, options.label_smoothing)?, weight })
 }
 
-/// [`token_cross_entropy`] of the logits `head(hidden)`, without ever holding all of them: hidden (…, width) of any float dtype, targets and
-/// weights (…), and `head` a function of rows (rows, width) to their logits (rows, classes), each row by itself.
+/// [`token_cross_entropy`] of the logits of `head` on `hidden`, without ever holding all of them: hidden (…, width) of any float dtype,
+/// targets and weights (…), and `head` from rows (rows, width) to their logits (rows, classes), each row by itself.
 ///
-/// Positions that are left out get no logits. The others' are made in pieces, and in a plan with the gradient each piece's gradient is
-/// taken before the next piece is made: beside the gradient of `hidden`, memory is that of one piece, some 2²³ logits. (Liger's fused
-/// linear cross entropy, Hsu et al. 2024, arXiv:2410.10989, §3.2, has the same aim.) The pieces' sums are added from the first to the last.
+/// Positions that are left out get no logits, but for a few that round the number of rows up. The others' are made in pieces of some 2²³
+/// logits (at least one row), and in a plan with the gradient each piece's gradient is taken before the next piece is made, so that the
+/// logits of one piece and their gradient are held at once. A head that is trained has a gradient of its own size for each piece. (Liger's
+/// fused linear cross entropy, Hsu et al. 2024, arXiv:2410.10989, §3.2, has the same aim.) The pieces' sums are added from the first to the last.
+///
+/// The number of pieces is part of the plan's key, the number of positions in them is not.
 ///
 /// # Errors
 /// As [`token_cross_entropy`], and where `head` fails or does not give `classes` logits for each row.
 #[track_caller]
 pub fn linear_cross_entropy(
     hidden: &LazyTensor,
-    head: impl Fn(&LazyTensor) -> Result<LazyTensor>,
+    head: &impl Module,
     classes: usize,
     targets: &LazyTensor,
     weights: Option<&LazyTensor>,
@@ -96,21 +103,29 @@ pub fn linear_cross_entropy(
     let (mut ids, mut weights) = kept(LINEAR, targets, weights, classes, options.ignore_index)?;
     let weight = weights.iter().sum();
     let mut rows = hidden.reshape((n, width))?;
-    let chosen: Vec<u32> = (0..).zip(&weights).filter(|(_, weight)| **weight != 0.0).map(|(row, _)| row).collect();
-    if chosen.len() < n {
+    let mut chosen: Vec<u32> = (0..).zip(&weights).filter(|(_, weight)| **weight != 0.0).map(|(row, _)| row).collect();
+    let count = chosen.len().next_multiple_of(ALIKE);
+    if count < n {
         let of =
             |values: &[f64]| chosen.iter().filter_map(|row| values.get(*row as usize).copied()).collect::<Vec<_>>();
         (ids, weights) = (of(&ids), of(&weights));
-        let count = chosen.len();
+        // what fills up is a row like the others, of weight 0
+        ids.resize(count, 0.0);
+        weights.resize(count, 0.0);
+        let filler = chosen.first().copied().unwrap_or(0);
+        chosen.resize(count, filler);
         rows = rows.index_select(&LazyTensor::from_vec(chosen, count, hidden.device())?, 0)?;
     }
     let count = rows.dims()[0];
-    let piece = (PIECE / classes.max(1) / WHOLE * WHOLE).max(WHOLE);
+    let piece = match PIECE / classes.max(1) {
+        few if few < WHOLE => few.max(1),
+        many => many / WHOLE * WHOLE,
+    };
     let mut sum: Option<LazyTensor> = None;
     for start in (0..count).step_by(piece) {
         let len = piece.min(count - start);
         let part = if len == count { rows.clone() } else { rows.narrow(0, start, len)? };
-        let logits = head(&part)?;
+        let logits = head.forward(&part)?;
         if logits.dims() != [len, classes] || !logits.dtype().is_float() {
             let (found, dtype) = (logits.shape(), logits.dtype());
             let message = format_args!("the head made {found:?} of {dtype:?} for {len} rows of {classes} classes");

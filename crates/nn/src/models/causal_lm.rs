@@ -207,6 +207,16 @@ fn no_denied_tensor(config: &CausalLmConfig, vb: &VarBuilder<'_>) -> Result<()> 
     Ok(())
 }
 
+/// The last norm and the head of a model.
+struct Head<'a>(&'a CausalLm);
+
+impl Module for Head<'_> {
+    #[track_caller]
+    fn forward(&self, hidden: &LazyTensor) -> Result<LazyTensor> {
+        self.0.logits(hidden)
+    }
+}
+
 /// The length of `ids` (batch, s), which is not 0.
 #[track_caller]
 fn check_ids(ids: &LazyTensor) -> Result<usize> {
@@ -436,7 +446,7 @@ impl CausalLm {
         options: &TokenLossOptions,
     ) -> Result<TokenLoss> {
         let hidden = self.hidden_causal(ids, at)?;
-        linear_cross_entropy(&hidden, |rows| self.logits(rows), self.config.vocab_size, targets, weights, options)
+        linear_cross_entropy(&hidden, &Head(self), self.config.vocab_size, targets, weights, options)
     }
 
     /// The residual stream (batch, s, hidden) of whole sequences after all blocks, before the last norm.

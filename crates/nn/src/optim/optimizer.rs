@@ -213,7 +213,9 @@ impl Optimizer {
         self.begin()?;
         let lr = self.lr();
         // all of it is evaluated below, as one plan
-        let (moves, norm) = without_pending_budget(|| self.record(grads, lr))?;
+        let unbounded = without_pending_budget();
+        let (moves, norm) = self.record(grads, lr)?;
+        drop(unbounded);
         let moved: Vec<usize> = moves.iter().map(|change| change.at).collect();
         let eval = self.run(moves, norm.as_ref(), also)?;
         let (norm, broken) = match &norm {

@@ -2,6 +2,7 @@
 
 use super::{quoted, Param, Params};
 use crate::error::{Error, Result};
+use candle_lazy_exec::config::without_pending_budget;
 use candle_lazy_exec::{materialize, EvalReport, LazyTensor};
 use std::collections::BTreeMap;
 
@@ -119,6 +120,8 @@ impl Gradients {
                 let (mine, theirs) = (self.names(), quoted(sums.keys()));
                 return Err(Error::params(format_args!("gradients of {mine} and of {theirs} do not add up")));
             }
+            // all of it is evaluated below, as one plan
+            let _unbounded = without_pending_budget();
             for (sum, grad) in self.by_name.values().zip(sums.values_mut()) {
                 *grad = sum.add(grad)?.detach();
             }

@@ -202,7 +202,8 @@ impl<'v> Work<'v> {
             return;
         }
         let (texts, tokens) = (shares.iter().filter(|share| **share > 0).count(), shares.iter().sum::<usize>());
-        let span = debug_span!(target: TARGET, "generation step", texts, tokens, waiting = self.inbox.len()).entered();
+        let waiting = self.inbox.len() + self.waiting.len();
+        let span = debug_span!(target: TARGET, "generation step", texts, tokens, waiting).entered();
         let computed = {
             let (decoder, slots) = (&mut self.decoder, &mut self.slots);
             contained(NAME, || compute(decoder, slots, &shares))
