@@ -75,7 +75,8 @@ pub fn token_cross_entropy(
     let (ids, weights) = kept(NAME, targets, weights, classes, options.ignore_index)?;
     let weight = weights.iter().sum();
     let x = logits.reshape((n, classes))?;
-    Ok(TokenLoss { sum: summed(&x, ids, weights, options.label_smoothing)?, weight })
+    let sum = summed(&x, ids, weights, options.label_smoothing)?;
+    Ok(TokenLoss { sum: sum.to_dtype(loss_dtype(logits))?, weight })
 }
 
 /// [`token_cross_entropy`] of the logits of `head` on `hidden`, without ever holding all of them: hidden (…, width) of any float dtype,
@@ -121,7 +122,7 @@ pub fn linear_cross_entropy(
         few if few < WHOLE => few.max(1),
         many => many / WHOLE * WHOLE,
     };
-    let mut sum: Option<LazyTensor> = None;
+    let (mut sum, mut dtype): (Option<LazyTensor>, _) = (None, DType::F32);
     for start in (0..count).step_by(piece) {
         let len = piece.min(count - start);
         let part = if len == count { rows.clone() } else { rows.narrow(0, start, len)? };
@@ -132,6 +133,7 @@ pub fn linear_cross_entropy(
             return Err(Error::module(LINEAR, "", message));
         }
         let (ids, weights) = (ids[start..start + len].to_vec(), weights[start..start + len].to_vec());
+        dtype = loss_dtype(&logits);
         let part = summed(&logits, ids, weights, options.label_smoothing)?;
         sum = Some(match sum {
             None => part,
@@ -139,7 +141,7 @@ pub fn linear_cross_entropy(
         });
     }
     match sum {
-        Some(sum) => Ok(TokenLoss { sum, weight }),
+        Some(sum) => Ok(TokenLoss { sum: sum.to_dtype(dtype)?, weight }),
         // what keeps no position was refused
         None => Err(Error::module(LINEAR, "", format_args!("no position"))),
     }
@@ -178,11 +180,19 @@ fn check(
     Ok(sizes)
 }
 
-/// The weighted sum over rows of logits (n, classes), whose classes and weights are given.
+fn loss_dtype(logits: &LazyTensor) -> DType {
+    match logits.dtype() {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    }
+}
+
+/// The weighted sum over rows of logits (n, classes), whose classes and weights are given, as f64: a row's loss is rounded to its dtype, the
+/// sum of many is not rounded on the way.
 #[track_caller]
 fn summed(logits: &LazyTensor, ids: Vec<f64>, weights: Vec<f64>, smoothing: f64) -> Result<LazyTensor> {
     let (n, classes) = (ids.len(), logits.dim(1)?);
-    let (dtype, device) = (if logits.dtype() == DType::F64 { DType::F64 } else { DType::F32 }, logits.device());
+    let (dtype, device) = (loss_dtype(logits), logits.device());
     let x = logits.to_dtype(dtype)?;
     let column = |values: Vec<f64>| match dtype {
         DType::F64 => LazyTensor::from_vec(values, (n, 1), device),
@@ -197,7 +207,7 @@ fn summed(logits: &LazyTensor, ids: Vec<f64>, weights: Vec<f64>, smoothing: f64)
     if smoothing > 0.0 {
         rows = rows.sub(&x.mean_keepdim(1)?.affine(smoothing, 0.0)?)?;
     }
-    Ok(rows.mul(&weights)?.sum_all()?)
+    Ok(rows.mul(&weights)?.to_dtype(DType::F64)?.sum_all()?)
 }
 
 /// The class and the weight of each position; a position that is left out has the weight 0 and class 0.
