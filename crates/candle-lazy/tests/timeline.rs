@@ -39,7 +39,7 @@ fn it_has_every_step_of_every_thread_with_its_begin_and_its_end() {
     }
     assert!(open.values().all(Vec::is_empty) && open.len() >= 2, "{open:?}");
     assert_eq!((begun["eval"], begun["run"]), (2, 2), "{begun:?}");
-    assert!(begun["step"] >= report.steps + 1, "{begun:?}");
+    assert!(begun["step"] > report.steps, "{begun:?}");
     let kernels: Vec<&str> = events.iter().filter_map(|event| event["args"]["kernel"].as_str()).collect();
     assert!(kernels.contains(&"matmul") || kernels.contains(&"\"matmul\""), "{kernels:?}");
 }
