@@ -138,6 +138,6 @@ fn a_batch_is_told_with_its_counters() {
     let requests: usize =
         seen.iter().filter(|s| s.path == ["batch"]).map(|s| s.fields["requests"].parse::<usize>().unwrap()).sum();
     assert_eq!(requests, 8, "{seen:?}");
-    let done = seen.iter().filter(|s| s.fields.get("message").is_some_and(|m| m == "batch done"));
-    assert!(done.last().unwrap().fields["queued"] == "0");
+    let done = seen.iter().rev().find(|s| s.fields.get("message").is_some_and(|m| m == "batch done")).unwrap();
+    assert_eq!(done.fields["queued"], "0");
 }
