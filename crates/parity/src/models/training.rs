@@ -231,10 +231,14 @@ impl Eager {
         let (h, kv, d) = (c.num_attention_heads, c.num_key_value_heads, c.head_dim);
         let table = self.weight("model.embed_tokens.weight")?;
         let mut x = table.index_select(&inputs.flatten_all()?, 0)?;
-        let inverse: Vec<f64> = (0..d / 2).map(|i| f64::from(c.rope_theta).powf(-2.0 * i as f64 / d as f64)).collect();
-        let angles: Vec<f64> = (0..s).flat_map(|p| inverse.iter().map(move |f| p as f64 * f)).collect();
-        let angles = Tensor::from_vec(angles, (s, d / 2), &Device::Cpu)?;
-        let (cos, sin) = (angles.cos()?.to_dtype(self.dtype)?, angles.sin()?.to_dtype(self.dtype)?);
+        // in f32 on every side, as the model's table is: other angles are another model
+        let inverse: Vec<f32> = (0..d / 2).map(|i| 1.0 / c.rope_theta.powf((2 * i) as f32 / d as f32)).collect();
+        let angles: Vec<f32> = (0..s).flat_map(|p| inverse.iter().map(move |f| p as f32 * f)).collect();
+        let table_of = |f: fn(f32) -> f32| -> Result<Tensor> {
+            let values: Vec<f32> = angles.iter().copied().map(f).collect();
+            Ok(Tensor::from_vec(values, (s, d / 2), &Device::Cpu)?.to_dtype(self.dtype)?)
+        };
+        let (cos, sin) = (table_of(f32::cos)?, table_of(f32::sin)?);
         let hidden: Vec<f32> =
             (0..s).flat_map(|i| (0..s).map(move |j| if j > i { f32::NEG_INFINITY } else { 0.0 })).collect();
         let mask = Tensor::from_vec(hidden, (s, s), &Device::Cpu)?.to_dtype(self.dtype)?;
