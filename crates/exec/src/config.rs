@@ -146,10 +146,10 @@ thread_local! {
 
 /// A thread's flag that is set; dropped, it is what it was, also where the scope is left by a panic.
 #[derive(Debug)]
-struct Flag(&'static LocalKey<Cell<bool>>, bool);
+pub(crate) struct Flag(&'static LocalKey<Cell<bool>>, bool);
 
 impl Flag {
-    fn set(flag: &'static LocalKey<Cell<bool>>) -> Self {
+    pub(crate) fn set(flag: &'static LocalKey<Cell<bool>>) -> Self {
         Self(flag, flag.replace(true))
     }
 }

@@ -1,7 +1,7 @@
 //! The thread that runs what waits, and those that run it instead.
 
 use super::queue::{Queue, Task};
-use crate::config::TARGET;
+use crate::config::{Flag, TARGET};
 use crate::error::{Error, Result};
 use crate::run::{eval_all, message_of};
 use crate::tensor::LazyTensor;
@@ -51,14 +51,8 @@ fn work(queue: &Queue<Job, Outcome>) {
 
 /// Evaluates. Nothing that a job does ends the thread, and nothing of it is left when this returns but the result.
 fn run(job: Job) -> Outcome {
-    struct Restore(bool);
-    impl Drop for Restore {
-        fn drop(&mut self) {
-            INSIDE.set(self.0);
-        }
-    }
     let _span = debug_span!(target: TARGET, "job", tensors = job.len()).entered();
-    let _restore = Restore(INSIDE.replace(true));
+    let _inside = Flag::set(&INSIDE);
     let evaluated = catch_unwind(AssertUnwindSafe(|| {
         let values = match job.as_slice() {
             [one] => one.eval().map(|value| vec![value]),

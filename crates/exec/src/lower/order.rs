@@ -2,9 +2,9 @@
 //!
 //! Every input comes first; beyond that, steps come as close to the captured order as the memory allows: where all that still has to read
 //! a value can run, it runs now, and the value is freed. Without that, the gradient of a weight would wait until the whole backward pass
-//! is over, and with it what the pass had kept, or computed again, to make it. What makes views, scalars and vectors as long as
-//! a matrix's side only comes before what makes more: it costs little to hold, and it is often all that the reader of a large value waits for, such as the scalar that a gradient
-//! begins with.
+//! is over, and with it what the pass had kept, or computed again, to make it. What makes views, scalars and vectors as long as a matrix's
+//! side only comes before what makes more: it costs little to hold, and it is often all that the reader of a large value waits for, such as
+//! the scalar that a gradient begins with.
 
 use super::units::Units;
 use candle_lazy_graph::capture::GOp;
@@ -50,18 +50,12 @@ impl Queue {
 
 /// For each value whether it is a view: of another shape on the same memory. A reshape of what need not be dense may be a copy.
 fn views(nodes: &[GNode]) -> Vec<bool> {
-    let class = |node: &GNode| match &node.op {
-        GOp::Op(op) => Some(op.class()),
-        GOp::Leaf(_) => None,
+    let is_of_views = |node: &GNode| matches!(&node.op, GOp::Op(op) if op.class() == OpClass::View);
+    let may_copy = |node: &GNode| {
+        let reshape = matches!(node.op, GOp::Op(Op::Reshape { .. }));
+        reshape && node.inputs.first().is_some_and(|&of| is_of_views(&nodes[of as usize]))
     };
-    let is_view = |node: &GNode| match &node.op {
-        GOp::Op(Op::Reshape { .. }) => {
-            node.inputs.first().is_some_and(|&of| class(&nodes[of as usize]) != Some(OpClass::View))
-        }
-        GOp::Op(op) => op.class() == OpClass::View,
-        GOp::Leaf(_) => false,
-    };
-    nodes.iter().map(is_view).collect()
+    nodes.iter().map(|node| is_of_views(node) && !may_copy(node)).collect()
 }
 
 /// The sizes that are larger than one.

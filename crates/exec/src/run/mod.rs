@@ -25,8 +25,7 @@ pub use inspect::{first_nan, first_nonfinite, NonFinite};
 pub(crate) use trace::{refuse_while_recording, Trace};
 
 use crate::buffer::{self, BufferValue};
-use crate::config::TARGET;
-use crate::config::{self, EvalOptions};
+use crate::config::{self, EvalOptions, TARGET};
 use crate::error::{Error, Result};
 use crate::lower;
 use crate::plan::{self, Plan};

@@ -15,8 +15,7 @@ use super::{
     announce_returned, eval_direct, evaluate, failure, kernel, plan, planned, publish, tensor_of, values, As, Planned,
 };
 use crate::buffer;
-use crate::config::TARGET;
-use crate::config::{self, EvalOptions};
+use crate::config::{self, EvalOptions, Flag, TARGET};
 use crate::error::{Error, Result};
 use crate::plan::{Memory, Plan};
 use crate::report::EvalReport;
@@ -71,13 +70,7 @@ pub(crate) fn in_group() -> bool {
 }
 
 fn inside<R>(f: impl FnOnce() -> R) -> R {
-    struct Restore(bool);
-    impl Drop for Restore {
-        fn drop(&mut self) {
-            INSIDE.set(self.0);
-        }
-    }
-    let _restore = Restore(INSIDE.replace(true));
+    let _inside = Flag::set(&INSIDE);
     f()
 }
 

@@ -286,37 +286,19 @@ fn continued(x: &[Tensor]) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
 }
 
 /// The stream (2, 3, hidden), then as [`QWEN_INPUTS`] without the last norm and the output projection.
-const LAYER_WITH_ADAPTER_INPUTS: &[&[usize]] = &[
-    &[2, 3, HIDDEN],
-    &[HIDDEN],
-    &[HIDDEN, HIDDEN],
-    &[HIDDEN],
-    &[HEAD_DIM, HIDDEN],
-    &[HEAD_DIM],
-    &[HEAD_DIM, HIDDEN],
-    &[HEAD_DIM],
-    &[HIDDEN, HIDDEN],
-    &[HIDDEN],
-    &[FFN, HIDDEN],
-    &[FFN, HIDDEN],
-    &[HIDDEN, FFN],
-    &[HIDDEN, RANK],
-    &[RANK, HIDDEN],
-    &[HIDDEN, RANK],
-    &[RANK, HEAD_DIM],
-    &[HIDDEN, RANK],
-    &[RANK, HEAD_DIM],
-    &[HIDDEN, RANK],
-    &[RANK, HIDDEN],
-    &[HIDDEN, RANK],
-    &[RANK, FFN],
-    &[HIDDEN, RANK],
-    &[RANK, FFN],
-    &[FFN, RANK],
-    &[RANK, HIDDEN],
-];
+const LAYER_WITH_ADAPTER_INPUTS: &[&[usize]] = &{
+    let mut shapes: [&[usize]; QWEN_INPUTS.len() - 2] = [&[2, 3, HIDDEN]; QWEN_INPUTS.len() - 2];
+    let mut i = 1;
+    while i < shapes.len() {
+        shapes[i] = QWEN_INPUTS[if i < LAYER_WEIGHTS { i } else { i + 2 }];
+        i += 1;
+    }
+    shapes
+};
+/// The stream and the weights of a layer.
+const LAYER_WEIGHTS: usize = QWEN.len() - 2;
 /// The same without an adapter.
-const LAYER_INPUTS: &[&[usize]] = LAYER_WITH_ADAPTER_INPUTS.split_at(13).0;
+const LAYER_INPUTS: &[&[usize]] = LAYER_WITH_ADAPTER_INPUTS.split_at(LAYER_WEIGHTS).0;
 
 fn run_layer(x: &[Tensor], adapter: Option<&LoRAAdapter>) -> Compat<Vec<Tensor>> {
     let names: Vec<&str> =
