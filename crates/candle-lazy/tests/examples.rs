@@ -11,12 +11,16 @@ use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
+mod made_up;
+
 #[allow(dead_code)]
 #[path = "../examples/embed.rs"]
 mod embed;
 #[allow(dead_code)]
 #[path = "../examples/generate.rs"]
 mod generate;
+
+use made_up::{numbers, Sizes};
 
 type TestResult = Result<(), Box<dyn Error>>;
 
@@ -39,19 +43,13 @@ const TOKENIZER: &str = r#"{"version": "1.0", "truncation": TRUNCATION, "padding
     "model": {"type": "WordLevel", "unk_token": "?",
               "vocab": {"<|im_start|>": 0, "<|im_end|>": 1, "?": 2, "eat": 3, "food": 4, "user": 5, "assistant": 6}}}"#;
 const VOCABULARY: usize = 7;
-
-/// Numbers between −0.5 and 0.5, no two alike (Weyl's sequence of the golden ratio).
-fn numbers(shape: &[usize], seed: usize) -> candle_core::Result<Tensor> {
-    let count: usize = shape.iter().product();
-    let values = (0..count).map(|i| ((((i + 1) * (seed + 1)) as f64 * 0.618_033_988_749_895).fract() - 0.5) as f32);
-    Tensor::from_vec(values.collect(), shape, &Device::Cpu)
-}
+const SIZES: Sizes = Sizes { words: VOCABULARY, hidden: HIDDEN, inner: 16 };
 
 /// Writes the model's files; `change` may spoil its weights.
 fn write_model(
     dir: &Path,
     config: &str,
-    shapes: &[(&str, &[usize])],
+    shapes: &[(&str, Vec<usize>)],
     change: impl Fn(&str, Tensor) -> candle_core::Result<Tensor>,
 ) -> TestResult {
     std::fs::write(dir.join("config.json"), config)?;
@@ -69,31 +67,7 @@ fn encoder(dir: &Path, change: impl Fn(&str, Tensor) -> candle_core::Result<Tens
         r#"{{"vocab_size": {VOCABULARY}, "hidden_size": {HIDDEN}, "num_hidden_layers": 1, "num_attention_heads": 2,
             "intermediate_size": 16, "max_position_embeddings": {CONTEXT}}}"#
     );
-    let (h, square): (&[usize], &[usize]) = (&[HIDDEN], &[HIDDEN, HIDDEN]);
-    let shapes: &[(&str, &[usize])] = &[
-        ("embeddings.word_embeddings.weight", &[VOCABULARY, HIDDEN]),
-        ("embeddings.position_embeddings.weight", &[CONTEXT, HIDDEN]),
-        ("embeddings.token_type_embeddings.weight", &[2, HIDDEN]),
-        ("embeddings.LayerNorm.weight", h),
-        ("embeddings.LayerNorm.bias", h),
-        ("encoder.layer.0.attention.self.query.weight", square),
-        ("encoder.layer.0.attention.self.query.bias", h),
-        ("encoder.layer.0.attention.self.key.weight", square),
-        ("encoder.layer.0.attention.self.key.bias", h),
-        ("encoder.layer.0.attention.self.value.weight", square),
-        ("encoder.layer.0.attention.self.value.bias", h),
-        ("encoder.layer.0.attention.output.dense.weight", square),
-        ("encoder.layer.0.attention.output.dense.bias", h),
-        ("encoder.layer.0.attention.output.LayerNorm.weight", h),
-        ("encoder.layer.0.attention.output.LayerNorm.bias", h),
-        ("encoder.layer.0.intermediate.dense.weight", &[16, HIDDEN]),
-        ("encoder.layer.0.intermediate.dense.bias", &[16]),
-        ("encoder.layer.0.output.dense.weight", &[HIDDEN, 16]),
-        ("encoder.layer.0.output.dense.bias", h),
-        ("encoder.layer.0.output.LayerNorm.weight", h),
-        ("encoder.layer.0.output.LayerNorm.bias", h),
-    ];
-    write_model(dir, &config, shapes, change)
+    write_model(dir, &config, &made_up::encoder(&SIZES, CONTEXT), change)
 }
 
 fn decoder(dir: &Path) -> TestResult {
@@ -102,21 +76,7 @@ fn decoder(dir: &Path) -> TestResult {
             "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5,
             "rope_theta": 10000.0, "max_position_embeddings": {CONTEXT}, "tie_word_embeddings": true}}"#
     );
-    let (h, square): (&[usize], &[usize]) = (&[HIDDEN], &[HIDDEN, HIDDEN]);
-    let shapes: &[(&str, &[usize])] = &[
-        ("model.embed_tokens.weight", &[VOCABULARY, HIDDEN]),
-        ("model.norm.weight", h),
-        ("model.layers.0.input_layernorm.weight", h),
-        ("model.layers.0.post_attention_layernorm.weight", h),
-        ("model.layers.0.self_attn.q_proj.weight", square),
-        ("model.layers.0.self_attn.k_proj.weight", &[4, HIDDEN]),
-        ("model.layers.0.self_attn.v_proj.weight", &[4, HIDDEN]),
-        ("model.layers.0.self_attn.o_proj.weight", square),
-        ("model.layers.0.mlp.gate_proj.weight", &[16, HIDDEN]),
-        ("model.layers.0.mlp.up_proj.weight", &[16, HIDDEN]),
-        ("model.layers.0.mlp.down_proj.weight", &[HIDDEN, 16]),
-    ];
-    write_model(dir, &config, shapes, |_, tensor| Ok(tensor))
+    write_model(dir, &config, &made_up::decoder(&SIZES, false), |_, tensor| Ok(tensor))
 }
 
 /// What the example prints, or its error.

@@ -9,6 +9,8 @@ mod load;
 #[path = "../examples/serve/main.rs"]
 mod server;
 
+mod made_up;
+
 #[path = "serve/common.rs"]
 mod common;
 #[path = "serve/endings.rs"]

@@ -1,5 +1,6 @@
 //! Made-up models on the disk, a server on them, and requests by hand.
 
+use crate::made_up::{self, numbers, Sizes};
 use crate::server::app::App;
 use crate::server::{http, load, Arguments};
 use candle_core::{DType, Device, Tensor};
@@ -47,15 +48,10 @@ const WORDS: [&str; 24] = [
     "three",
 ];
 
-/// Numbers between −0.5 and 0.5, no two alike (Weyl's sequence of the golden ratio).
-fn numbers(shape: &[usize], seed: usize) -> Tensor {
-    let count: usize = shape.iter().product();
-    let values = (0..count).map(|i| ((((i + 1) * (seed + 1)) as f64 * 0.618_033_988_749_895).fract() - 0.5) as f32);
-    Tensor::from_vec(values.collect(), shape, &Device::Cpu).unwrap()
-}
+const SIZES: Sizes = Sizes { words: WORDS.len(), hidden: HIDDEN, inner: 32 };
 
 /// A model whose tokens are words.
-fn write_model(dir: &Path, config: &Value, shapes: &[(&str, &[usize])]) {
+fn write_model(dir: &Path, config: &Value, shapes: &[(&str, Vec<usize>)]) {
     std::fs::create_dir_all(dir).unwrap();
     let vocabulary: serde_json::Map<_, _> = (0..).zip(WORDS).map(|(id, word)| (word.to_string(), id.into())).collect();
     let special = |id: usize| {
@@ -69,8 +65,11 @@ fn write_model(dir: &Path, config: &Value, shapes: &[(&str, &[usize])]) {
     });
     std::fs::write(dir.join("tokenizer.json"), tokenizer.to_string()).unwrap();
     std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
-    let weights: HashMap<String, Tensor> =
-        shapes.iter().enumerate().map(|(seed, (name, shape))| ((*name).to_string(), numbers(shape, seed))).collect();
+    let weights: HashMap<String, Tensor> = shapes
+        .iter()
+        .enumerate()
+        .map(|(seed, (name, shape))| ((*name).to_string(), numbers(shape, seed).unwrap()))
+        .collect();
     candle_core::safetensors::save(&weights, dir.join("model.safetensors")).unwrap();
 }
 
@@ -80,22 +79,7 @@ fn write_decoder(dir: &Path) {
         "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "max_position_embeddings": LONG, "tie_word_embeddings": false,
     });
-    let (h, square): (&[usize], &[usize]) = (&[HIDDEN], &[HIDDEN, HIDDEN]);
-    let shapes: &[(&str, &[usize])] = &[
-        ("model.embed_tokens.weight", &[WORDS.len(), HIDDEN]),
-        ("lm_head.weight", &[WORDS.len(), HIDDEN]),
-        ("model.norm.weight", h),
-        ("model.layers.0.input_layernorm.weight", h),
-        ("model.layers.0.post_attention_layernorm.weight", h),
-        ("model.layers.0.self_attn.q_proj.weight", square),
-        ("model.layers.0.self_attn.k_proj.weight", &[HIDDEN / 2, HIDDEN]),
-        ("model.layers.0.self_attn.v_proj.weight", &[HIDDEN / 2, HIDDEN]),
-        ("model.layers.0.self_attn.o_proj.weight", square),
-        ("model.layers.0.mlp.gate_proj.weight", &[32, HIDDEN]),
-        ("model.layers.0.mlp.up_proj.weight", &[32, HIDDEN]),
-        ("model.layers.0.mlp.down_proj.weight", &[HIDDEN, 32]),
-    ];
-    write_model(dir, &config, shapes);
+    write_model(dir, &config, &made_up::decoder(&SIZES, true));
 }
 
 fn write_encoder(dir: &Path) {
@@ -103,31 +87,7 @@ fn write_encoder(dir: &Path) {
         "vocab_size": WORDS.len(), "hidden_size": HIDDEN, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
         "max_position_embeddings": 16,
     });
-    let (h, square): (&[usize], &[usize]) = (&[HIDDEN], &[HIDDEN, HIDDEN]);
-    let shapes: &[(&str, &[usize])] = &[
-        ("embeddings.word_embeddings.weight", &[WORDS.len(), HIDDEN]),
-        ("embeddings.position_embeddings.weight", &[16, HIDDEN]),
-        ("embeddings.token_type_embeddings.weight", &[2, HIDDEN]),
-        ("embeddings.LayerNorm.weight", h),
-        ("embeddings.LayerNorm.bias", h),
-        ("encoder.layer.0.attention.self.query.weight", square),
-        ("encoder.layer.0.attention.self.query.bias", h),
-        ("encoder.layer.0.attention.self.key.weight", square),
-        ("encoder.layer.0.attention.self.key.bias", h),
-        ("encoder.layer.0.attention.self.value.weight", square),
-        ("encoder.layer.0.attention.self.value.bias", h),
-        ("encoder.layer.0.attention.output.dense.weight", square),
-        ("encoder.layer.0.attention.output.dense.bias", h),
-        ("encoder.layer.0.attention.output.LayerNorm.weight", h),
-        ("encoder.layer.0.attention.output.LayerNorm.bias", h),
-        ("encoder.layer.0.intermediate.dense.weight", &[32, HIDDEN]),
-        ("encoder.layer.0.intermediate.dense.bias", &[32]),
-        ("encoder.layer.0.output.dense.weight", &[HIDDEN, 32]),
-        ("encoder.layer.0.output.dense.bias", h),
-        ("encoder.layer.0.output.LayerNorm.weight", h),
-        ("encoder.layer.0.output.LayerNorm.bias", h),
-    ];
-    write_model(dir, &config, shapes);
+    write_model(dir, &config, &made_up::encoder(&SIZES, 16));
 }
 
 /// An adapter in PEFT's format that changes much.
@@ -135,7 +95,7 @@ fn write_adapter(dir: &Path, model: &Path) {
     let mut model = ModelDir::open(model).unwrap().causal_lm(DType::F32, &Device::Cpu).unwrap();
     let adapter = LoraAdapter::attach(&mut model, &LoraConfig { alpha: 200., ..LoraConfig::default() }, 1).unwrap();
     for (seed, param) in adapter.params().matching("*.lora_B.weight").unwrap().into_iter().enumerate() {
-        param.set(numbers(param.shape().dims(), seed + 20)).unwrap();
+        param.set(numbers(param.shape().dims(), seed + 20).unwrap()).unwrap();
     }
     adapter.save(dir, None).unwrap();
 }
