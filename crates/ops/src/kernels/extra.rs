@@ -174,7 +174,7 @@ fn of_head(x: &Operand<'_>, head: &HeadNeeds<'_>) -> Extra {
         program_bytes = program.scratch_bytes(&[result.max(1)], 0);
     }
     let own = tile.saturating_mul(4).saturating_add(panel_bytes(rows, k)).saturating_add(LINE_BYTES);
-    let within = few_bytes(rows).saturating_add(program_bytes).saturating_mul(threads);
+    let within = few_bytes(rows, k).saturating_add(program_bytes).saturating_mul(threads);
     Extra {
         kept: own.saturating_mul(threads).saturating_add(ALIGNED_BYTES),
         // the caller, who copies x to cache lines first, is one kernel deeper

@@ -17,7 +17,6 @@ mod random;
 mod rope;
 mod scatter;
 pub(crate) mod scratch;
-#[cfg(target_arch = "x86_64")]
 mod square;
 pub(crate) mod team;
 

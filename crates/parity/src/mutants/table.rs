@@ -139,6 +139,7 @@ const KERNELS: &[Row] = &[
     ("dots.columns.tail", "the last term of products with columns is dropped", "matmul", "all-passes"),
     ("dots.columns.pitch", "the right side's rows are read as if they were dense", "matmul", "all-passes"),
     ("dots.strip", "packed columns begin one too early", "matmul", "all-passes"),
+    ("square.run", "a left side that lies in columns repeats one of them", "matmul", "all-passes"),
     ("dots.bf16_truncates", "bf16 is cut instead of rounded", "matmul linear", "rounds-once"),
     ("dots.f16", "inner products of rows are rounded to f16", "linear", "all-passes"),
     ("dots.tail", "the last inner product is off by a thousandth", "linear", "all-passes"),

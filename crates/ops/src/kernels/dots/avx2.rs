@@ -14,9 +14,6 @@ const AT_ONCE: usize = 2;
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn tile<const M: usize>(tile: Tile<'_>) -> [f32; LANES] {
     let Tile { x, w, last, goes_on, ends, sums: kept } = tile;
-    if !goes_on {
-        kept.fill(0.0);
-    }
     let steps = (x.len() / (M * LANES)).min(w.len() / (SIDE * LANES));
     let last = if fault::active("dot.tail") && last < LANES { 0 } else { last };
     for r in (0..M).step_by(AT_ONCE) {
@@ -25,8 +22,8 @@ pub(super) fn tile<const M: usize>(tile: Tile<'_>) -> [f32; LANES] {
             // next ones where there are two; see `SUMS` for `kept`.
             unsafe {
                 match M - r {
-                    1 => products::<M, 1>(x, w, (r, l), steps, last, kept),
-                    _ => products::<M, 2>(x, w, (r, l), steps, last, kept),
+                    1 => products::<M, 1>(x, w, (r, l), steps, last, goes_on, kept),
+                    _ => products::<M, 2>(x, w, (r, l), steps, last, goes_on, kept),
                 }
             }
         }
@@ -42,7 +39,8 @@ pub(super) fn tile<const M: usize>(tile: Tile<'_>) -> [f32; LANES] {
     folded
 }
 
-/// Adds to the sums of rows `r..r + R` of x and `l..l + 2` of the weight. Of the last step `last` elements count.
+/// The sums of rows `r..r + R` of x and `l..l + 2` of the weight, added to those that are kept if `goes_on`. Of the last step `last`
+/// elements count.
 ///
 /// # Safety
 /// `x` has `steps` times `M` rows of sixteen numbers, `w` four; `r + R <= M`, `l + 2 <= 4`.
@@ -54,19 +52,13 @@ unsafe fn products<const M: usize, const R: usize>(
     (r, l): (usize, usize),
     steps: usize,
     last: usize,
+    goes_on: bool,
     kept: &mut [f32; SUMS],
 ) {
     // SAFETY: the caller's promise, and `kept` has sixteen numbers for each of four rows of x of each of four of the weight.
     unsafe {
         let place = |j: usize, i: usize, half: usize| ((l + j) * SIDE + r + i) * LANES + half * VECTOR;
         let mut sums = [[[_mm256_setzero_ps(); 2]; R]; AT_ONCE];
-        for (j, sums) in sums.iter_mut().enumerate() {
-            for (i, sums) in sums.iter_mut().enumerate() {
-                for (half, sum) in sums.iter_mut().enumerate() {
-                    *sum = _mm256_loadu_ps(kept.as_ptr().add(place(j, i, half)));
-                }
-            }
-        }
         let add = |step: usize, sums: &mut [[[__m256; 2]; R]; AT_ONCE], there: Option<[__m256; 2]>| {
             let (x, w) = (x.as_ptr().add((step * M + r) * LANES), w.as_ptr().add((step * SIDE + l) * LANES));
             for half in 0..2 {
@@ -99,7 +91,9 @@ unsafe fn products<const M: usize, const R: usize>(
         for (j, sums) in sums.iter().enumerate() {
             for (i, sums) in sums.iter().enumerate() {
                 for (half, sum) in sums.iter().enumerate() {
-                    _mm256_storeu_ps(kept.as_mut_ptr().add(place(j, i, half)), *sum);
+                    let at = kept.as_mut_ptr().add(place(j, i, half));
+                    let total = if goes_on { _mm256_add_ps(_mm256_loadu_ps(at), *sum) } else { *sum };
+                    _mm256_storeu_ps(at, total);
                 }
             }
         }

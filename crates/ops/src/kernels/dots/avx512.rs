@@ -1,6 +1,7 @@
 //! The products by AVX-512: sixteen sums in registers, those of sixteen products folded together.
 
 use super::panel::{Tile, SIDE, SUMS};
+use super::segment::{segments, Segments};
 use super::{Columns, Grid, Narrow, Rows, LANES};
 use crate::fault;
 use crate::kernels::square::transposed;
@@ -38,6 +39,7 @@ fn pass<E: Narrow, const M: usize, const R: usize>(
     at: usize,
 ) -> usize {
     let xs: [&[f32]; M] = std::array::from_fn(|r| x.row(i + r));
+    let parts = segments(x.len);
     let step = LANES / M;
     for j in (0..w.count).step_by(step) {
         let count = step.min(w.count - j);
@@ -45,7 +47,7 @@ fn pass<E: Narrow, const M: usize, const R: usize>(
         for first in (0..count).step_by(R) {
             // rows that are not there repeat the last one
             let rows: [&[E]; R] = std::array::from_fn(|l| w.row(j + (first + l).min(count - 1)));
-            for (l, of_row) in products::<E, M, R>(xs, rows).iter().enumerate() {
+            for (l, of_row) in products::<E, M, R>(xs, rows, parts).iter().enumerate() {
                 for (r, sum) in of_row.iter().enumerate() {
                     sums[(first + l) % 4 * 4 + (first + l) / 4 * M + r] = *sum;
                 }
@@ -64,10 +66,32 @@ fn pass<E: Narrow, const M: usize, const R: usize>(
     M
 }
 
-/// Sixteen sums for each pair of `R` rows of the weight and `M` rows of x, all of one length.
+/// Sixteen sums for each pair of `R` rows of the weight and `M` rows of x, all of one length, segment by segment.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn products<E: Narrow, const M: usize, const R: usize>(x: [&[f32]; M], w: [&[E]; R]) -> [[__m512; M]; R] {
+fn products<E: Narrow, const M: usize, const R: usize>(
+    x: [&[f32]; M],
+    w: [&[E]; R],
+    mut parts: Segments,
+) -> [[__m512; M]; R] {
+    let within = |part: Range<usize>| (x.map(|row| &row[part.clone()]), w.map(|row| &row[part.clone()]));
+    let (first, right) = within(parts.next().unwrap_or_default());
+    let mut totals = segment(first, right);
+    for part in parts {
+        let (x, w) = within(part);
+        for (totals, sums) in totals.iter_mut().zip(segment(x, w)) {
+            for (total, sum) in totals.iter_mut().zip(sums) {
+                *total = _mm512_add_ps(*total, sum);
+            }
+        }
+    }
+    totals
+}
+
+/// The sums of one segment.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+fn segment<E: Narrow, const M: usize, const R: usize>(x: [&[f32]; M], w: [&[E]; R]) -> [[__m512; M]; R] {
     let mut sums = [[_mm512_setzero_ps(); M]; R];
     let len = x.iter().map(|r| r.len()).chain(w.iter().map(|r| r.len())).min().unwrap_or(0);
     let whole = len / LANES * LANES;
@@ -148,14 +172,6 @@ pub(super) fn tile<const M: usize>(tile: Tile<'_>) -> [f32; LANES] {
     let mut sums = [[_mm512_setzero_ps(); M]; SIDE];
     // number r of those of row l of the weight
     let place = |l: usize, r: usize| (l * SIDE + r) * LANES;
-    if goes_on {
-        for (l, sums) in sums.iter_mut().enumerate() {
-            for (r, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: `place` is at most SUMS - 16.
-                *sum = unsafe { _mm512_loadu_ps(kept.as_ptr().add(place(l, r))) };
-            }
-        }
-    }
     let (mut xs, mut ws) = (x.chunks_exact(M * LANES), w.chunks_exact(SIDE * LANES));
     let whole = xs.len().min(ws.len()) - usize::from(last < LANES);
     for (x, w) in (&mut xs).zip(&mut ws).take(whole) {
@@ -165,6 +181,14 @@ pub(super) fn tile<const M: usize>(tile: Tile<'_>) -> [f32; LANES] {
     if let (true, false, Some(x), Some(w)) = (last < LANES, fault::active("dot.tail"), xs.next(), ws.next()) {
         // SAFETY: as above.
         unsafe { step(x.as_ptr(), w.as_ptr(), &mut sums, Some((1 << last) - 1)) };
+    }
+    if goes_on {
+        for (l, sums) in sums.iter_mut().enumerate() {
+            for (r, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: `place` is at most SUMS - 16.
+                *sum = _mm512_add_ps(unsafe { _mm512_loadu_ps(kept.as_ptr().add(place(l, r))) }, *sum);
+            }
+        }
     }
     let mut folded = [0f32; LANES];
     if ends {
@@ -179,7 +203,7 @@ pub(super) fn tile<const M: usize>(tile: Tile<'_>) -> [f32; LANES] {
     const { assert!(SUMS == SIDE * SIDE * LANES) }
     for (l, sums) in sums.iter().enumerate() {
         for (r, sum) in sums.iter().enumerate() {
-            // SAFETY: as where they were loaded.
+            // SAFETY: as where they are loaded.
             unsafe { _mm512_storeu_ps(kept.as_mut_ptr().add(place(l, r)), *sum) };
         }
     }

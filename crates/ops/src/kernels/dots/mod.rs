@@ -1,8 +1,9 @@
 //! Inner products of every row of one matrix with every row of another, or with every column: products with weights that lie
 //! (out, in) or (in, out), and scores.
 //!
-//! Each product is [`super::dot::dot`] of its two rows, bit for bit: 16 interleaved sums folded in halves. So it depends on its own
-//! two rows only, not on how many rows run together nor on threads. A weight's row is read once for up to four rows of x, and from
+//! Each product has 16 interleaved sums for each segment of its two rows, which are added one after the other and folded in
+//! halves: [`super::dot::dot`] where there is one segment. So it depends on its own two rows only, not on how many rows run together
+//! nor on threads, bit for bit. A weight's row is read once for up to four rows of x, and from
 //! memory one row after the other: several at once are several short streams, which come at half the speed of one long one. The
 //! rows of x that follow find a block of the weight in the cache, and take four of its rows at a time. Many rows of x go through
 //! packed panels instead.
@@ -16,6 +17,7 @@ mod narrow;
 mod panel;
 mod portable;
 mod right;
+mod segment;
 mod side;
 
 use super::{scratch, team};
@@ -84,13 +86,13 @@ pub(crate) const ALIGNED_BYTES: usize = (ALIGNED + 8 * LANES) * size_of::<f32>()
 
 /// The most bytes that one thread packs for products of so many rows of `len` elements, with either kind of right side.
 pub(crate) fn panel_bytes(rows: usize, len: usize) -> usize {
-    let few = right::few_floats(rows);
+    let few = right::few_floats(rows, len);
     panel::floats(rows, len).max(few).saturating_add(2 * LANES).saturating_mul(size_of::<f32>())
 }
 
-/// The most bytes that one thread takes for the sums of so many rows, if those are few.
-pub(crate) fn few_bytes(rows: usize) -> usize {
-    right::few_floats(rows).saturating_add(LANES).saturating_mul(size_of::<f32>())
+/// The most bytes that one thread takes for the sums of so many rows of `len` elements, if those are few.
+pub(crate) fn few_bytes(rows: usize, len: usize) -> usize {
+    right::few_floats(rows, len).saturating_add(LANES).saturating_mul(size_of::<f32>())
 }
 
 /// out\[i\]\[j\] = x\[i\] · w\[j\], on this thread.
@@ -200,7 +202,6 @@ fn share<R: Right>(x: Rows<'_, f32>, w: R, mut out: Grid<'_>, tasks: usize, ns: 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::dot::dot;
     use crate::simd::tests::{fused, with_each};
     use crate::simd::{isa, Isa};
     use half::{bf16, f16};
@@ -216,6 +217,19 @@ mod tests {
         } else {
             check_with::<E>(isa(), m, n, k, tasks);
         }
+    }
+
+    /// The product as the module says it is made.
+    fn product<const FMA: bool>(x: &[f32], w: &[f32]) -> f32 {
+        let mut totals: Option<[f32; LANES]> = None;
+        for part in segment::segments(x.len()) {
+            let mut sums = [0f32; LANES];
+            for (l, (x, w)) in x[part.clone()].iter().zip(&w[part]).enumerate() {
+                sums[l % LANES] = crate::simd::mul_add::<FMA>(*x, *w, sums[l % LANES]);
+            }
+            totals = Some(totals.map_or(sums, |before| std::array::from_fn(|l| before[l] + sums[l])));
+        }
+        crate::row::reduce::fold(&mut totals.unwrap(), |a, b| a + b)
     }
 
     fn check_with<E: Narrow>(isa: Isa, m: usize, n: usize, k: usize, tasks: usize) {
@@ -245,8 +259,8 @@ mod tests {
         for i in 0..m {
             for j in 0..op {
                 let want = match (j < n, fused(isa)) {
-                    (true, true) => dot::<f32, true>(&x[i * xp..i * xp + k], &wide[j * wp..j * wp + k]),
-                    (true, false) => dot::<f32, false>(&x[i * xp..i * xp + k], &wide[j * wp..j * wp + k]),
+                    (true, true) => product::<true>(&x[i * xp..i * xp + k], &wide[j * wp..j * wp + k]),
+                    (true, false) => product::<false>(&x[i * xp..i * xp + k], &wide[j * wp..j * wp + k]),
                     // nothing is written beside the columns
                     (false, _) => 7.0,
                 };
@@ -256,15 +270,35 @@ mod tests {
     }
 
     #[test]
-    fn every_product_is_dot_of_its_rows() {
+    fn every_product_is_made_of_its_rows_alone() {
         for m in [0, 1, 2, 3, 4, 5, 9] {
             for n in [0, 1, 3, 4, 5, 16, 17, 39] {
-                for k in [0, 1, 15, 16, 17, 64, 75] {
+                for k in [0, 1, 15, 16, 17, 64, 75, 1030] {
                     check::<f32>(m, n, k, 1);
                     check::<bf16>(m, n, k, 1);
                     check::<f16>(m, n, k, 1);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn long_rows_are_summed_in_segments() {
+        // as many additions follow one another as a segment has steps, as there are segments, and four folds: 64 + 48 + 4 of half a
+        // unit each, where one chain over the whole row would round 3072 sums of a third upwards or downwards alike
+        let (k, third) = (49_152, 1.0f32 / 3.0);
+        let (x, w) = (vec![1f32; 9 * k], vec![third; 4 * k]);
+        let exact = k as f64 * f64::from(third);
+        for m in [1, 9] {
+            with_each(|isa| {
+                let mut out = [0f32; 36];
+                let (xs, ws) = (Rows::new(&x, m, k, k).unwrap(), Rows::new(&w, 4, k, k).unwrap());
+                dots(xs, ws, &mut Grid::new(&mut out[..4 * m], m, 4, 4).unwrap()).unwrap();
+                for got in &out[..4 * m] {
+                    let off = (f64::from(*got) - exact).abs() / exact / f64::from(f32::EPSILON / 2.0);
+                    assert!(off <= 116.0, "{isa:?}, {m} rows: off by {off} half units");
+                }
+            });
         }
     }
 

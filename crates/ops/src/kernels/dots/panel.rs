@@ -5,23 +5,21 @@
 //! zeros behind their end. A block of x's rows stays in the second-level cache while the weight passes; four rows of the weight
 //! stay in the first-level cache while the block's rows pass.
 
+use super::segment::{segments, Segments};
 use super::{Grid, Narrow, Right, Rows, LANES};
 use crate::fault;
 use crate::kernels::scratch;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{isa, Isa};
-use std::ops::Range;
 
 /// Rows of each side that stand beside one another.
 pub(super) const SIDE: usize = 4;
 /// Products of a tile.
 const TILE: usize = SIDE * SIDE;
-/// The most elements of a row that pass at once: four rows of the weight then take a third of a first-level cache of 48 KiB.
-const PIECE: usize = 1024;
 /// Elements of a block of x's rows: half a MiB.
 const BLOCK: usize = 1 << 17;
 
-/// The sums of a tile between two pieces of its rows: of row `r` of x and `l` of the weight at `(l · 4 + r) · 16`.
+/// The sums of a tile between two segments of its rows: of row `r` of x and `l` of the weight at `(l · 4 + r) · 16`.
 pub(super) const SUMS: usize = TILE * LANES;
 
 /// A tile's part of both panels, and how to go through it.
@@ -32,7 +30,7 @@ pub(super) struct Tile<'a> {
     pub(super) w: &'a [f32],
     /// Elements of the last step; the others have sixteen.
     pub(super) last: usize,
-    /// Whether `sums` hold those of the elements before.
+    /// Whether `sums` hold those of the segments before, to which this one's are added.
     pub(super) goes_on: bool,
     /// Whether the products end here: those of row `r` of x go to `products[4r..]`; else the sums go to `sums`.
     pub(super) ends: bool,
@@ -47,7 +45,7 @@ pub(super) fn block_rows(len: usize) -> usize {
     (BLOCK / len.next_multiple_of(LANES).max(LANES) / SIDE * SIDE).max(FEWEST)
 }
 
-/// How many tiles' sums are kept: between the pieces of a row only.
+/// How many tiles' sums are kept: between the segments of a row only.
 fn kept(groups: usize, pieces: usize, strip: usize) -> usize {
     if pieces > 1 {
         groups * (strip / SIDE)
@@ -64,15 +62,16 @@ fn sizes(rows: usize, padded: usize, piece: usize, strip: usize, kept: usize) ->
 /// The most numbers that [`products`] takes for a block of so many rows or fewer, with either kind of right side.
 pub(super) fn floats(rows: usize, len: usize) -> usize {
     let (padded, rows) = (len.next_multiple_of(LANES), rows.min(block_rows(len)));
-    let pieces = pieces(padded);
+    let mut pieces = segments(padded);
     let kept = kept(rows.div_ceil(SIDE), pieces.len(), LANES);
-    sizes(rows, padded, pieces.first().map_or(0, |p| p.len()), LANES, kept).iter().sum()
+    sizes(rows, padded, pieces.next().map_or(0, |p| p.len()), LANES, kept).iter().sum()
 }
 
 /// A block of x's rows, packed, and memory for the weight's panels and for sums.
 pub(super) struct Block<'a> {
     x: Rows<'a, f32>,
-    pieces: Vec<Range<usize>>,
+    /// The segments of a padded row.
+    pieces: Segments,
     /// `(groups, steps, up to 4, 16)`
     packed: &'a [f32],
     panels: &'a mut [f32],
@@ -87,9 +86,9 @@ pub(super) fn with<R>(
     f: impl FnOnce(&mut Block<'_>, &mut [f32]) -> R,
 ) -> R {
     let padded = x.len.next_multiple_of(LANES);
-    let pieces = pieces(padded);
+    let pieces = segments(padded);
     let kept = kept(x.count.div_ceil(SIDE), pieces.len(), strip);
-    let sizes = sizes(x.count, padded, pieces.first().map_or(0, |p| p.len()), strip, kept);
+    let sizes = sizes(x.count, padded, { pieces }.next().map_or(0, |p| p.len()), strip, kept);
     // what lies beside begins on a cache line too
     let own = sizes.iter().sum::<usize>().next_multiple_of(LANES);
     scratch::with(own + beside, |store| {
@@ -118,7 +117,7 @@ impl<'a> Block<'a> {
         let groups = self.x.count.div_ceil(SIDE);
         let several = self.pieces.len() > 1;
         for strip in (0..w.count()).step_by(R::STRIP) {
-            for (p, piece) in self.pieces.iter().enumerate() {
+            for (p, piece) in self.pieces.enumerate() {
                 let within = piece.start..piece.end.min(self.x.len);
                 let panels = &mut self.panels[..R::STRIP * piece.len()];
                 w.pack(strip, within.clone(), panels);
@@ -159,13 +158,6 @@ impl<'a> Block<'a> {
             }
         }
     }
-}
-
-/// Whole steps of a row in pieces of at most [`PIECE`] and about equal size; at least one, which may be empty.
-fn pieces(padded: usize) -> Vec<Range<usize>> {
-    let count = padded.div_ceil(PIECE).max(1);
-    let size = padded.div_ceil(count).next_multiple_of(LANES).max(LANES);
-    (0..count).map(|p| (p * size).min(padded)..((p + 1) * size).min(padded)).collect()
 }
 
 /// A row as number `r` of `count` beside one another, zeros behind its end.

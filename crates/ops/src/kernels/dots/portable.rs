@@ -1,6 +1,7 @@
 //! The products for every machine.
 
 use super::panel::{Tile, SIDE};
+use super::segment::segments;
 use super::{Columns, Grid, Narrow, Rows, LANES};
 use crate::fault;
 use crate::row::reduce::fold;
@@ -45,6 +46,22 @@ fn row<E: Narrow, const FMA: bool, const R: usize>(
 /// The products of a row with `R` others.
 #[inline(always)]
 fn products<E: Narrow, const FMA: bool, const R: usize>(x: &[f32], w: [&[E]; R]) -> [f32; R] {
+    let mut totals = [[0f32; LANES]; R];
+    for (part, within) in segments(x.len()).enumerate() {
+        let sums = segment::<E, FMA, R>(&x[within.clone()], w.map(|row| &row[within.clone()]));
+        for (totals, sums) in totals.iter_mut().zip(sums) {
+            for (total, sum) in totals.iter_mut().zip(sums) {
+                // a zero and a -0 would make a 0
+                *total = if part > 0 { *total + sum } else { sum };
+            }
+        }
+    }
+    totals.map(|mut sums| fold(&mut sums, |a, b| a + b))
+}
+
+/// The sums of one segment.
+#[inline(always)]
+fn segment<E: Narrow, const FMA: bool, const R: usize>(x: &[f32], w: [&[E]; R]) -> [[f32; LANES]; R] {
     let mut sums = [[0f32; LANES]; R];
     let whole = x.len() / LANES * LANES;
     for l in (0..whole).step_by(LANES) {
@@ -66,7 +83,7 @@ fn products<E: Narrow, const FMA: bool, const R: usize>(x: &[f32], w: [&[E]; R])
             }
         }
     }
-    sums.map(|mut sums| fold(&mut sums, |a, b| a + b))
+    sums
 }
 
 /// As `panel::pack`.
@@ -113,12 +130,9 @@ fn scaled_body<E: Narrow, const FMA: bool>(x: f32, w: &[E], sums: &mut [f32]) {
 /// As `panel::tile`.
 pub(super) fn tile<const M: usize>(tile: Tile<'_>) -> [f32; LANES] {
     let Tile { x, w, last, goes_on, ends, sums: kept } = tile;
-    if !goes_on {
-        kept.fill(0.0);
-    }
     let last = if fault::active("dot.tail") && last < LANES { 0 } else { last };
     for r in 0..M {
-        steps(x.get(r * LANES..).unwrap_or_default(), M * LANES, w, last, r, &mut kept[..]);
+        steps(x.get(r * LANES..).unwrap_or_default(), M * LANES, w, last, r, goes_on, &mut kept[..]);
     }
     let mut folded = [0f32; LANES];
     if ends {
@@ -131,17 +145,22 @@ pub(super) fn tile<const M: usize>(tile: Tile<'_>) -> [f32; LANES] {
 }
 
 versions! {
-/// Adds the products of row `r` of x, sixteen of whose numbers stand at every `pitch`, with four rows of the weight.
-fn steps<>(x: &[f32], pitch: usize, w: &[f32], last: usize, r: usize, kept: &mut [f32]) = steps_body;
+/// The products of row `r` of x, sixteen of whose numbers stand at every `pitch`, with four rows of the weight, added to those that are
+/// kept if it `goes_on`.
+fn steps<>(x: &[f32], pitch: usize, w: &[f32], last: usize, r: usize, goes_on: bool, kept: &mut [f32]) = steps_body;
 }
 
 #[inline(always)]
-fn steps_body<const FMA: bool>(x: &[f32], pitch: usize, w: &[f32], last: usize, r: usize, kept: &mut [f32]) {
+fn steps_body<const FMA: bool>(
+    x: &[f32],
+    pitch: usize,
+    w: &[f32],
+    last: usize,
+    r: usize,
+    goes_on: bool,
+    kept: &mut [f32],
+) {
     let mut sums = [[0f32; LANES]; SIDE];
-    for (l, sums) in sums.iter_mut().enumerate() {
-        let at = (l * SIDE + r) * LANES;
-        sums.copy_from_slice(&kept[at..at + LANES]);
-    }
     let count = w.len() / (SIDE * LANES);
     for (i, (x, w)) in x.chunks(pitch).zip(w.chunks_exact(SIDE * LANES)).enumerate() {
         // a length that the compiler knows
@@ -163,6 +182,8 @@ fn steps_body<const FMA: bool>(x: &[f32], pitch: usize, w: &[f32], last: usize, 
     }
     for (l, sums) in sums.iter().enumerate() {
         let at = (l * SIDE + r) * LANES;
-        kept[at..at + LANES].copy_from_slice(sums);
+        for (kept, sum) in kept[at..at + LANES].iter_mut().zip(sums) {
+            *kept = if goes_on { *kept + *sum } else { *sum };
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! The right side of a product: rows of a weight that lies (out, in), or columns of one that lies (in, out).
 
 use super::panel::SIDE;
+use super::segment::segments;
 use super::{portable, scratch, Grid, Narrow, Rows, BLOCK_BYTES, LANES, TASK_ROWS};
 use crate::fault;
 #[cfg(target_arch = "x86_64")]
@@ -96,9 +97,10 @@ impl<'a, E> Columns<'a, E> {
     }
 }
 
-/// The most numbers that the sums of few rows take.
-pub(super) fn few_floats(rows: usize) -> usize {
-    rows.min(<Columns<'_, f32> as Right>::PACKED_FROM) * LANES * NEAR
+/// The most numbers that the sums of few rows of `len` elements take: those of a segment, and those of the segments before.
+pub(super) fn few_floats(rows: usize, len: usize) -> usize {
+    let sums = if segments(len).len() > 1 { 2 } else { 1 };
+    sums * rows.min(<Columns<'_, f32> as Right>::PACKED_FROM) * LANES * NEAR
 }
 
 /// Columns whose sums stay near: sixteen sums each of a row of x fill a third of the first-level cache.
@@ -127,16 +129,29 @@ impl<E: Narrow> Right for Columns<'_, E> {
     fn few(&self, x: Rows<'_, f32>, out: &mut Grid<'_>) {
         // element l of every row goes to sum l mod 16 of its column: those of neighbouring columns are neighbours
         let near = NEAR.min(self.count());
-        scratch::with(x.count * LANES * near, |sums| {
+        let all = segments(self.len());
+        let (own, totals) = (x.count * LANES * near, all.len() > 1);
+        scratch::with(if totals { 2 * own } else { own }, |store| {
+            let (sums, before) = store.split_at_mut(own);
             for from in (0..self.count()).step_by(NEAR) {
                 let width = near.min(self.count() - from);
-                sums.fill(0.0);
                 let len = self.len() - fault::one_if("dots.columns.tail").min(self.len());
-                for l in 0..len {
-                    let w = self.row(l, from, width);
-                    for i in 0..x.count {
-                        let at = (i * LANES + l % LANES) * near;
-                        portable::scaled(x.row(i)[l], w, &mut sums[at..at + width]);
+                for (part, segment) in all.enumerate() {
+                    if part > 0 {
+                        before.copy_from_slice(sums);
+                    }
+                    sums.fill(0.0);
+                    for l in segment.start..segment.end.min(len) {
+                        let w = self.row(l, from, width);
+                        for i in 0..x.count {
+                            let at = (i * LANES + l % LANES) * near;
+                            portable::scaled(x.row(i)[l], w, &mut sums[at..at + width]);
+                        }
+                    }
+                    if part > 0 {
+                        for (sum, before) in sums.iter_mut().zip(before.iter()) {
+                            *sum += *before;
+                        }
                     }
                 }
                 for (i, sums) in sums.chunks_exact_mut((LANES * near).max(1)).enumerate() {
