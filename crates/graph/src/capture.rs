@@ -406,22 +406,56 @@ impl Walk<'_, '_> {
         }
         builder.outputs(&outputs.arena);
         let history = history(seen, visits, &nodes);
+        let alone = alone(seen, visits, leaves, &nodes);
         let bindings = &mut builder.bindings;
         bindings.publish = outputs.publish;
         bindings.leaves = leaves
             .drain(..)
             .map(|Leaf { index, visit, value }| {
-                let (of, node) = (&visits[visit as usize], &nodes[visit as usize]);
-                let alone = of.edges == 1 && Arc::strong_count(node) <= 2;
-                // a reader that still waits held its edge when the count was taken: the other reference is that edge
-                let exclusive = alone && nodes.get(of.reader as usize).is_some_and(|reader| reader.is_pending());
-                let exclusive = exclusive && !history.get(visit as usize).copied().unwrap_or(false);
+                let alone = alone.get(visit as usize).copied().unwrap_or(false);
+                let exclusive = alone && !history.get(visit as usize).copied().unwrap_or(false);
                 LeafBinding { index, node: visit, value, exclusive }
             })
             .collect();
         bindings.nodes = nodes;
         builder.finish()
     }
+}
+
+/// Which leaves nobody holds but captured nodes that still wait: one for each visit, or nothing where there is no such leaf. Tensors of Candle's are
+/// not asked after: they are never written.
+fn alone(seen: &Table, visits: &[Visit], leaves: &[Leaf], nodes: &[Arc<Node>]) -> Vec<bool> {
+    let mut alone = Vec::new();
+    let mut several = false;
+    for Leaf { visit, value, .. } in leaves {
+        let (of, node) = (&visits[*visit as usize], &nodes[*visit as usize]);
+        if !matches!(value, Value::Engine(_)) || Arc::strong_count(node) > 1 + of.edges as usize {
+            continue;
+        }
+        if alone.is_empty() {
+            alone.resize(visits.len(), false);
+        }
+        // a reader that still waits held its edge when the count was taken: the other references are these edges
+        alone[*visit as usize] = match of.edges {
+            1 => nodes.get(of.reader as usize).is_some_and(|reader| reader.is_pending()),
+            _ => true,
+        };
+        several |= of.edges > 1;
+    }
+    if several {
+        let mut waiting = vec![0; visits.len()];
+        for node in nodes {
+            node.with_inputs(|inputs| {
+                for visit in inputs.iter().filter_map(|input| seen.find(input.id().get(), |_| true)) {
+                    waiting[visit as usize] += 1;
+                }
+            });
+        }
+        for (alone, (of, waiting)) in alone.iter_mut().zip(visits.iter().zip(waiting)) {
+            *alone = *alone && of.edges == waiting;
+        }
+    }
+    alone
 }
 
 /// Which visits stay reachable from a traced node that becomes ready, by what it keeps for its gradient; nothing where there is none.

@@ -12,7 +12,7 @@ use candle_lazy_exec::buffer::trim;
 use candle_lazy_exec::run::peak_bytes;
 use candle_lazy_exec::{eval_all_with, materialize, vjp, AttentionOptions, EvalOptions, LazyTensor};
 use candle_lazy_ops::kernels::with_threads;
-use candle_lazy_parity::alloc::{self, CountingAlloc};
+use candle_lazy_parity::alloc::{Count, CountingAlloc};
 use std::sync::Arc;
 
 #[global_allocator]
@@ -286,7 +286,8 @@ fn status(what: &str) -> Option<u64> {
 
 #[test]
 fn no_run_takes_more_than_was_planned() {
-    assert!(alloc::is_counting());
+    let count = Count::begin();
+    assert!(count.is_counting());
     let (mut tight, mut all) = (0, 0);
     // what one thread needs is less than what all do, and is not taken for it
     for (name, graph) in graphs().into_iter().chain(with_one_thread_first()) {
@@ -298,12 +299,12 @@ fn no_run_takes_more_than_was_planned() {
             let roots: Vec<&LazyTensor> = roots.iter().collect();
             let planned = peak_bytes(&roots, &options).unwrap();
             trim();
-            alloc::reset_peak();
             // 5: forget the high-water mark
             let told = std::fs::write("/proc/self/clear_refs", "5").is_ok();
-            let (before, resident) = (alloc::live_bytes(), status("VmRSS:"));
+            let resident = status("VmRSS:");
+            count.reset();
             let (values, report) = eval_all_with(&roots, &options).unwrap();
-            let measured = (alloc::peak_bytes() - before) as u64;
+            let measured = count.peak_bytes() as u64;
             // what plans and nodes are made of
             let own = (64 << 10) + 1024 * report.nodes as u64;
             assert_eq!(report.peak_bytes, planned, "{name}: what is planned does not change");

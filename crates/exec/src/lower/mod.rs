@@ -147,7 +147,7 @@ fn kernel_step(op: &Op<Sym>, node: &GNode) -> Result<StepKind> {
 }
 
 pub(crate) fn output(id: u32, node: &GNode) -> Output {
-    Output { slot: id, dims: node.dims.clone(), dtype: node.dtype }
+    Output { slot: id, dims: node.dims.clone(), dtype: node.dtype, in_place_of: None }
 }
 
 pub(crate) fn origin(graph: &Graph, id: u32) -> u32 {
@@ -210,6 +210,17 @@ fn assign_slots(graph: &Graph, mut steps: Vec<Step>) -> Plan {
             .collect()
     };
     let uses = graph.use_counts();
+    for (i, output, input) in places(graph, &steps, &last_use, &is_output) {
+        if let Some((step, output)) = steps
+            .get_mut(i)
+            .and_then(|step| Some((step.inputs.get(usize::from(input))?, step.outputs.get_mut(output)?)))
+        {
+            output.in_place_of = Some(input);
+            if let Some(leaf) = leaf_number[*step as usize] {
+                plan.donatable[leaf] = true;
+            }
+        }
+    }
     for (i, step) in steps.iter_mut().enumerate() {
         let reads: SmallVec<[u32; 4]> = step.inputs.clone();
         if let (StepKind::SliceAssign { .. }, Some(&target)) = (&step.kind, reads.first()) {
@@ -246,6 +257,49 @@ fn assign_slots(graph: &Graph, mut steps: Vec<Step>) -> Plan {
     plan.slots = slots;
     plan.steps = steps;
     plan
+}
+
+/// Which outputs may be written over a leaf that their step reads last: (step, output, input). Outputs are node indices here.
+///
+/// Only elementwise steps do so, behind which nothing comes but such steps and views: what has been written over cannot be given back,
+/// and these do not fail.
+fn places(
+    graph: &Graph,
+    steps: &[Step],
+    last_use: &[Option<usize>],
+    is_output: &[bool],
+) -> SmallVec<[(usize, usize, u8); 4]> {
+    let mut found = SmallVec::new();
+    for (i, step) in steps.iter().enumerate().rev() {
+        let (program, domain) = match &step.kind {
+            StepKind::View(_) => continue,
+            StepKind::Row { program, domain, axes: 0 } => (program, domain),
+            _ => break,
+        };
+        let mut taken: SmallVec<[u32; 4]> = SmallVec::new();
+        for (k, output) in step.outputs.iter().enumerate().filter(|(k, _)| program.may_run_in_place(*k)) {
+            let fits = |leaf: u32| {
+                let id = leaf as usize;
+                let once = step.inputs.iter().filter(|input| **input == leaf).count() == 1;
+                let ends = last_use[id] == Some(i) || fault::active("in_place.not_last_use");
+                graph.nodes.get(id).is_some_and(|node| {
+                    node.op().is_none()
+                        && node.dtype == output.dtype
+                        && node.dims == output.dims
+                        && node.dims == *domain
+                }) && once
+                    && ends
+                    && !is_output[id]
+                    && !taken.contains(&leaf)
+            };
+            let place = step.inputs.iter().position(|&leaf| fits(leaf));
+            if let Some((place, number)) = place.and_then(|at| Some((step.inputs.get(at)?, u8::try_from(at).ok()?))) {
+                taken.push(*place);
+                found.push((i, k, number));
+            }
+        }
+    }
+    found
 }
 
 /// Whether a device has kernels of ours.

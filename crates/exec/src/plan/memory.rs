@@ -6,7 +6,7 @@
 //! What a caller gets to keep lies in a piece of exactly its size, the last to do so; and so does what lives long, such as what a backward
 //! pass reads again.
 
-use super::{Plan, SourceStep, Step, StepKind};
+use super::{Output, Plan, SourceStep, Step, StepKind};
 use crate::buffer::BufferValue;
 use candle_core::DType;
 use candle_lazy_graph::{Bindings, Dims, Op, OpClass, Value};
@@ -235,6 +235,9 @@ impl<'a> Planner<'a> {
                         };
                         (copies.then_some(Holder::Pool(output.dtype)), std::mem::take(&mut held.results))
                     }
+                    StepKind::Row { .. } if self.place_of(step, output).is_some() => {
+                        (None, self.place_of(step, output).map(|source| source.results.clone()).unwrap_or_default())
+                    }
                     StepKind::SliceAssign { .. } if self.writes_in_place(step) => {
                         (None, self.source(step).map(|source| source.results.clone()).unwrap_or_default())
                     }
@@ -325,6 +328,13 @@ impl<'a> Planner<'a> {
     /// Whether a slot alone holds a whole buffer of the run's, which may then be written or become a tensor.
     fn owns(&self, held: &Held) -> bool {
         held.whole && matches!(held.results.as_slice(), [only] if self.results[*only as usize].slots == 1)
+    }
+
+    /// What an output will be written over, where that is the run's own, whole, and at its end.
+    fn place_of(&self, step: &Step, output: &Output) -> Option<&Held> {
+        let slot = step.inputs.get(usize::from(output.in_place_of?))?;
+        let held = self.slots.get(*slot as usize)?;
+        (step.free_after.contains(slot) && held.ours && held.dense && self.owns(held)).then_some(held)
     }
 
     /// Whether a slice assignment will find its target whole, its own and at its end.

@@ -31,6 +31,9 @@ pub struct Output {
     pub dims: Dims<Sym>,
     /// Its dtype.
     pub dtype: DType,
+    /// The input of its step, a leaf that nothing reads behind it, whose memory it may be written to: it is, where the leaf's value was
+    /// given away.
+    pub in_place_of: Option<u8>,
 }
 
 /// Why a step runs Candle's own op.
@@ -262,7 +265,8 @@ pub struct Plan {
     pub slots: u32,
     /// The slot of each leaf, in the order of capture; `None` where the plan does not read it.
     pub leaves: Vec<Option<Slot>>,
-    /// Leaves whose only use is to be written into: they may be written in place.
+    /// Leaves that a step may write over: the target of a slice assignment that nothing else reads, and what an output is
+    /// [in place of](Output::in_place_of).
     pub donatable: Vec<bool>,
     /// The slot of each output, in the order of capture.
     pub outputs: Vec<Slot>,
@@ -293,6 +297,11 @@ impl fmt::Display for Plan {
                 kind => kind.name(),
             };
             write!(f, "{} = {kind} [{}] {}", slots(&outputs), step.ops.join(", "), slots(&step.inputs))?;
+            for (output, place) in
+                step.outputs.iter().filter_map(|o| Some((o.slot, step.inputs.get(o.in_place_of? as usize)?)))
+            {
+                write!(f, "  (${output} over ${place} if given)")?;
+            }
             if !step.free_after.is_empty() {
                 write!(f, "  then free {}", slots(&step.free_after))?;
             }

@@ -1,6 +1,7 @@
 //! One step: the kernel it names, on the values in its slots.
 
 mod heads;
+mod rows;
 
 use super::bind::Lent;
 use super::slots::{kernel_error, slot_tensor, with_views, SlotValue};
@@ -14,8 +15,9 @@ use candle_lazy_graph::{ArgOp, Bindings, Dims, Distribution, Op, ScatterOp, Sym}
 use candle_lazy_ops::fault;
 use candle_lazy_ops::kernels::{self, AttentionParams};
 use candle_lazy_ops::row::programs::Ready;
-use candle_lazy_ops::row::{BinaryFn, RowProgram};
+use candle_lazy_ops::row::BinaryFn;
 use candle_lazy_ops::view::{SliceMut, Strided, View};
+pub(super) use rows::row_program;
 use smallvec::SmallVec;
 use std::sync::Arc;
 use tracing::trace_span;
@@ -102,18 +104,7 @@ pub(super) fn run_step(
         StepKind::Custom(op) => candle_op(&ctx, op, slots)?,
         StepKind::ToDevice => candle_op(&ctx, &Op::ToDevice, slots)?,
         StepKind::SliceAssign { dim, start } => slice_assign(&ctx, *dim, *start, slots, lent, report)?,
-        StepKind::Row { program, domain, axes } => {
-            let dims = bindings.dims(domain);
-            let params = (0..step.params.len()).map(|i| ctx.param(i)).collect::<Result<SmallVec<[f64; 4]>>>()?;
-            let mut buffers: SmallVec<[Buffer; 2]> = SmallVec::new();
-            for (i, output) in step.outputs.iter().enumerate() {
-                buffers.push(ctx.take(i, &bindings.dims(&output.dims))?);
-            }
-            row_program(program, (&dims, *axes), &params, slots, &step.inputs, &mut buffers)?;
-            for (output, buffer) in step.outputs.iter().zip(buffers) {
-                put(slots, output, buffer, bindings);
-            }
-        }
+        StepKind::Row { program, domain, axes } => rows::run(&ctx, (program, domain, *axes), slots, lent, report)?,
         StepKind::Products { heads } => {
             let buffers = heads::run(&ctx, heads, slots)?;
             for (output, buffer) in step.outputs.iter().zip(buffers) {
@@ -141,40 +132,6 @@ pub(super) fn of_rows(
     match &step.kind {
         StepKind::Products { heads } => heads::run(&ctx, heads, slots),
         _ => Ok(SmallVec::from_iter([single_output(&ctx, slots)?])),
-    }
-}
-
-/// Runs a program over a space of `dims` with these row axes, to which its inputs broadcast.
-pub(super) fn row_program(
-    program: &RowProgram,
-    (dims, axes): (&[usize], u32),
-    params: &[f64],
-    slots: &[SlotValue],
-    inputs: &[u32],
-    buffers: &mut [Buffer],
-) -> Result<()> {
-    with_views(slots, inputs, |views| {
-        let mut broadcast: SmallVec<[View<'_>; 6]> = SmallVec::new();
-        for view in views {
-            let mut layout = view.layout.broadcast_to(dims).map_err(kernel_error)?;
-            if fault::active("bind.broadcast_stride") {
-                spoil_broadcast(&mut layout);
-            }
-            broadcast.push(View { data: view.data, layout });
-        }
-        let mut outputs: SmallVec<[_; 2]> = buffers.iter_mut().map(Buffer::slice_mut).collect();
-        program.run(dims, axes, &broadcast, params, &mut outputs).map_err(kernel_error)
-    })
-}
-
-/// The fault of one wrong broadcast stride: a repeated dim and one that is walked through change roles.
-fn spoil_broadcast(layout: &mut Strided) {
-    let repeated = (0..layout.strides.len()).find(|&d| layout.strides[d] == 0 && layout.dims[d] > 1);
-    let walked = (0..layout.strides.len()).find(|&d| layout.strides[d] != 0 && layout.dims[d] > 1);
-    if let (Some(repeated), Some(walked)) = (repeated, walked) {
-        if layout.dims[repeated] <= layout.dims[walked] {
-            layout.strides.swap(repeated, walked);
-        }
     }
 }
 

@@ -26,3 +26,4 @@ mod span;
 mod tile;
 
 pub use program::{BinaryFn, Builder, Class, FloatKind, Instr, Kind, ReduceFn, Reg, RowProgram, UnaryFn};
+pub use run::Input;

@@ -11,6 +11,7 @@ use crate::fault;
 use crate::kernels::team;
 use crate::math::Real;
 use crate::view::{count, each_dtype, row_major, Dims, Slice, SliceMut, Strided, View};
+use candle_core::DType;
 use smallvec::{smallvec, SmallVec};
 
 const OP: &str = "row program";
@@ -26,6 +27,23 @@ const PARALLEL: usize = 1 << 18;
 const WORK_PER_NS: usize = 26;
 /// A task shorter than this costs more to begin than it evens out.
 const TASK_NS: usize = 5_000;
+
+/// For each input the output in whose place it is.
+pub(super) type Over = SmallVec<[Option<usize>; 6]>;
+
+/// An element of a dtype.
+fn one_of(dtype: DType) -> Slice<'static> {
+    match dtype {
+        DType::U8 => Slice::U8(&[0]),
+        DType::U32 => Slice::U32(&[0]),
+        DType::I64 => Slice::I64(&[0]),
+        DType::BF16 => Slice::BF16(&[half::bf16::ZERO]),
+        DType::F16 => Slice::F16(&[half::f16::ZERO]),
+        DType::F64 => Slice::F64(&[0.0]),
+        // no output has another dtype
+        _ => Slice::F32(&[0.0]),
+    }
+}
 
 /// Shape of the tiles of a run.
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +70,15 @@ fn tiling(space: &Space, elementwise: bool, strided: bool) -> Tiling {
     Tiling { rows: rows.min(space.rows.max(1)), cols }
 }
 
+/// An input of a run.
+#[derive(Clone, Debug)]
+pub enum Input<'a> {
+    /// Elements as they lie.
+    View(View<'a>),
+    /// What the output of this number holds before the run: the run is *in place*.
+    Output(usize),
+}
+
 impl RowProgram {
     /// Runs the program over a space of `dims`, whose row axes are the bits of `row_axes` (0: elementwise;
     /// a row is then one element).
@@ -74,11 +101,73 @@ impl RowProgram {
         outputs: &mut [SliceMut<'_>],
     ) -> Result<()> {
         self.check(dims, row_axes, inputs, params, outputs)?;
+        let over = SmallVec::from_elem(None, inputs.len());
+        self.of_class(dims, row_axes, (inputs, &over), params, outputs);
+        Ok(())
+    }
+
+    /// Runs an elementwise program over a space of `dims`, some of whose inputs are what an output holds before: a tile of such an output is
+    /// read before it is written. Each of these outputs has one element for each of `dims`; for the rest as [`run`](Self::run), whose bits
+    /// it gives.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run), and `InvalidProgram` for an output in whose place [nothing may stand](Self::may_run_in_place); nothing is
+    /// written then.
+    pub fn run_in_place(
+        &self,
+        dims: &[usize],
+        inputs: &[Input<'_>],
+        params: &[f64],
+        outputs: &mut [SliceMut<'_>],
+    ) -> Result<()> {
+        let mut views: SmallVec<[View<'_>; 6]> = SmallVec::new();
+        let mut over: Over = SmallVec::new();
+        for input in inputs {
+            match input {
+                Input::View(view) => {
+                    views.push(view.clone());
+                    over.push(None);
+                }
+                Input::Output(k) => {
+                    let Some(out) = outputs.get(*k).filter(|_| self.may_run_in_place(*k)) else {
+                        return Err(Error::program(format!("no output {k} with a value for each element")));
+                    };
+                    // one element for all: the checks ask its dtype and dims, and nobody reads it
+                    let layout = Strided { dims: dims.into(), strides: smallvec![0; dims.len()], offset: 0 };
+                    views.push(View { data: one_of(out.dtype()), layout });
+                    over.push(Some(*k));
+                }
+            }
+        }
+        self.check(dims, 0, &views, params, outputs)?;
+        for (view, over) in views.iter_mut().zip(&over) {
+            if over.is_some() {
+                view.layout = Strided::contiguous(dims);
+            }
+        }
+        self.of_class(dims, 0, (&views, &over), params, outputs);
+        Ok(())
+    }
+
+    /// Whether output `k` of an elementwise run has a value of its own for each element, so that it may be in the place of an input.
+    #[must_use]
+    pub fn may_run_in_place(&self, k: usize) -> bool {
+        let kinds = &self.prepared.resolved(true).kinds;
+        self.outputs.get(k).is_some_and(|(reg, _)| kinds.get(usize::from(reg.0)) == Some(&Kind::Vec))
+    }
+
+    fn of_class(
+        &self,
+        dims: &[usize],
+        row_axes: u32,
+        inputs: (&[View<'_>], &Over),
+        params: &[f64],
+        outputs: &mut [SliceMut<'_>],
+    ) {
         match self.class {
             Class::F32 => self.typed::<f32>(dims, row_axes, inputs, params, outputs),
             Class::F64 => self.typed::<f64>(dims, row_axes, inputs, params, outputs),
         }
-        Ok(())
     }
 
     fn check(
@@ -140,7 +229,7 @@ impl RowProgram {
         &self,
         dims: &[usize],
         row_axes: u32,
-        inputs: &[View<'_>],
+        (inputs, over): (&[View<'_>], &Over),
         params: &[f64],
         outputs: &mut [SliceMut<'_>],
     ) {
@@ -183,7 +272,8 @@ impl RowProgram {
             return;
         }
         let data: SmallVec<[Slice<'_>; 4]> = inputs.iter().map(|v| v.data).collect();
-        let job = Job { program: self, elementwise, data: &data, stores: &stores, consts: &consts, params, row_len };
+        let job =
+            Job { program: self, elementwise, data: &data, over, stores: &stores, consts: &consts, params, row_len };
         match space.split_row(TILE).filter(|_| elementwise) {
             Some((main, rest)) => {
                 let cut = main.rows * main.cols;
@@ -290,6 +380,7 @@ struct Job<'a, T> {
     program: &'a RowProgram,
     elementwise: bool,
     data: &'a [Slice<'a>],
+    over: &'a Over,
     stores: &'a [Option<usize>],
     consts: &'a [T],
     params: &'a [f64],
@@ -330,6 +421,8 @@ impl<T: Real> Job<'_, T> {
         for (i, (data, operand)) in self.data.iter().zip(&space.operands).enumerate() {
             let pitch = if tiles.rows == 1 { Some(pitches[i].unwrap_or(0)) } else { pitches[i] };
             access.push(match (pitch, operand.row.single()) {
+                // read before its output is written
+                _ if self.over.get(i).is_some_and(Option::is_some) => Access::Copied,
                 (Some(pitch), Some(1)) if T::of(data).is_some() && !columns && borrowed.add(i) => {
                     Access::Borrowed { pitch }
                 }
@@ -355,6 +448,8 @@ impl<T: Real> Job<'_, T> {
         let mut direct = Few::default();
         for (k, (out, store)) in outs.iter().zip(self.stores).enumerate() {
             let dense = store.is_some_and(|o| space.operands[o].row.single() == Some(1));
+            // a later instruction may read what the output held before
+            let dense = dense && !self.over.contains(&Some(k));
             if !columns && dense && block == 1 && out.dtype() == T::DTYPE && (tiles.rows == 1 || !segmented) {
                 direct.add(k);
             }
@@ -372,6 +467,7 @@ impl<T: Real> Job<'_, T> {
             schedule: &schedule,
             space,
             inputs: self.data,
+            over: self.over,
             access: &access,
             pitches: &pitches,
             stores: self.stores,

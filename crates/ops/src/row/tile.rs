@@ -33,6 +33,8 @@ pub(crate) struct Run<'a, T> {
     pub(crate) schedule: &'a Schedule,
     pub(crate) space: &'a Space,
     pub(crate) inputs: &'a [Slice<'a>],
+    /// For each input the output in whose place it is.
+    pub(crate) over: &'a [Option<usize>],
     pub(crate) access: &'a [Access],
     /// How far apart each operand's rows are, where it is the same distance everywhere.
     pub(crate) pitches: &'a [Option<usize>],
@@ -234,7 +236,11 @@ impl<T: Real> Run<'_, T> {
             let mut dst = slots.get_mut(slot).map(std::mem::take).unwrap_or_default();
             match self.program.instrs[i] {
                 Instr::Load { input } | Instr::LoadRow { input } => {
-                    self.load(usize::from(input), tile, offsets, dst);
+                    let input = usize::from(input);
+                    match self.over.get(input).copied().flatten() {
+                        Some(k) => self.load_output(k, tile, offsets, stored[k].as_ref(), dst),
+                        None => self.load(input, tile, offsets, dst),
+                    }
                 }
                 _ if pass.fused[i].is_some() => {
                     let arg = |reg| self.arg(reg, pass, tile, &slots, row_values, offsets);
@@ -360,6 +366,16 @@ impl<T: Real> Run<'_, T> {
             let gather = if self.columns { columns::gather } else { gather };
             gather(src, &offsets[input][..rows], shape, tile.col, tile.cols, dst);
         });
+    }
+
+    /// Reads what the columns of an output held before into a tile buffer: its stores come behind all instructions.
+    fn load_output(&self, k: usize, tile: Tile, offsets: &[Offsets], out: Option<&SliceMut<'_>>, dst: &mut [T]) {
+        let (Some(out), Some(o)) = (out, self.stores[k]) else {
+            return;
+        };
+        let shape = &self.space.operands[o].row;
+        let col = if fault::active("row.in_place.column") { 0 } else { tile.col };
+        each_dtype!(SliceMut, out, src => gather(src, &offsets[o][..tile.rows], shape, col, tile.cols, dst));
     }
 
     /// Computes a value that exists once per row, from others of its kind.

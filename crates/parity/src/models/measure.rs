@@ -1,7 +1,7 @@
 //! Measuring two ways of doing the same work, step by step.
 
 use super::EagerSide;
-use crate::alloc;
+use crate::alloc::Count;
 use crate::Result;
 use candle_lazy_exec::buffer::trim;
 use candle_lazy_exec::EvalReport;
@@ -73,10 +73,10 @@ fn whole(way: &mut dyn Way, steps: usize) -> Result<()> {
 fn peak_of(way: &mut dyn Way, steps: usize) -> Result<u64> {
     way.end();
     trim();
-    let before = alloc::live_bytes();
-    alloc::reset_peak();
+    let count = Count::begin();
     whole(way, steps)?;
-    let peak = alloc::peak_bytes().saturating_sub(before) as u64;
+    let peak = count.peak_bytes() as u64;
+    drop(count);
     way.end();
     Ok(peak)
 }
