@@ -30,7 +30,9 @@ pub use compile::compile;
 pub use config::EvalOptions;
 pub use error::{Difference, Error, Member, QueueError, Result};
 pub use future::{eval_all_async, join, Eval, EvalAll};
-pub use grad::{checkpoint, grad, is_grad_enabled, no_grad, value_and_grad, vjp, CheckpointRegion};
+pub use grad::{
+    checkpoint, grad, is_grad_enabled, no_grad, value_and_grad, vjp, without_grad, CheckpointRegion, WithoutGrad,
+};
 pub use report::EvalReport;
 pub use run::{
     eval_all, eval_all_checked, eval_all_with, eval_all_with_report, first_nan, first_nonfinite, materialize, prepare,

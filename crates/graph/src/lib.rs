@@ -38,7 +38,9 @@ pub use error::{describe, Error, ErrorKind, Result};
 pub use grad::{vjp, vjp_changed, why_unreached};
 pub use hash::{FastHasher, FastMap};
 pub use infer::{infer, Meta, OutMeta};
-pub use node::{is_grad_enabled, live_nodes, no_grad, EngineValue, Expr, Node, NodeId, Value};
+pub use node::{
+    is_grad_enabled, live_nodes, no_grad, without_grad, EngineValue, Expr, Node, NodeId, Value, WithoutGrad,
+};
 pub use op::{
     ArgOp, BinaryOp, CmpOp, Dims, Distribution, Exactness, Op, OpClass, ReduceOp, Scalars, ScatterOp, UnaryOp,
 };

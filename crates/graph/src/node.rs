@@ -21,7 +21,7 @@ use crate::site::BuildSite;
 use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Shape, Tensor};
 pub use id::{live_nodes, NodeId};
-pub use no_grad::{is_grad_enabled, no_grad};
+pub use no_grad::{is_grad_enabled, no_grad, without_grad, WithoutGrad};
 use parking_lot::Mutex;
 use pending::Pending;
 use smallvec::SmallVec;

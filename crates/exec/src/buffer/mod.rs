@@ -88,7 +88,7 @@ impl Data {
 }
 
 /// From this size on the system is asked before memory is taken: a request that it refuses would end the process.
-const ASK_FROM: usize = 1 << 28;
+pub(crate) const ASK_FROM: usize = 1 << 28;
 
 /// Refuses what the system would refuse.
 pub(crate) fn granted(dtype: DType, len: usize) -> Result<()> {

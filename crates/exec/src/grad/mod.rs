@@ -37,6 +37,8 @@ pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
     candle_lazy_graph::no_grad(f)
 }
 
+pub use candle_lazy_graph::{without_grad, WithoutGrad};
+
 /// Whether what this thread records now keeps the history that gradients need: not within [`no_grad`].
 #[must_use]
 pub fn is_grad_enabled() -> bool {

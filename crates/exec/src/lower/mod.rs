@@ -261,8 +261,7 @@ fn assign_slots(graph: &Graph, mut steps: Vec<Step>) -> Plan {
 
 /// Which outputs may be written over a leaf that their step reads last: (step, output, input). Outputs are node indices here.
 ///
-/// Only elementwise steps do so, behind which nothing comes but such steps and views: what has been written over cannot be given back,
-/// and these do not fail.
+/// Only elementwise steps do so, and only where no step behind them can fail: what has been written over cannot be given back.
 fn places(
     graph: &Graph,
     steps: &[Step],
@@ -272,9 +271,9 @@ fn places(
     let mut found = SmallVec::new();
     for (i, step) in steps.iter().enumerate().rev() {
         let (program, domain) = match &step.kind {
-            StepKind::View(_) => continue,
             StepKind::Row { program, domain, axes: 0 } => (program, domain),
-            _ => break,
+            kind if kind.may_fail() => break,
+            _ => continue,
         };
         let mut taken: SmallVec<[u32; 4]> = SmallVec::new();
         for (k, output) in step.outputs.iter().enumerate().filter(|(k, _)| program.may_run_in_place(*k)) {

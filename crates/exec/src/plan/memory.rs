@@ -7,7 +7,7 @@
 //! pass reads again.
 
 use super::{Output, Plan, SourceStep, Step, StepKind};
-use crate::buffer::BufferValue;
+use crate::buffer::{BufferValue, ASK_FROM};
 use candle_core::DType;
 use candle_lazy_graph::{Bindings, Dims, Op, OpClass, Value};
 use candle_lazy_ops::kernels::extra::{self, Extra, HeadNeeds, Operand};
@@ -26,6 +26,8 @@ pub(crate) struct Memory {
     pub(crate) peak: u64,
     /// The step with the largest result.
     pub(crate) largest: usize,
+    /// The first step behind which none asks the system for so much memory that it may be refused.
+    pub(crate) settled: usize,
 }
 
 impl Memory {
@@ -135,6 +137,17 @@ struct Held {
     dtype: Option<DType>,
 }
 
+/// As [`Memory::settled`].
+fn settled(plan: &Plan, bindings: &Bindings) -> usize {
+    let much = |o: &Output| bytes_of(&bindings.dims(&o.dims), o.dtype) >= ASK_FROM as u64;
+    // a view that is handed out is copied behind the last step
+    let handed_out = |step: &Step| step.outputs.iter().any(|o| plan.outputs.contains(&o.slot) && much(o));
+    if plan.steps.iter().any(|step| matches!(step.kind, StepKind::View(_)) && handed_out(step)) {
+        return plan.steps.len();
+    }
+    plan.steps.iter().rposition(|step| step.outputs.iter().any(much)).unwrap_or(0)
+}
+
 struct Planner<'a> {
     plan: &'a Plan,
     bindings: &'a Bindings,
@@ -149,6 +162,8 @@ struct Planner<'a> {
     first: Vec<u32>,
     /// How many bytes each step takes for its results.
     taken: Vec<u64>,
+    /// As [`Memory::settled`].
+    settled: usize,
     /// Copies that live until the end.
     copies: u64,
     /// The most that a step takes beside its results: what threads keep for the next, and what they do not.
@@ -172,6 +187,7 @@ impl<'a> Planner<'a> {
             first: planner.first,
             peak: held.saturating_add(planner.copies).saturating_add(planner.beside.bytes()),
             largest: largest.unwrap_or(0),
+            settled: planner.settled,
         }
     }
 
@@ -203,6 +219,7 @@ impl<'a> Planner<'a> {
             of_step: Vec::new(),
             first: Vec::with_capacity(plan.steps.len()),
             taken: Vec::with_capacity(plan.steps.len()),
+            settled: settled(plan, bindings),
             copies: 0,
             beside: Extra::default(),
         }
@@ -332,6 +349,9 @@ impl<'a> Planner<'a> {
 
     /// What an output will be written over, where that is the run's own, whole, and at its end.
     fn place_of(&self, step: &Step, output: &Output) -> Option<&Held> {
+        if self.first.len() <= self.settled {
+            return None;
+        }
         let slot = step.inputs.get(usize::from(output.in_place_of?))?;
         let held = self.slots.get(*slot as usize)?;
         (step.free_after.contains(slot) && held.ours && held.dense && self.owns(held)).then_some(held)

@@ -1,23 +1,36 @@
 //! Recording without history.
 
 use std::cell::Cell;
+use std::marker::PhantomData;
 
 thread_local! {
     static OFF: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Puts the state back, also where the scope is left by a panic.
-struct Restore(bool);
+/// A scope without gradients: see [`without_grad`]. The state from before comes back with its end, also where that is a panic.
+#[derive(Debug)]
+pub struct WithoutGrad {
+    before: bool,
+    /// It belongs to the thread that made it.
+    _here: PhantomData<*const ()>,
+}
 
-impl Drop for Restore {
+impl Drop for WithoutGrad {
     fn drop(&mut self) {
-        OFF.set(self.0);
+        OFF.set(self.before);
     }
 }
 
-/// Calls `f`; what this thread records meanwhile keeps no history, and variables count as constants. Scopes nest.
+/// Until the result is dropped, what this thread records keeps no history, and variables count as constants. Scopes nest, and end in the
+/// order opposite to that of their beginnings.
+#[must_use]
+pub fn without_grad() -> WithoutGrad {
+    WithoutGrad { before: OFF.replace(true), _here: PhantomData }
+}
+
+/// Calls `f` in such a scope. Inside of a closure, what is recorded has the closure's line.
 pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
-    let _restore = Restore(OFF.replace(true));
+    let _scope = without_grad();
     f()
 }
 

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::params::{copied, quoted, Glob, Gradients, Param, Params};
 use candle_core::{DType, Device, Tensor};
 use candle_lazy_exec::config::without_pending_budget;
-use candle_lazy_exec::{materialize, EvalReport, LazyTensor};
+use candle_lazy_exec::{materialize, without_grad, EvalReport, LazyTensor};
 use std::sync::Arc;
 
 /// What differs for some parameters: the first group whose pattern names a parameter is its group.
@@ -88,7 +88,9 @@ pub struct StepReport {
 /// A step is recorded: the new values are lazy tensors made of the old ones, what is kept of them and the gradients, and all are
 /// evaluated with the gradients as one plan, each parameter and what is kept of it as one elementwise program. The numbers that change
 /// from step to step are scalars of nodes, so that the plan is found again. The optimiser holds no handle on an old value while the plan
-/// runs; where a step fails, everything is as it was before.
+/// runs, and these programs write over what nobody else holds: in place, unless somebody has a handle on the old value, or something that
+/// may fail comes behind ([`OnNonFinite::Apply`] without clipping moves a parameter while other gradients are made). Where a step fails,
+/// everything is as it was before.
 ///
 /// It is computed in f32, for parameters of f64 in f64. A parameter of f16 or bf16 is rounded to its dtype after each step, in which small
 /// updates are lost: train in f32.
@@ -212,10 +214,11 @@ impl Optimizer {
         self.check(&grads)?;
         self.begin()?;
         let lr = self.lr();
-        // all of it is evaluated below, as one plan
-        let unbounded = without_pending_budget();
+        // all of it is evaluated below, as one plan; and the new values are no functions of the old ones that gradients pass, which may
+        // then be written over
+        let (unbounded, constant) = (without_pending_budget(), without_grad());
         let (moves, norm) = self.record(grads, lr)?;
-        drop(unbounded);
+        drop((constant, unbounded));
         let moved: Vec<usize> = moves.iter().map(|change| change.at).collect();
         let eval = self.run(moves, norm.as_ref(), also)?;
         let (norm, broken) = match &norm {
@@ -388,8 +391,7 @@ impl Slot {
         finite: Option<&LazyTensor>,
     ) -> Result<(LazyTensor, Vec<LazyTensor>)> {
         let dtype = compute_dtype(&self.param);
-        // the new value is no function of the old one that a gradient passes
-        let theta = self.param.value().detach().to_dtype(dtype)?;
+        let theta = self.param.value().to_dtype(dtype)?;
         let mut g = grad.to_dtype(dtype)?;
         if let Some(factor) = factor {
             g = g.broadcast_mul(&factor.to_dtype(dtype)?)?;

@@ -244,6 +244,45 @@ fn a_parameter_and_what_is_kept_of_it_are_one_program() {
     }
 }
 
+/// [`quadratic`] with a loss that no gradient passes.
+fn detached(params: &Params) -> (Gradients, LazyTensor) {
+    let (gradients, loss) = quadratic(params);
+    (gradients, loss.detach())
+}
+
+#[test]
+fn a_step_writes_over_what_nobody_else_holds() {
+    for (rule, _) in rules() {
+        for on_non_finite in [OnNonFinite::Stop, OnNonFinite::Skip, OnNonFinite::Apply] {
+            let options = OptimizerOptions { clip_norm: Some(1.), on_non_finite, ..OptimizerOptions::default() };
+            let (alone, watched) = (pair(), pair());
+            let [mut first, mut second] =
+                [&alone, &watched].map(|params| Optimizer::new(params, rule.clone(), options.clone()).unwrap());
+            let kept = match &rule {
+                Rule::Sgd(sgd) => usize::from(sgd.momentum > 0.),
+                Rule::Lion(_) => 1,
+                _ => 2,
+            };
+            for step in 0..3 {
+                // a loss that is traced would keep its history, the parameters with it
+                let (gradients, loss) = detached(&alone);
+                let report = first.step(gradients, &[&loss]).unwrap();
+                assert_eq!(report.eval.in_place, 2 * (1 + kept), "{rule:?} {on_non_finite:?} {step}: {}", report.eval);
+                // what somebody holds stays as it was, and its new value is the same
+                let old = ["a.weight", "a.bias"].map(|name| watched.get(name).unwrap().value());
+                let before = old.each_ref().map(wide);
+                let (gradients, loss) = detached(&watched);
+                let report = second.step(gradients, &[&loss]).unwrap();
+                assert_eq!(report.eval.in_place, 2 * kept, "{rule:?} {on_non_finite:?} {step}: {}", report.eval);
+                assert_eq!(old.each_ref().map(wide), before);
+            }
+            for name in ["a.weight", "a.bias"] {
+                assert_eq!(value(&alone, name), value(&watched, name), "{rule:?} {name}");
+            }
+        }
+    }
+}
+
 #[test]
 fn gradients_that_are_no_numbers_stop_or_are_skipped() {
     let bad = |params: &Params| grads(params, &[("a.bias", &[1.]), ("a.weight", &[1., f64::NAN])]);

@@ -97,6 +97,9 @@ pub(in crate::run) fn row_program(
 
 /// The memory of the input that `output` may be written over, taken out of its slot: where it is whole, ends here, and is nobody else's.
 fn given_place(ctx: &Ctx<'_>, output: &Output, slots: &mut [SlotValue]) -> Option<(usize, Buffer)> {
+    if ctx.number < ctx.memory.settled {
+        return None;
+    }
     let input = usize::from(output.in_place_of?);
     let slot = ctx.input(input).ok()?;
     if !ctx.step.free_after.contains(&slot) && !fault::active("in_place.not_last_use") {

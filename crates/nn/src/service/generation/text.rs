@@ -38,6 +38,7 @@ pub(super) struct Letters<'v> {
     stream: Option<TextStream<'v>>,
     #[cfg(not(feature = "tokenizers"))]
     service: std::marker::PhantomData<&'v Vocabulary>,
+    #[cfg_attr(not(feature = "tokenizers"), allow(dead_code))] // there is no text without
     search: StopSearch,
 }
 
