@@ -156,6 +156,22 @@ fn what_fails_before_leaves_a_given_value_as_it_was() {
 }
 
 #[test]
+fn what_may_fail_behind_keeps_a_given_value() {
+    let (t, other) = (tensor(&[30], DType::F32), tensor(&[30], DType::F32));
+    let x = own(&t);
+    let y = x.exp().unwrap().affine(2.0, 0.5).unwrap();
+    // reads the result, so it comes behind, and fails the first time
+    let z = y.custom_op1(Once(AtomicBool::new(false)), 30, DType::F32).unwrap().add(&LazyTensor::from(&other)).unwrap();
+    drop((x, y));
+    let options = EvalOptions { validate: false, ..EvalOptions::default() };
+    assert!(eval_all_with(&[&z], &options).unwrap_err().to_string().contains("not yet"));
+    let (values, report) = eval_all_with(&[&z], &options).unwrap();
+    assert_eq!(report.in_place, 0, "{report}");
+    let y = own(&t).exp().unwrap().affine(2.0, 0.5).unwrap();
+    assert_eq!(bits(&values[0]), bits(&y.add(&LazyTensor::from(&other)).unwrap().eval().unwrap()));
+}
+
+#[test]
 fn the_plan_says_what_may_be_written_over() {
     let x = own(&tensor(&[4, 4], DType::F32));
     let y = x.exp().unwrap().affine(2.0, 1.0).unwrap();

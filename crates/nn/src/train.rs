@@ -160,8 +160,12 @@ impl<'a> Trainer<'a> {
             // loss, gradients and update are one plan
             [(number, batch)] => {
                 self.adapter.train(key.fold_in(*number));
-                let mean = self.loss(batch, &self.at, &self.options.loss)?.mean()?;
-                let report = self.optimizer.step(params.grad(&mean)?, &[&mean])?;
+                let (mean, gradients) = {
+                    let mean = self.loss(batch, &self.at, &self.options.loss)?.mean()?;
+                    // a traced loss would keep its history, and the parameters could not be written over
+                    (mean.detach(), params.grad(&mean)?)
+                };
+                let report = self.optimizer.step(gradients, &[&mean])?;
                 (total, weight) = (scalar(&mean)?, 1.0);
                 report
             }

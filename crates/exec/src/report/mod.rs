@@ -20,7 +20,7 @@ pub struct EvalReport {
     pub replayed: BTreeMap<&'static str, usize>,
     /// Views that moved no data.
     pub views: usize,
-    /// Slice assignments that wrote in place.
+    /// Results that were written over a value that was given away: of slice assignments and of elementwise steps.
     pub in_place: usize,
     /// Slice assignments that copied the tensor first, because somebody else still held it.
     pub copies: usize,

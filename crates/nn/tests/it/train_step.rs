@@ -193,6 +193,23 @@ fn a_training_lowers_the_loss_and_measures_without_dropout() {
 }
 
 #[test]
+fn a_training_step_writes_in_place() {
+    let (mut model, rows) = (model(), rows());
+    let adapter = LoraAdapter::attach(&mut model, &LoraConfig { dropout: 0.2, ..LoraConfig::default() }, 7).unwrap();
+    for accumulate in [1, 2] {
+        let options = TrainerOptions { batch: 4, accumulate, ..TrainerOptions::default() };
+        let mut trainer =
+            Trainer::new(&model, &adapter, &rows, optimizer(&adapter, OnNonFinite::Stop), options).unwrap();
+        for step in 0..3 {
+            let report = trainer.step().unwrap().eval;
+            // a parameter and its two moments; where parts are added up, their sums too
+            let sums = (accumulate - 1) * adapter.params().len();
+            assert_eq!(report.in_place, 3 * adapter.params().len() + sums, "step {step}: {report}");
+        }
+    }
+}
+
+#[test]
 fn a_loss_that_is_no_number_is_named_or_skipped() {
     let rows = rows();
     let config = tiny_config();
