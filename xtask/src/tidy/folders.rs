@@ -39,8 +39,8 @@ const ALLOWED: &[(&str, &str, What)] = &[
     ("lower", "plan", What::All),
     ("lower", "config", What::All),
     ("plan", "config", What::All),
-    // whether a leaf may be written in place
-    ("plan", "buffer", What::Only(&["BufferValue"])),
+    // whether a leaf may be written in place, and from which size on memory may be refused
+    ("plan", "buffer", What::Only(&["BufferValue", "ASK_FROM"])),
     ("run", "lower", What::All),
     ("run", "plan", What::All),
     ("run", "report", What::All),

@@ -280,7 +280,7 @@ fn places(
             let fits = |leaf: u32| {
                 let id = leaf as usize;
                 let once = step.inputs.iter().filter(|input| **input == leaf).count() == 1;
-                let ends = last_use[id] == Some(i) || fault::active("in_place.not_last_use");
+                let ends = last_use[id] == Some(i);
                 graph.nodes.get(id).is_some_and(|node| {
                     node.op().is_none()
                         && node.dtype == output.dtype

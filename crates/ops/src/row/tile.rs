@@ -374,8 +374,10 @@ impl<T: Real> Run<'_, T> {
             return;
         };
         let shape = &self.space.operands[o].row;
-        let col = if fault::active("row.in_place.column") { 0 } else { tile.col };
-        each_dtype!(SliceMut, out, src => gather(src, &offsets[o][..tile.rows], shape, col, tile.cols, dst));
+        each_dtype!(SliceMut, out, src => gather(src, &offsets[o][..tile.rows], shape, tile.col, tile.cols, dst));
+        if let (true, Some(last)) = (fault::active("row.in_place.tail"), dst.last_mut()) {
+            *last = T::ZERO;
+        }
     }
 
     /// Computes a value that exists once per row, from others of its kind.

@@ -8,7 +8,7 @@ use crate::reference::{self, Arr, Reduction};
 use crate::value::to_arr;
 use crate::{eager, lazy, opaque, unsupported, Error, Result};
 use candle_core::{DType, Tensor};
-use candle_lazy_exec::{run::eval_all_with, EvalOptions, EvalReport, LazyTensor};
+use candle_lazy_exec::{materialize, run::eval_all_with, EvalOptions, EvalReport, LazyTensor};
 use candle_lazy_graph::{Exactness, Op, OpClass};
 
 /// Evaluates one tensor.
@@ -77,6 +77,7 @@ pub(super) fn check(subject: &mut Subject, mode: Mode) -> Result<Option<Cell>> {
         Mode::OtherSizes => return other_sizes(subject),
         Mode::OtherScalars => return other_scalars(subject),
         Mode::Eval => return eval(subject),
+        Mode::InPlace => return in_place(subject),
         Mode::Decomposed if subject.case.op.class() != OpClass::Composite => return Ok(None),
         _ => {}
     }
@@ -118,6 +119,39 @@ pub(super) fn check(subject: &mut Subject, mode: Mode) -> Result<Option<Cell>> {
     };
     if computed && hit_expected.is_some_and(|want| want != report.cache_hit) {
         cell.outcome = Outcome::Failed(format!("cache hit {}, which is wrong when {}", report.cache_hit, mode.name()));
+    }
+    Ok(Some(cell))
+}
+
+/// A value of the engine's own with these bits: two signs give them back.
+fn own(tensor: &Tensor) -> Result<LazyTensor> {
+    let value = LazyTensor::from(tensor).neg()?.neg()?;
+    materialize(&[&value])?;
+    Ok(value)
+}
+
+/// An elementwise op on values that were given away writes over the first that has the result's dims and dtype, with the bits of a result
+/// beside it.
+fn in_place(subject: &mut Subject) -> Result<Option<Cell>> {
+    let (case, inputs) = (&subject.case, &subject.inputs);
+    if case.op.class() != OpClass::Elementwise || unsupported::candle_runs(case).is_some() {
+        return Ok(None);
+    }
+    let floats = |t: &Tensor| t.dtype().is_float();
+    let leaves = inputs.iter().map(|t| if floats(t) { own(t) } else { Ok(LazyTensor::from(t)) });
+    let leaves: Vec<LazyTensor> = leaves.collect::<Result<_>>()?;
+    let tensor = lazy::record_case(case, &leaves)?;
+    let fits = |t: &&Tensor| floats(t) && t.dims() == tensor.dims() && t.dtype() == tensor.dtype();
+    let expected = usize::from(!tensor.is_ready() && inputs.iter().any(|t| fits(&t)));
+    drop(leaves);
+    let (got, report) = evaluate(&tensor, &checked(options(Mode::InPlace)))?;
+    let mut cell = subject.verdict("in-place", &got)?;
+    cell.kernels.clone_from(&report.kernels);
+    let want = baseline(subject)?;
+    if let Err(text) = same_bits("in place against no passes", &got, &want)? {
+        cell.outcome = Outcome::Failed(text);
+    } else if report.in_place != expected {
+        cell.outcome = Outcome::Failed(format!("{} results in place, {expected} expected", report.in_place));
     }
     Ok(Some(cell))
 }

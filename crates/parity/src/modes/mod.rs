@@ -62,6 +62,8 @@ pub enum Mode {
     Compat,
     /// Lazy, in f16 or bf16: the bits of the same op in f32, rounded once.
     RoundsOnce,
+    /// Lazy, on values of the engine's that were given away: an elementwise op writes over one.
+    InPlace,
     /// Lazy, behind the caller's back.
     Async,
     /// Lazy, in one batch with others: the same again, the same at other sizes, and something else.
@@ -88,6 +90,7 @@ impl Mode {
             Self::OtherSizes,
             Self::OtherScalars,
             Self::RoundsOnce,
+            Self::InPlace,
             Self::Async,
             Self::Batched,
             Self::Replay,
@@ -120,6 +123,7 @@ impl Mode {
             Self::Cold => "cold".into(),
             Self::Warm => "warm".into(),
             Self::OtherSizes => "other-sizes".into(),
+            Self::InPlace => "in-place".into(),
             Self::Async => "async".into(),
             Self::Batched => "batched".into(),
             Self::Replay => "replay".into(),

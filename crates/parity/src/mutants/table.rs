@@ -53,6 +53,7 @@ const ROW: &[Row] = &[
     ("row.shifted_exp.tail", "the last exponential of a softmax is off", "softmax", "all-passes"),
     ("row.squares.last", "the last square of a row does not count", "rms_norm layer_norm", "all-passes"),
     ("row.columns.zero", "an extreme that is zero has any zero's sign in columns", "max min", "all-passes"),
+    ("row.in_place.tail", "the last element of what is written over is not read", "add exp where_cond", "in-place"),
     ("direct.operand", "one op without a plan takes an operand twice", "add sub mul", "eval"),
     ("direct.unary", "the last element of one op without a plan is off", "exp neg", "eval"),
     ("direct.lora", "the last element of a lora without a plan is off", "lora", "eval"),

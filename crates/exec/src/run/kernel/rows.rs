@@ -102,7 +102,7 @@ fn given_place(ctx: &Ctx<'_>, output: &Output, slots: &mut [SlotValue]) -> Optio
     }
     let input = usize::from(output.in_place_of?);
     let slot = ctx.input(input).ok()?;
-    if !ctx.step.free_after.contains(&slot) && !fault::active("in_place.not_last_use") {
+    if !ctx.step.free_after.contains(&slot) {
         return None;
     }
     let place = slots.get_mut(slot as usize)?;
