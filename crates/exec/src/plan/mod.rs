@@ -204,14 +204,23 @@ impl StepKind {
     /// Whether it may fail although its operands have the shapes and dtypes it was planned for: what runs code of somebody else's, or meets
     /// indices that are none.
     pub(crate) fn may_fail(&self) -> bool {
-        match self {
-            Self::View(_) | Self::Row { .. } | Self::Matmul | Self::Linear | Self::Products { .. } | Self::Lora => {
-                false
-            }
-            Self::Attention { .. } | Self::AttentionBackward { .. } | Self::Arange | Self::Concat { .. } => false,
-            Self::Full | Self::Cast | Self::Copy => false,
-            _ => true,
-        }
+        let safe = matches!(
+            self,
+            Self::View(_)
+                | Self::Row { .. }
+                | Self::Matmul
+                | Self::Linear
+                | Self::Products { .. }
+                | Self::Lora
+                | Self::Attention { .. }
+                | Self::AttentionBackward { .. }
+                | Self::Arange
+                | Self::Concat { .. }
+                | Self::Full
+                | Self::Cast
+                | Self::Copy
+        );
+        !safe
     }
 
     /// The kernel's name in reports.

@@ -46,12 +46,8 @@ fn transpose(square: &mut [[f32; SIDE]; SIDE]) {
         }
         return;
     }
-    for i in 0..SIDE {
-        for j in 0..i {
-            let (above, below) = (square[j][i], square[i][j]);
-            (square[j][i], square[i][j]) = (below, above);
-        }
-    }
+    let rows = *square;
+    *square = std::array::from_fn(|i| std::array::from_fn(|j| rows[j][i]));
 }
 
 /// Sixteen vectors turned: number i of vector j becomes number j of vector i.
