@@ -422,14 +422,15 @@ impl Walk<'_, '_> {
     }
 }
 
-/// Which leaves nobody holds but captured nodes that still wait: one for each visit, or nothing where there is no such leaf. Tensors of Candle's are
-/// not asked after: they are never written.
+/// Which leaves nobody holds but captured nodes that still wait: one for each visit, or nothing where there is no such leaf. A tensor of Candle's
+/// with several readers is not asked after: it is never written.
 fn alone(seen: &Table, visits: &[Visit], leaves: &[Leaf], nodes: &[Arc<Node>]) -> Vec<bool> {
     let mut alone = Vec::new();
     let mut several = false;
     for Leaf { visit, value, .. } in leaves {
         let (of, node) = (&visits[*visit as usize], &nodes[*visit as usize]);
-        if !matches!(value, Value::Engine(_)) || Arc::strong_count(node) > 1 + of.edges as usize {
+        let asked = of.edges == 1 || matches!(value, Value::Engine(_));
+        if !asked || Arc::strong_count(node) > 1 + of.edges as usize {
             continue;
         }
         if alone.is_empty() {

@@ -134,7 +134,7 @@ impl KVCache {
             (&[_, _, keys, ..], &[_, _, values, ..]) if keys == values => keys,
             (key, value) => {
                 return Err(failed(format!(
-                    "KV cache: keys and values must have as many positions in dim 2, got {key:?} and {value:?}"
+                    "KV cache: keys and values must have a dim 2 with as many positions in both, got {key:?} and {value:?}"
                 )));
             }
         };

@@ -132,9 +132,13 @@ fn what_does_not_fit_is_refused_and_the_cache_stays() {
     let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
     let ok = zeros(&[2, 3, 1, 4]);
     let cases = [
-        (zeros(&[2, 3]), zeros(&[2, 3]), "must have as many positions in dim 2, got [2, 3] and [2, 3]"),
-        (zeros(&[2, 3, 1]), zeros(&[2, 3]), "must have as many positions in dim 2, got [2, 3, 1] and [2, 3]"),
-        (ok.clone(), zeros(&[2, 3, 2, 4]), "must have as many positions in dim 2"),
+        (zeros(&[2, 3]), zeros(&[2, 3]), "must have a dim 2 with as many positions in both, got [2, 3] and [2, 3]"),
+        (
+            zeros(&[2, 3, 1]),
+            zeros(&[2, 3]),
+            "must have a dim 2 with as many positions in both, got [2, 3, 1] and [2, 3]",
+        ),
+        (ok.clone(), zeros(&[2, 3, 2, 4]), "must have a dim 2 with as many positions in both"),
         (zeros(&[2, 3, 1]), zeros(&[2, 3, 1]), "layer 3 holds keys [2, 3, 2, 4] (F32), cannot take [2, 3, 1] (F32)"),
         (ok.clone(), ok.to_dtype(DType::F64).unwrap(), "layer 3 holds values"),
         (
