@@ -49,7 +49,7 @@ impl QwenSession {
         let room = end.saturating_add((end / 4).max(FIRST_ROOM)).min(max_len);
         for cache in self.caches.iter_mut().filter(|cache| end > cache.capacity()) {
             cache.grow(room)?;
-            candle_lazy_exec::trim();
+            candle_lazy_exec::buffer::trim();
         }
         Ok(())
     }

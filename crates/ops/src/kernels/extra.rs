@@ -108,7 +108,12 @@ pub fn matmul(a: &Operand<'_>, b: &Operand<'_>) -> Extra {
     // the product's rows in f32 where they are rounded behind it, and of broadcast batches those of all
     let batches = (b.elements() / k.saturating_mul(n).max(1)).max(1);
     let sums = if direct(a.dtype) { 0 } else { rows.max(a.last(1).saturating_mul(batches)).saturating_mul(n) * 4 };
-    let left = if direct(a.dtype) && a.dense { 0 } else { a.wide_bytes() };
+    let left = match (direct(a.dtype), a.dense) {
+        (true, true) => 0,
+        (_, true) => a.wide_bytes(),
+        // what is turned, or where the product is made as a transpose, the product twice
+        (_, false) => a.wide_bytes().max(b.wide_bytes()).saturating_add(rows.saturating_mul(n).saturating_mul(8)),
+    };
     let right = if b.dense { 0 } else { k.saturating_mul(n).saturating_mul(4) };
     Extra { passing: sums.saturating_add(left).saturating_add(right), ..Extra::kept(inner(rows, k)) }
 }

@@ -261,6 +261,9 @@ fn narrow<E: Narrow>(s: &Batched, a: &[E], b: &[E], out: &mut [E]) -> Result<()>
             return Ok(());
         }
         let out = &mut out[range];
+        if flips(am, bm) {
+            return flipped(a, am, b, bm, out, &mut wide, &mut sums);
+        }
         // the same right side for many batches is copied once
         let stale = last != Some(bm.offset) && !(last.is_some() && fault::active("matmul.stale_widened"));
         if stale && !bm.has_runs() {
@@ -269,6 +272,37 @@ fn narrow<E: Narrow>(s: &Batched, a: &[E], b: &[E], out: &mut [E]) -> Result<()>
         }
         each_side!(Side::of(b, bm, &right)?, w => inner(a, am, w, out, &mut wide, &mut sums))
     })
+}
+
+/// Whether a product is made as the transpose of bᵀ·aᵀ: where a's columns are runs of elements, as those of xᵀ in the gradient xᵀ·g of a
+/// weight, they are what a right side may be, and b is less to turn.
+fn flips(a: Matrix, b: Matrix) -> bool {
+    a.row_stride == 1 && a.col_stride != 1 && a.cols > 1 && b.cols < a.rows
+}
+
+/// One product as the transpose of bᵀ·aᵀ, with the same bits: each factor of a term may come first, and the terms keep their order.
+fn flipped<E: Narrow>(
+    a: &[E],
+    am: Matrix,
+    b: &[E],
+    bm: Matrix,
+    out: &mut [E],
+    wide: &mut Vec<f32>,
+    sums: &mut Vec<f32>,
+) -> Result<()> {
+    let (m, n, k) = (am.rows, bm.cols, am.cols);
+    let turned =
+        |m: Matrix| Matrix { rows: m.cols, cols: m.rows, row_stride: m.col_stride, col_stride: m.row_stride, ..m };
+    widen_matrix(b, turned(bm), wide);
+    sums.clear();
+    sums.resize(m * n, 0.0);
+    let x = Rows::new(wide, n, k, k)?;
+    each_side!(Side::of(a, turned(am), &[])?, w => dots_parallel(x, w, Grid::new(sums, n, m, m)?))?;
+    let columns = Matrix { offset: 0, rows: m, cols: n, row_stride: 1, col_stride: m };
+    widen_matrix(sums, columns, wide);
+    damage(wide);
+    E::round_from(wide, out);
+    Ok(())
 }
 
 /// One product; `wide` and `sums` are memory for it.

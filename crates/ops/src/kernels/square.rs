@@ -4,6 +4,7 @@ use crate::element::Element;
 use crate::fault;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{isa, Isa};
+use candle_core::DType;
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
@@ -19,6 +20,20 @@ pub(crate) fn turn<T: Element>(src: &[T], (first, stride): (usize, usize), cols:
         for j in (0..cols).step_by(SIDE) {
             let width = SIDE.min(cols - j);
             let mut square = [[0f32; SIDE]; SIDE];
+            if width == SIDE
+                && count == SIDE
+                && !fault::active("square.run")
+                && fill(src, at + j * stride, stride, &mut square)
+            {
+                transpose(&mut square);
+                for (row, numbers) in rows.chunks_exact_mut(cols).zip(&square) {
+                    // a length that the compiler knows
+                    if let Some(Ok(to)) = row.get_mut(j..j + SIDE).map(<&mut [f32; SIDE]>::try_from) {
+                        *to = *numbers;
+                    }
+                }
+                continue;
+            }
             for (k, run) in square.iter_mut().enumerate().take(width) {
                 let from = at + (j + k - fault::one_if("square.run").min(k)) * stride;
                 if let Some(numbers) = src.get(from..from + count) {
@@ -33,21 +48,47 @@ pub(crate) fn turn<T: Element>(src: &[T], (first, stride): (usize, usize), cols:
     }
 }
 
+/// A whole square of runs, the first at `at`; false where one is not there.
+#[inline]
+fn fill<T: Element>(src: &[T], at: usize, stride: usize, square: &mut [[f32; SIDE]; SIDE]) -> bool {
+    for (k, run) in square.iter_mut().enumerate() {
+        let from = at + k * stride;
+        let Some(Ok(numbers)) = src.get(from..from + SIDE).map(<&[T; SIDE]>::try_from) else {
+            return false;
+        };
+        match T::DTYPE {
+            // its conversion is worth a call
+            DType::F16 => T::widen(numbers, run),
+            _ => *run = numbers.map(|v| v.to_f32()),
+        }
+    }
+    true
+}
+
 /// Exchanges rows and columns.
 fn transpose(square: &mut [[f32; SIDE]; SIDE]) {
     #[cfg(target_arch = "x86_64")]
     if isa() == Isa::Avx512 {
-        // SAFETY: `isa` names a set only where the machine has all of its features; each row has sixteen numbers.
-        unsafe {
-            let turned = transposed(square.each_ref().map(|row| _mm512_loadu_ps(row.as_ptr())));
-            for (row, numbers) in square.iter_mut().zip(turned) {
-                _mm512_storeu_ps(row.as_mut_ptr(), numbers);
-            }
-        }
-        return;
+        // SAFETY: `isa` names a set only where the machine has all of its features.
+        return unsafe { in_registers(square) };
     }
     let rows = *square;
     *square = std::array::from_fn(|i| std::array::from_fn(|j| rows[j][i]));
+}
+
+/// As [`transpose`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn in_registers(square: &mut [[f32; SIDE]; SIDE]) {
+    let mut rows = [_mm512_setzero_ps(); SIDE];
+    for (row, numbers) in rows.iter_mut().zip(square.iter()) {
+        // SAFETY: sixteen numbers.
+        *row = unsafe { _mm512_loadu_ps(numbers.as_ptr()) };
+    }
+    for (row, numbers) in transposed(rows).iter().zip(square) {
+        // SAFETY: sixteen numbers.
+        unsafe { _mm512_storeu_ps(numbers.as_mut_ptr(), *row) };
+    }
 }
 
 /// Sixteen vectors turned: number i of vector j becomes number j of vector i.
