@@ -106,10 +106,11 @@ fn print_changes(ported: &Ported) -> Result<(), output::Error> {
     Ok(())
 }
 
-/// Compiles the crate and returns the program.
+/// Compiles the crate and returns the program. It is built as this program is, so that what was built for this one serves again.
 fn build(folder: &Path, target: &Path) -> Result<PathBuf, Error> {
+    let (profile, built) = if cfg!(debug_assertions) { ("dev", "debug") } else { ("release", "release") };
     let status = cargo()
-        .args(["build", "--release", "--offline", "--quiet", "--manifest-path"])
+        .args(["build", "--profile", profile, "--offline", "--quiet", "--manifest-path"])
         .arg(folder.join("Cargo.toml"))
         .arg("--target-dir")
         .arg(target)
@@ -118,7 +119,7 @@ fn build(folder: &Path, target: &Path) -> Result<PathBuf, Error> {
     if !status.success() {
         return Err(Error::Cargo { what: "build", detail: "the ported sources do not compile".into() });
     }
-    Ok(target.join("release").join(format!("candle-lazy-port{}", std::env::consts::EXE_SUFFIX)))
+    Ok(target.join(built).join(format!("candle-lazy-port{}", std::env::consts::EXE_SUFFIX)))
 }
 
 #[cfg(test)]
