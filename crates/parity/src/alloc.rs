@@ -1,7 +1,7 @@
 //! A counting allocator: bytes alive beyond those at the beginning of a count, and the most at once.
 //!
 //! A program that measures installs it with `#[global_allocator]` and holds a [`Count`] while it does. Nothing is counted at other times: the
-//! counters are shared by all threads, and touching them with every allocation would add a third to what recording a node takes.
+//! counters are shared by all threads, and touching them with every allocation would weigh on what is timed.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicIsize, AtomicUsize, Ordering};

@@ -9,6 +9,7 @@ mod broken;
 mod checkpoint;
 mod transform;
 
+pub use candle_lazy_graph::{without_grad, WithoutGrad};
 pub use checkpoint::{checkpoint, Checkpoint, CheckpointRegion, Tensors};
 pub use transform::{value_and_grad, ValueAndGrad};
 
@@ -36,8 +37,6 @@ use std::sync::Arc;
 pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
     candle_lazy_graph::no_grad(f)
 }
-
-pub use candle_lazy_graph::{without_grad, WithoutGrad};
 
 /// Whether what this thread records now keeps the history that gradients need: not within [`no_grad`].
 #[must_use]

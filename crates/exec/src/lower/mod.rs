@@ -210,15 +210,9 @@ fn assign_slots(graph: &Graph, mut steps: Vec<Step>) -> Plan {
             .collect()
     };
     let uses = graph.use_counts();
-    for (i, output, input) in places(graph, &steps, &last_use, &is_output) {
-        if let Some((step, output)) = steps
-            .get_mut(i)
-            .and_then(|step| Some((step.inputs.get(usize::from(input))?, step.outputs.get_mut(output)?)))
-        {
-            output.in_place_of = Some(input);
-            if let Some(leaf) = leaf_number[*step as usize] {
-                plan.donatable[leaf] = true;
-            }
+    for leaf in find_places(graph, &mut steps, &last_use, &is_output) {
+        if let Some(leaf) = leaf_number[leaf as usize] {
+            plan.donatable[leaf] = true;
         }
     }
     for (i, step) in steps.iter_mut().enumerate() {
@@ -259,46 +253,44 @@ fn assign_slots(graph: &Graph, mut steps: Vec<Step>) -> Plan {
     plan
 }
 
-/// Which outputs may be written over a leaf that their step reads last: (step, output, input). Outputs are node indices here.
+/// Marks the outputs that may be written over a leaf, which their step reads last, and says which leaves these are.
 ///
 /// Only elementwise steps do so, and only where no step behind them can fail: what has been written over cannot be given back.
-fn places(
+fn find_places(
     graph: &Graph,
-    steps: &[Step],
+    steps: &mut [Step],
     last_use: &[Option<usize>],
     is_output: &[bool],
-) -> SmallVec<[(usize, usize, u8); 4]> {
-    let mut found = SmallVec::new();
-    for (i, step) in steps.iter().enumerate().rev() {
+) -> SmallVec<[u32; 4]> {
+    let mut taken: SmallVec<[u32; 4]> = SmallVec::new();
+    for (i, step) in steps.iter_mut().enumerate().rev() {
         let (program, domain) = match &step.kind {
             StepKind::Row { program, domain, axes: 0 } => (program, domain),
             kind if kind.may_fail() => break,
             _ => continue,
         };
-        let mut taken: SmallVec<[u32; 4]> = SmallVec::new();
-        for (k, output) in step.outputs.iter().enumerate().filter(|(k, _)| program.may_run_in_place(*k)) {
-            let fits = |leaf: u32| {
-                let id = leaf as usize;
-                let once = step.inputs.iter().filter(|input| **input == leaf).count() == 1;
-                let ends = last_use[id] == Some(i);
-                graph.nodes.get(id).is_some_and(|node| {
-                    node.op().is_none()
-                        && node.dtype == output.dtype
-                        && node.dims == output.dims
-                        && node.dims == *domain
-                }) && once
-                    && ends
-                    && !is_output[id]
+        let inputs = &step.inputs;
+        for (_, output) in step.outputs.iter_mut().enumerate().filter(|(k, _)| program.may_run_in_place(*k)) {
+            let fits = |leaf: u32, node: &GNode| {
+                node.op().is_none()
+                    && node.dtype == output.dtype
+                    && node.dims == output.dims
+                    && node.dims == *domain
+                    && last_use[leaf as usize] == Some(i)
+                    && !is_output[leaf as usize]
                     && !taken.contains(&leaf)
+                    && inputs.iter().filter(|input| **input == leaf).count() == 1
             };
-            let place = step.inputs.iter().position(|&leaf| fits(leaf));
-            if let Some((place, number)) = place.and_then(|at| Some((step.inputs.get(at)?, u8::try_from(at).ok()?))) {
-                taken.push(*place);
-                found.push((i, k, number));
+            let place = (0u8..)
+                .zip(inputs)
+                .find(|(_, &leaf)| graph.nodes.get(leaf as usize).is_some_and(|node| fits(leaf, node)));
+            if let Some((number, &leaf)) = place {
+                output.in_place_of = Some(number);
+                taken.push(leaf);
             }
         }
     }
-    found
+    taken
 }
 
 /// Whether a device has kernels of ours.

@@ -252,9 +252,10 @@ impl<'a> Planner<'a> {
                         };
                         (copies.then_some(Holder::Pool(output.dtype)), std::mem::take(&mut held.results))
                     }
-                    StepKind::Row { .. } if self.place_of(step, output).is_some() => {
-                        (None, self.place_of(step, output).map(|source| source.results.clone()).unwrap_or_default())
-                    }
+                    StepKind::Row { .. } => match self.place_of(step, output) {
+                        Some(source) => (None, source.results.clone()),
+                        None => (Some(Holder::Pool(output.dtype)), SmallVec::new()),
+                    },
                     StepKind::SliceAssign { .. } if self.writes_in_place(step) => {
                         (None, self.source(step).map(|source| source.results.clone()).unwrap_or_default())
                     }

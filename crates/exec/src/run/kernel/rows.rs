@@ -84,11 +84,7 @@ pub(in crate::run) fn row_program(
     with_views(slots, inputs, |views| {
         let mut broadcast: SmallVec<[View<'_>; 6]> = SmallVec::new();
         for view in views {
-            let mut layout = view.layout.broadcast_to(dims).map_err(kernel_error)?;
-            if fault::active("bind.broadcast_stride") {
-                spoil_broadcast(&mut layout);
-            }
-            broadcast.push(View { data: view.data, layout });
+            broadcast.push(over_dims(view, dims)?);
         }
         let mut outputs: SmallVec<[_; 2]> = buffers.iter_mut().map(Buffer::slice_mut).collect();
         program.run(dims, axes, &broadcast, params, &mut outputs).map_err(kernel_error)
@@ -141,8 +137,7 @@ fn in_place(
                 (Some(output), _) => Input::Output(output),
                 (None, [view, ..]) => {
                     views.next();
-                    let layout = view.layout.broadcast_to(dims).map_err(kernel_error)?;
-                    Input::View(View { data: view.data, layout })
+                    Input::View(over_dims(view, dims)?)
                 }
                 (None, []) => return Err(Error::Internal("an operand without a view".into())),
             });
@@ -150,6 +145,15 @@ fn in_place(
         let mut outputs: SmallVec<[_; 2]> = buffers.iter_mut().map(Buffer::slice_mut).collect();
         program.run_in_place(dims, &operands, params, &mut outputs).map_err(kernel_error)
     })
+}
+
+/// A view broadcast to `dims`.
+fn over_dims<'a>(view: &View<'a>, dims: &[usize]) -> Result<View<'a>> {
+    let mut layout = view.layout.broadcast_to(dims).map_err(kernel_error)?;
+    if fault::active("bind.broadcast_stride") {
+        spoil_broadcast(&mut layout);
+    }
+    Ok(View { data: view.data, layout })
 }
 
 /// The fault of one wrong broadcast stride: a repeated dim and one that is walked through change roles.
