@@ -1,7 +1,7 @@
 //! The reviewed table: cells that Candle computes instead of a kernel of ours, and cells that nobody computes. Every entry
 //! has its reason.
 
-use crate::case::{Case, Domain};
+use crate::case::{Case, Domain, InputSpec};
 use candle_core::DType;
 use candle_lazy_graph::{BinaryOp, Op, OpClass, ReduceOp, ScatterOp, UnaryOp};
 
@@ -131,6 +131,20 @@ pub fn no_gradient(case: &Case) -> Option<&'static str> {
         }
         _ => no_twin(&case.op).or_else(|| eager_refuses(case)),
     }
+}
+
+/// Why the gradient of an input is no measure where Candle's autograd takes it back through the input's view.
+#[must_use]
+pub fn fold_stalls(input: &InputSpec) -> Option<&'static str> {
+    let digits = match input.dtype {
+        DType::BF16 => 8,
+        DType::F16 => 11,
+        _ => return None,
+    };
+    let terms = input.dims.iter().product::<usize>() / input.storage_dims().iter().product::<usize>().max(1);
+    (terms > 1 << digits).then_some(
+        "Candle adds up a broadcast leaf's gradients in their dtype, where a sum of so many equal terms stops growing",
+    )
 }
 
 /// Why candle-nn has no module for this case.

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_lazy_graph::Op;
 use candle_lazy_parity::case::{Case, Domain, InputSpec, Layout};
 use candle_lazy_parity::compare::same_bits;
-use candle_lazy_parity::modes::{expected_kernels, gradients, judge_gradients, Outcome, Subject};
+use candle_lazy_parity::modes::{expected_kernels, gradients, judge_gradients, Fold, Mode, Outcome, Subject};
 use candle_lazy_parity::value::{bits, ulp};
 
 fn softmax(dtype: DType) -> Subject {
@@ -76,10 +76,10 @@ fn a_missing_gradient_is_caught() {
     let run = |x: &[Tensor]| candle_lazy_parity::eager::run(&case.op, &case.scalars, x).unwrap();
     let (vars, inputs) = case.tracked_inputs(1).unwrap();
     let right = gradients(&run(&inputs), &vars);
-    assert_eq!(judge_gradients(&subject, right).unwrap().outcome, Outcome::Passed);
+    assert_eq!(judge_gradients(&subject, right, Fold::Candle).unwrap().outcome, Outcome::Passed);
     // the weight cut from the tape: Candle's fused kernels do as much to every input
     let cut = [inputs[0].clone(), inputs[1].detach(), inputs[2].clone()];
-    let missing = judge_gradients(&subject, gradients(&run(&cut), &vars)).unwrap().outcome;
+    let missing = judge_gradients(&subject, gradients(&run(&cut), &vars), Fold::Candle).unwrap().outcome;
     assert!(matches!(&missing, Outcome::Failed(text) if text.contains("input 1 is missing")), "{missing:?}");
 }
 
@@ -93,7 +93,33 @@ fn a_gradient_that_lacks_a_term_is_caught() {
     let e = inputs[0].exp().unwrap();
     let y = e.broadcast_div(&e.sum_keepdim(1).unwrap().detach()).unwrap();
     assert!(!fails(&subject, &y));
-    assert!(matches!(judge_gradients(&subject, gradients(&y, &vars)).unwrap().outcome, Outcome::Failed(_)));
+    let wrong = judge_gradients(&subject, gradients(&y, &vars), Fold::Candle).unwrap().outcome;
+    assert!(matches!(wrong, Outcome::Failed(_)), "{wrong:?}");
+}
+
+#[test]
+fn an_infinite_gradient_is_right_beyond_the_range_alone() {
+    let x = InputSpec::new(&[2], DType::F16, Layout::Contiguous, Domain::Positive);
+    let case = Case::new(Op::Affine, &[1e9, 0.0], vec![x]);
+    let subject = Subject::new(case.clone(), 1).unwrap();
+    let (vars, inputs) = case.tracked_inputs(1).unwrap();
+    let y = candle_lazy_parity::eager::run(&case.op, &case.scalars, &inputs).unwrap();
+    let right = gradients(&y, &vars).unwrap();
+    // Candle's own, once as it is and once with its signs changed
+    let judged =
+        |g: candle_lazy_parity::modes::Gradients| judge_gradients(&subject, Ok(g), Fold::Exact).unwrap().outcome;
+    let sign = |t: &Tensor| t.neg().unwrap();
+    assert_eq!(judged(right.clone()), Outcome::Passed);
+    assert!(matches!(judged(vec![right[0].as_ref().map(sign)]), Outcome::Failed(_)));
+}
+
+#[test]
+fn the_leaf_of_a_broadcast_input_gets_the_exact_sum() {
+    // 1030 gradients of one number in bf16: a sum in bf16 would stop growing at 256 times each
+    let x = InputSpec::new(&[1030, 3], DType::BF16, Layout::Broadcast, Domain::Any);
+    let case = Case::new(Op::Affine, &[1.0, 0.0], vec![x]);
+    let cell = Subject::new(case, 1).unwrap().check(Mode::Grad).unwrap().unwrap();
+    assert!(matches!(cell.outcome, Outcome::Passed), "{:?}", cell.outcome);
 }
 
 #[test]

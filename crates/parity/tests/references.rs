@@ -135,6 +135,18 @@ fn gradients_of_rows() {
 }
 
 #[test]
+fn gradients_of_reductions_and_powers_by_hand() {
+    // (1, 3 | 5, 9) by columns: means 3 and 6, so ∓2·2/(2 − 1) and ∓3·2, times g
+    let x = arr(&[2, 2], &[1.0, 3.0, 5.0, 9.0]);
+    near(&variance_gradient(&x, &arr(&[2], &[1.0, 0.5]), 0b01).data, &[-4.0, -3.0, 4.0, 3.0]);
+    near(&variance_gradient(&x, &arr(&[2], &[1.0, 0.5]), 0b10).data, &[-2.0, 2.0, -2.0, 2.0]);
+    // 2³ and 4³ with a shared exponent: 3·2², 3·4²; 8·ln 2 + 64·ln 4, g = 1 and ½
+    let [da, db] = power_gradient(&arr(&[2], &[2.0, 4.0]), &arr(&[1], &[3.0]), &arr(&[2], &[1.0, 0.5]));
+    near(&da.data, &[12.0, 24.0]);
+    near(&db.data, &[8.0 * 2f64.ln() + 32.0 * 4f64.ln()]);
+}
+
+#[test]
 fn data_moves() {
     let x = arr(&[2, 3], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
     assert_eq!(permute(&x, &[1, 0]), arr(&[3, 2], &[1.0, 4.0, 2.0, 5.0, 3.0, 6.0]));

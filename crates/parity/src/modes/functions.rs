@@ -1,6 +1,6 @@
 //! The functions of `ops` on plain tensors.
 
-use super::gradient::{gradients, judge_gradients};
+use super::gradient::{gradients, judge_gradients, Fold};
 use super::{Cell, Outcome, Subject};
 use crate::{unsupported, Result};
 use candle_core::Tensor;
@@ -72,7 +72,7 @@ pub(super) fn check_tracked(subject: &Subject) -> Result<Option<Cell>> {
     let got = got?;
     let mut cell = subject.verdict("ops, tracked", &got)?;
     if matches!(cell.outcome, Outcome::Passed) {
-        cell.and(judge_gradients(subject, gradients(&got, &vars))?);
+        cell.and(judge_gradients(subject, gradients(&got, &vars), Fold::Candle)?);
     }
     Ok(Some(cell))
 }

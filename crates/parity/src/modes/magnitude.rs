@@ -52,9 +52,10 @@ pub(super) fn magnitudes(case: &Case, x: &[Tensor], g: &Tensor) -> Result<Magnit
         Op::Reduce { op: ReduceOp::Var, axes, keepdim } => {
             let dims: Vec<usize> = (0..x[0].rank()).filter(|d| axes & (1 << d) != 0).collect();
             let n: usize = dims.iter().map(|&d| x[0].dims()[d]).product();
-            let mean = x[0].mean_keepdim(dims)?;
+            // the mean may cancel, the rounding of its sum does not
+            let mean = x[0].abs()?.mean_keepdim(dims)?;
             let g = if *keepdim { g.clone() } else { g.reshape(mean.dims())? };
-            let terms = x[0].abs()?.broadcast_add(&mean.abs()?)?.broadcast_mul(&g)?;
+            let terms = x[0].abs()?.broadcast_add(&mean)?.broadcast_mul(&g)?;
             vec![Some((terms * (2.0 / (n as f64 - 1.0)))?)]
         }
         Op::RmsNorm { weight } => {

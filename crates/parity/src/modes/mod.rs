@@ -23,7 +23,7 @@ use candle_lazy_graph::Exactness;
 use std::collections::BTreeMap;
 
 pub use company::together;
-pub use gradient::{gradients, judge_gradients, Gradients};
+pub use gradient::{gradients, judge_gradients, Fold, Gradients};
 pub use lazy_modes::{evaluate, expected_kernels};
 pub use recorded::{DecomposeFault, Wrong, DECOMPOSE_FAULTS};
 

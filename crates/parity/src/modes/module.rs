@@ -1,6 +1,6 @@
 //! The module of `nn` for an op, against candle-nn's module.
 
-use super::gradient::{gradients, judge_gradients};
+use super::gradient::{gradients, judge_gradients, Fold};
 use super::{Cell, Outcome, Subject};
 use crate::compare::rounding;
 use crate::{unsupported, Result};
@@ -94,7 +94,7 @@ pub(super) fn check(subject: &Subject) -> Result<Option<Cell>> {
         let (vars, inputs) = case.tracked_inputs(subject.seed)?;
         let leaves: Vec<LazyTensor> = inputs.iter().map(LazyTensor::from).collect();
         if let Some(y) = record(&case.op, &case.scalars, &leaves) {
-            cell.and(judge_gradients(subject, gradients(&y?.eval()?, &vars))?);
+            cell.and(judge_gradients(subject, gradients(&y?.eval()?, &vars), Fold::Candle)?);
         }
     }
     Ok(Some(cell))

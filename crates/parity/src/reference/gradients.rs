@@ -2,7 +2,7 @@
 //! measure no better than the f64 gradients that it judges.
 
 use super::double::Double;
-use super::{indices, log_softmax, softmax, strides, Arr};
+use super::{broadcast_offset, indices, log_softmax, softmax, strides, Arr};
 use std::collections::BTreeMap;
 
 /// Calls `f` with the flat positions of every row along `dim`.
@@ -103,17 +103,21 @@ pub fn norm_gradient(x: &Arr, w: Option<&Arr>, g: &Arr, shape: NormShape) -> [Ar
     [Arr { dims: x.dims.clone(), data: dx }, vector(dw), vector(db)]
 }
 
-/// Of log Σ exp over the dims in `axes`: g·exp(x − max)/Σ exp(x − max), with one gradient per result.
-#[must_use]
-pub fn log_sum_exp_gradient(x: &Arr, g: &Arr, axes: u32) -> Arr {
+/// The flat positions of the elements that each result of a reduction over the dims in `axes` is made of, in the results' order.
+fn groups(dims: &[usize], axes: u32) -> Vec<Vec<usize>> {
     let mut groups: BTreeMap<Vec<usize>, Vec<usize>> = BTreeMap::new();
-    for (flat, mut at) in indices(&x.dims).enumerate() {
+    for (flat, mut at) in indices(dims).enumerate() {
         at.iter_mut().enumerate().filter(|(d, _)| axes & 1 << d != 0).for_each(|(_, i)| *i = 0);
         groups.entry(at).or_default().push(flat);
     }
+    groups.into_values().collect()
+}
+
+/// Of log Σ exp over the dims in `axes`: g·exp(x − max)/Σ exp(x − max), with one gradient per result.
+#[must_use]
+pub fn log_sum_exp_gradient(x: &Arr, g: &Arr, axes: u32) -> Arr {
     let mut out = x.clone();
-    // the results stand in the order of their places
-    for (group, &g) in groups.values().zip(&g.data) {
+    for (group, &g) in groups(&x.dims, axes).iter().zip(&g.data) {
         let max = group.iter().map(|&i| x.data[i]).fold(f64::NEG_INFINITY, f64::max);
         let weight = |&i: &usize| libm::exp(x.data[i] - max);
         let sum = total(group.iter().map(|i| weight(i).into())).round();
@@ -122,6 +126,39 @@ pub fn log_sum_exp_gradient(x: &Arr, g: &Arr, axes: u32) -> Arr {
         }
     }
     out
+}
+
+/// Of the variance over the dims in `axes`: g·2·(x − mean)/(n − 1), with one gradient per result.
+#[must_use]
+pub fn variance_gradient(x: &Arr, g: &Arr, axes: u32) -> Arr {
+    let mut out = x.clone();
+    for (group, &g) in groups(&x.dims, axes).iter().zip(&g.data) {
+        let n = group.len() as f64;
+        let mean = total(group.iter().map(|&i| x.data[i].into())) / n.into();
+        let share = Double::from(2.0 * g) / (n - 1.0).into();
+        for &i in group {
+            out.data[i] = ((Double::from(x.data[i]) - mean) * share).round();
+        }
+    }
+    out
+}
+
+/// Of aᵇ for positive a, summed over where an operand is broadcast: g·b·aᵇ/a and g·aᵇ·ln a.
+#[must_use]
+pub fn power_gradient(a: &Arr, b: &Arr, g: &Arr) -> [Arr; 2] {
+    let (mut da, mut db) = (vec![Double::from(0.0); a.data.len()], vec![Double::from(0.0); b.data.len()]);
+    for (at, &g) in indices(&g.dims).zip(&g.data) {
+        let (i, j) = (broadcast_offset(&a.dims, &at), broadcast_offset(&b.dims, &at));
+        let (x, y) = (a.data[i], b.data[j]);
+        let scaled = Double::from(libm::pow(x, y)) * g.into();
+        da[i] = da[i] + scaled * y.into() / x.into();
+        db[j] = db[j] + scaled * libm::log(x).into();
+    }
+    let whole = |like: &Arr, sums: Vec<Double>| Arr {
+        dims: like.dims.clone(),
+        data: sums.into_iter().map(Double::round).collect(),
+    };
+    [whole(a, da), whole(b, db)]
 }
 
 /// The flat place in an array of `dims` that element `at` of ids of `id_dims` names along `dim`.

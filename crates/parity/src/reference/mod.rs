@@ -17,8 +17,8 @@ pub use attention::{attention, attention_backward, causal_mask, AttentionSpec};
 pub use contraction::{linear, lora, matmul};
 pub use elementwise::{binary, compare, select, unary, Binary, Compare, Unary};
 pub use gradients::{
-    cross_entropy_gradient, gather_gradient, log_softmax_gradient, log_sum_exp_gradient, norm_gradient,
-    scatter_gradient, softmax_gradient, NormShape,
+    cross_entropy_gradient, gather_gradient, log_softmax_gradient, log_sum_exp_gradient, norm_gradient, power_gradient,
+    scatter_gradient, softmax_gradient, variance_gradient, NormShape,
 };
 pub use movement::{broadcast, concat, embedding, index_select, narrow, permute, reshape, slice_assign};
 pub use placed::{arg_reduce, gather, index_add, random, scatter, scatter_add, stride};
