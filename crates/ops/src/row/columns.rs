@@ -9,7 +9,7 @@ mod avx512;
 use super::gather::RowShape;
 use super::loops::Arg;
 use super::program::ReduceFn;
-use super::reduce::{fold_exactly, LANES, SEGMENT, SHORT};
+use super::reduce::{add_segment, fold_exactly, Held, LANES, SEGMENT, SHORT};
 use crate::element::Element;
 use crate::fault;
 use crate::math::Real;
@@ -84,26 +84,35 @@ pub(crate) fn scatter<T: Real, E: Element>(
 }
 
 /// Folds the columns of a tile into one accumulator per row. `first` says whether column 0 is the rows' first element.
-pub(crate) fn reduce<T: Real>(f: ReduceFn, a: Arg<'_, T>, acc: &mut [T], rows: usize, cols: usize, first: bool) {
+pub(crate) fn reduce<T: Real>(
+    f: ReduceFn,
+    a: Arg<'_, T>,
+    held: &mut Held<'_, T>,
+    rows: usize,
+    cols: usize,
+    first: bool,
+) {
     // a tile's elements, whatever they are computed from: see `Run::arg`
     let Arg::Vec { data, pitch } = a else {
-        acc.fill(T::NAN);
+        held.acc.fill(T::NAN);
         return;
     };
-    for (i, acc) in acc[..rows].chunks_mut(WIDTH).enumerate() {
+    let mut lost = held.lost.chunks_mut(WIDTH);
+    for (i, acc) in held.acc[..rows].chunks_mut(WIDTH).enumerate() {
+        let lost = lost.next().unwrap_or_default();
         // rows without elements have no data
         let data = data.get(i * WIDTH..).unwrap_or_default();
-        let whole = <&mut [T; WIDTH]>::try_from(&mut *acc).is_ok_and(|acc| whole(f, data, pitch, cols, acc));
+        let whole = <&mut [T; WIDTH]>::try_from(&mut *acc).is_ok_and(|acc| whole(f, data, pitch, cols, acc, lost));
         if !whole {
             let rows = acc.len();
-            few(f, data, pitch, acc, rows, cols, first);
+            few(f, data, pitch, &mut Held { acc, lost }, rows, cols, first);
         }
     }
 }
 
 versions! {
 /// The same for up to sixteen rows of any kind.
-fn few<T: Real>(f: ReduceFn, data: &[T], pitch: usize, acc: &mut [T], rows: usize, cols: usize, first: bool) = few_body;
+fn few<T: Real>(f: ReduceFn, data: &[T], pitch: usize, held: &mut Held<'_, T>, rows: usize, cols: usize, first: bool) = few_body;
 }
 
 #[inline(always)]
@@ -111,7 +120,7 @@ fn few_body<T: Real, const FMA: bool>(
     f: ReduceFn,
     data: &[T],
     pitch: usize,
-    acc: &mut [T],
+    held: &mut Held<'_, T>,
     n: usize,
     cols: usize,
     first: bool,
@@ -131,11 +140,14 @@ fn few_body<T: Real, const FMA: bool>(
         block
     };
     let mut own = [T::ZERO; WIDTH];
-    own[..n].copy_from_slice(&acc[..n]);
+    own[..n].copy_from_slice(&held.acc[..n]);
+    let mut lost = [T::ZERO; WIDTH];
+    let summed = n.min(held.lost.len());
+    lost[..summed].copy_from_slice(&held.lost[..summed]);
     // lanes that a short row does not have are not kept
     match (f, cols <= SHORT) {
-        (ReduceFn::Sum, true) => sums::<T, SHORT>(cols, &mut column, &mut own),
-        (ReduceFn::Sum, false) => sums::<T, LANES>(cols, &mut column, &mut own),
+        (ReduceFn::Sum, true) => sums::<T, SHORT>(cols, &mut column, &mut own, &mut lost),
+        (ReduceFn::Sum, false) => sums::<T, LANES>(cols, &mut column, &mut own, &mut lost),
         (ReduceFn::Max, true) => {
             extremes::<T, SHORT>(cols, &mut column, &mut own, first, T::NEG_INF, |m, x| m < x);
         }
@@ -148,13 +160,14 @@ fn few_body<T: Real, const FMA: bool>(
     if fault::any() && fault::active("row.columns.rows") {
         own[n - 1] = fault::nudged(own[n - 1]);
     }
-    acc[..n].copy_from_slice(&own[..n]);
+    held.acc[..n].copy_from_slice(&own[..n]);
+    held.lost[..summed].copy_from_slice(&lost[..summed]);
 }
 
 /// Reduces sixteen whole rows by code of their own, where the machine has it, no row is one of the rare kinds, and no fault is to be seen
 /// that only the loops have. Whether it has.
 #[inline(always)]
-fn whole<T: Real>(f: ReduceFn, x: &[T], pitch: usize, cols: usize, acc: &mut [T; WIDTH]) -> bool {
+fn whole<T: Real>(f: ReduceFn, x: &[T], pitch: usize, cols: usize, acc: &mut [T; WIDTH], lost: &mut [T]) -> bool {
     #[cfg(target_arch = "x86_64")]
     if let (Some(x), Some(own)) = (T::f32s(x), T::f32s_mut(acc).and_then(|a| <&mut [f32; WIDTH]>::try_from(a).ok())) {
         let columns = avx512::Columns::new(x, pitch, cols);
@@ -164,8 +177,11 @@ fn whole<T: Real>(f: ReduceFn, x: &[T], pitch: usize, cols: usize, acc: &mut [T;
             return false;
         };
         if f == ReduceFn::Sum {
+            let Some(lost) = T::f32s_mut(lost).and_then(|l| l.first_chunk_mut()) else {
+                return false;
+            };
             // SAFETY: the machine has AVX-512.
-            unsafe { avx512::sums(columns, own) };
+            unsafe { avx512::sums(columns, own, lost) };
             own[WIDTH - 1] = if off { fault::nudged(own[WIDTH - 1]) } else { own[WIDTH - 1] };
             return true;
         }
@@ -177,13 +193,18 @@ fn whole<T: Real>(f: ReduceFn, x: &[T], pitch: usize, cols: usize, acc: &mut [T;
         }
         return special == 0;
     }
-    let _ = (f, x, pitch, cols, acc);
+    let _ = (f, x, pitch, cols, acc, lost);
     false
 }
 
 /// See `reduce::sum_into`.
 #[inline(always)]
-fn sums<T: Real, const N: usize>(cols: usize, column: &mut impl FnMut(usize) -> [T; WIDTH], acc: &mut [T; WIDTH]) {
+fn sums<T: Real, const N: usize>(
+    cols: usize,
+    column: &mut impl FnMut(usize) -> [T; WIDTH],
+    acc: &mut [T; WIDTH],
+    lost: &mut [T; WIDTH],
+) {
     for from in (0..cols).step_by(SEGMENT) {
         let n = SEGMENT.min(cols - from);
         let used = n.min(N).next_power_of_two();
@@ -212,8 +233,8 @@ fn sums<T: Real, const N: usize>(cols: usize, column: &mut impl FnMut(usize) -> 
             fold(&mut wide[..used], |a, b| a + b);
             total = wide[0];
         }
-        for (a, t) in acc.iter_mut().zip(total) {
-            *a = *a + T::from_f64(t);
+        for ((a, l), t) in acc.iter_mut().zip(&mut *lost).zip(total) {
+            add_segment(a, l, T::from_f64(t));
         }
     }
 }

@@ -150,21 +150,67 @@ pub(crate) fn reduce_init<T: Real>(f: ReduceFn) -> T {
     }
 }
 
+/// What a reduction holds of each row of a tile.
+#[derive(Debug)]
+pub(crate) struct Held<'a, T> {
+    /// The sum or the extreme so far.
+    pub(crate) acc: &'a mut [T],
+    /// What the additions of segments to a sum rounded away; nothing for extremes.
+    pub(crate) lost: &'a mut [T],
+}
+
+impl<'a, T: Real> Held<'a, T> {
+    /// The numbers of up to `rows` rows, as they lie in one run: the accumulators, and behind them what their additions lost.
+    pub(crate) fn new(numbers: &'a mut [T], rows: usize) -> Self {
+        let (acc, lost) = numbers.split_at_mut(rows.min(numbers.len()));
+        Self { acc, lost }
+    }
+
+    /// How many numbers a reduction of `rows` rows has.
+    pub(crate) fn numbers(f: ReduceFn, rows: usize) -> usize {
+        if f == ReduceFn::Sum {
+            2 * rows
+        } else {
+            rows
+        }
+    }
+
+    /// The reductions once all segments are in them, in `acc`. An infinite or NaN sum stays what it is: what it "lost" is NaN.
+    pub(crate) fn finish(&mut self) {
+        for (a, &mut l) in self.acc.iter_mut().zip(&mut *self.lost) {
+            if l - l == T::ZERO {
+                *a = *a + l;
+            }
+        }
+    }
+}
+
+/// Adds a segment's sum, and to `lost` what that rounds away (Knuth's two-sum): a row of a hundred segments is as good as one of two.
+#[inline(always)]
+pub(super) fn add_segment<T: Real>(acc: &mut T, lost: &mut T, part: T) {
+    let sum = *acc + part;
+    let seen = sum - *acc;
+    *lost = *lost + ((*acc - (sum - seen)) + (part - seen));
+    *acc = sum;
+}
+
 versions! {
 /// Folds a tile's elements into one accumulator per row. `first` says whether column 0 is the row's first element.
-pub(crate) fn reduce<T: Real>(f: ReduceFn, a: Arg<'_, T>, acc: &mut [T], rows: usize, cols: usize, first: bool) = reduce_body;
+pub(crate) fn reduce<T: Real>(f: ReduceFn, a: Arg<'_, T>, held: &mut Held<'_, T>, rows: usize, cols: usize, first: bool) = reduce_body;
 }
 
 #[inline(always)]
 pub(super) fn reduce_body<T: Real, const FMA: bool>(
     f: ReduceFn,
     a: Arg<'_, T>,
-    acc: &mut [T],
+    held: &mut Held<'_, T>,
     rows: usize,
     cols: usize,
     first: bool,
 ) {
-    for (r, acc) in acc.iter_mut().take(rows).enumerate() {
+    for (r, acc) in held.acc.iter_mut().take(rows).enumerate() {
+        let mut none = T::ZERO;
+        let lost = held.lost.get_mut(r).unwrap_or(&mut none);
         if let RowArg::Slice(x) = a.row(r, cols) {
             let x = if fault::any() && fault::active(&format!("row.{f:?}.last")) {
                 &x[..x.len().saturating_sub(1)]
@@ -172,7 +218,7 @@ pub(super) fn reduce_body<T: Real, const FMA: bool>(
                 x
             };
             match f {
-                ReduceFn::Sum => sum_into(x, acc, Same),
+                ReduceFn::Sum => sum_into(x, acc, lost, Same),
                 ReduceFn::Max => extreme_into(x, acc, first, true, |m, x| m < x),
                 ReduceFn::Min => extreme_into(x, acc, first, false, |m, x| m > x),
             }
@@ -183,25 +229,31 @@ pub(super) fn reduce_body<T: Real, const FMA: bool>(
 versions! {
 /// Adds the squares of a tile's elements, each less its row's shift if there are any, to one accumulator per row: as the instructions
 /// `Sub`, `Sqr` and `Reduce` would, without storing what lies between.
-pub(super) fn squares<T: Real>(x: Arg<'_, T>, shift: Option<&[T]>, acc: &mut [T], rows: usize, cols: usize) = squares_body;
+pub(super) fn squares<T: Real>(x: Arg<'_, T>, shift: Option<&[T]>, held: &mut Held<'_, T>, rows: usize, cols: usize) = squares_body;
 }
 
 #[inline(always)]
-fn squares_body<T: Real, const FMA: bool>(x: Arg<'_, T>, shift: Option<&[T]>, acc: &mut [T], rows: usize, cols: usize) {
-    for (r, acc) in acc.iter_mut().take(rows).enumerate() {
+fn squares_body<T: Real, const FMA: bool>(
+    x: Arg<'_, T>,
+    shift: Option<&[T]>,
+    held: &mut Held<'_, T>,
+    rows: usize,
+    cols: usize,
+) {
+    for (r, (acc, lost)) in held.acc.iter_mut().zip(&mut *held.lost).take(rows).enumerate() {
         if let RowArg::Slice(x) = x.row(r, cols) {
             let x = if fault::active("row.squares.last") { &x[..x.len().saturating_sub(1)] } else { x };
             let shift = shift.map_or(T::ZERO, |s| s.get(r).copied().unwrap_or(T::NAN));
-            sum_into(x, acc, Square { shift });
+            sum_into(x, acc, lost, Square { shift });
         }
     }
 }
 
 /// Adds `f` of each of `x` to `acc` in the fixed order of this crate: per segment of 1,024 elements 128 accumulators (element `i` goes to
-/// accumulator `i mod 128`), folded in halves (64, 32, …, 1), then segment by segment. `x` starts at a multiple of a segment, so
-/// the order depends on the row's length alone.
+/// accumulator `i mod 128`), folded in halves (64, 32, …, 1), then segment by segment, as [`add_segment`] does. `x` starts at a
+/// multiple of a segment, so the order depends on the row's length alone.
 #[inline(always)]
-fn sum_into<T: Real>(x: &[T], acc: &mut T, f: impl Term<T>) {
+fn sum_into<T: Real>(x: &[T], acc: &mut T, lost: &mut T, f: impl Term<T>) {
     if fault::active("row.sum.f16") {
         let sum = x.iter().fold(f16::ZERO, |s, &v| s + f.call(v).put::<f16>());
         *acc = *acc + T::get(sum);
@@ -215,11 +267,11 @@ fn sum_into<T: Real>(x: &[T], acc: &mut T, f: impl Term<T>) {
             for (m, &v) in mapped.iter_mut().zip(segment) {
                 *m = f.call(v);
             }
-            *acc = *acc + T::from_f64(fold_wide::<T, SHORT>(&mapped[..segment.len()]));
+            add_segment(acc, lost, T::from_f64(fold_wide::<T, SHORT>(&mapped[..segment.len()])));
             continue;
         }
         if let Some(sum) = (segment.len() >= LANES).then(|| sum_of(segment, f.addend())).flatten() {
-            *acc = *acc + T::from_f64(sum);
+            add_segment(acc, lost, T::from_f64(sum));
             continue;
         }
         // An accumulator meets eight additions at most, so that a large element's rounding errors do not pile up.
@@ -234,7 +286,7 @@ fn sum_into<T: Real>(x: &[T], acc: &mut T, f: impl Term<T>) {
             true => fold_wide::<T, LANES>(&lanes[..segment.len().min(LANES)]),
             false => fold_all(&lanes),
         };
-        *acc = *acc + T::from_f64(sum);
+        add_segment(acc, lost, T::from_f64(sum));
     }
 }
 

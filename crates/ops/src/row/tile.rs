@@ -7,7 +7,7 @@ use super::loops::{self, Arg};
 use super::prepared::Resolved;
 use super::program::{BinaryFn, Instr, Kind, Reg, RowProgram};
 use super::quotient::{normal, quotient, shifted_exp, PerRow};
-use super::reduce;
+use super::reduce::{self, Held};
 use super::schedule::{Few, Pass, Schedule, NO_SLOT};
 use super::space::{Offsets, Space};
 use crate::fault;
@@ -93,10 +93,13 @@ impl<T: Real> Run<'_, T> {
                 rows: smallvec![Vec::new(); self.program.instrs.len()],
                 offsets: smallvec![Offsets::new(); self.space.operands.len()],
             };
-            for (values, kind) in scratch.rows.iter_mut().zip(&self.resolved.kinds) {
-                if *kind == Kind::Row {
-                    values.resize(self.tile_rows, T::ZERO);
-                }
+            let registers = self.resolved.kinds.iter().zip(&self.program.instrs);
+            for (values, (_, instr)) in scratch.rows.iter_mut().zip(registers).filter(|(_, (k, _))| **k == Kind::Row) {
+                let numbers = match instr {
+                    Instr::Reduce(f, _) => Held::<T>::numbers(*f, self.tile_rows),
+                    _ => self.tile_rows,
+                };
+                values.resize(numbers, T::ZERO);
             }
             self.tiles(first, rows, &mut scratch, outs);
         });
@@ -168,6 +171,11 @@ impl<T: Real> Run<'_, T> {
                     break;
                 }
             }
+            for &i in &pass.body {
+                if let (Instr::Reduce(..), Kind::Row) = (self.program.instrs[i], self.resolved.kinds[i]) {
+                    Held::new(&mut scratch.rows[i], self.tile_rows).finish();
+                }
+            }
         }
         for (k, &(reg, _)) in self.program.outputs.iter().enumerate() {
             let r = self.root(reg);
@@ -212,7 +220,7 @@ impl<T: Real> Run<'_, T> {
                 let mut acc = std::mem::take(&mut row_values[i]);
                 let x = self.arg(x, pass, tile, &slots, row_values, offsets);
                 let shift = shift.map(|s| &row_values[self.root(s)][..tile.rows]);
-                reduce::squares(x, shift, &mut acc, tile.rows, tile.cols);
+                reduce::squares(x, shift, &mut Held::new(&mut acc, self.tile_rows), tile.rows, tile.cols);
                 row_values[i] = acc;
                 continue;
             }
@@ -222,7 +230,8 @@ impl<T: Real> Run<'_, T> {
                         let mut acc = std::mem::take(&mut row_values[i]);
                         let a = self.arg(a, pass, tile, &slots, row_values, offsets);
                         let reduce = if self.columns { columns::reduce } else { reduce::reduce };
-                        reduce(f, a, &mut acc, tile.rows, tile.cols, tile.col == 0);
+                        let mut held = Held::new(&mut acc, self.tile_rows);
+                        reduce(f, a, &mut held, tile.rows, tile.cols, tile.col == 0);
                         row_values[i] = acc;
                     }
                     _ => self.row_value(i, tile.rows, row_values, offsets),

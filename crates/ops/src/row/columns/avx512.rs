@@ -31,12 +31,12 @@ impl<'a> Columns<'a> {
     }
 }
 
-/// As `columns::sums`: the sums of a segment's lanes meet in f64, in halves, and are added to `acc`.
+/// As `columns::sums`: the sums of a segment's lanes meet in f64, in halves, and are added to `acc`, what that rounds away to `lost`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-pub(super) fn sums(x: Columns<'_>, acc: &mut [f32; WIDTH]) {
+pub(super) fn sums(x: Columns<'_>, acc: &mut [f32; WIDTH], lost: &mut [f32; WIDTH]) {
     let lanes = if x.cols <= SHORT { SHORT } else { LANES };
     // SAFETY: sixteen numbers.
-    let mut sum = unsafe { _mm512_loadu_ps(acc.as_ptr()) };
+    let (mut sum, mut rest) = unsafe { (_mm512_loadu_ps(acc.as_ptr()), _mm512_loadu_ps(lost.as_ptr())) };
     for from in (0..x.cols).step_by(SEGMENT) {
         let n = SEGMENT.min(x.cols - from);
         let half = n.min(lanes).next_power_of_two() / 2;
@@ -66,10 +66,18 @@ pub(super) fn sums(x: Columns<'_>, acc: &mut [f32; WIDTH]) {
         };
         let total =
             _mm512_insertf32x8::<1>(_mm512_castps256_ps512(_mm512_cvtpd_ps(total[0])), _mm512_cvtpd_ps(total[1]));
-        sum = _mm512_add_ps(sum, total);
+        // as `reduce::add_segment`
+        let next = _mm512_add_ps(sum, total);
+        let seen = _mm512_sub_ps(next, sum);
+        let low = _mm512_add_ps(_mm512_sub_ps(sum, _mm512_sub_ps(next, seen)), _mm512_sub_ps(total, seen));
+        rest = _mm512_add_ps(rest, low);
+        sum = next;
     }
     // SAFETY: as above.
-    unsafe { _mm512_storeu_ps(acc.as_mut_ptr(), sum) };
+    unsafe {
+        _mm512_storeu_ps(acc.as_mut_ptr(), sum);
+        _mm512_storeu_ps(lost.as_mut_ptr(), rest);
+    }
 }
 
 /// A power of two of lanes meet in halves.

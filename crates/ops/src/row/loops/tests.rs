@@ -1,7 +1,7 @@
 //! Every version of a loop against the body that it was compiled from, bit for bit.
 
 use super::super::program::ReduceFn;
-use super::super::reduce::{reduce, reduce_body, reduce_init};
+use super::super::reduce::{reduce, reduce_body, reduce_init, Held};
 use super::*;
 use crate::simd::tests::{fused, with_each};
 
@@ -120,9 +120,10 @@ fn reducing_versions<T: Real>() {
         for x in [&clean, &numbers::<T>(n, 9)] {
             with_each(|isa| {
                 for f in [ReduceFn::Sum, ReduceFn::Max, ReduceFn::Min] {
-                    let (mut got, mut want) = ([reduce_init::<T>(f)], [reduce_init::<T>(f)]);
-                    reduce(f, Arg::Vec { data: x, pitch: n }, &mut got, 1, n, true);
-                    body!(fused(isa), reduce_body(f, Arg::Vec { data: x, pitch: n }, &mut want, 1, n, true));
+                    let (mut got, mut want) = (vec![reduce_init::<T>(f); 2], vec![reduce_init::<T>(f); 2]);
+                    reduce(f, Arg::Vec { data: x, pitch: n }, &mut Held::new(&mut got, 1), 1, n, true);
+                    let mut held = Held::new(&mut want, 1);
+                    body!(fused(isa), reduce_body(f, Arg::Vec { data: x, pitch: n }, &mut held, 1, n, true));
                     assert_eq!(bits(&got), bits(&want), "{f:?} {isa:?} {n}");
                 }
             });
