@@ -12,6 +12,7 @@ use candle_core::DType;
 use candle_lazy_graph::{Bindings, Dims, Op, OpClass, Value};
 use candle_lazy_ops::kernels::extra::{self, Extra, HeadNeeds, Operand};
 use smallvec::SmallVec;
+use std::sync::atomic::AtomicU64;
 use std::sync::Arc;
 
 /// What a run needs.
@@ -28,6 +29,8 @@ pub(crate) struct Memory {
     pub(crate) largest: usize,
     /// The first step behind which none asks the system for so much memory that it may be refused.
     pub(crate) settled: usize,
+    /// How long the last run took, in nanoseconds; 0 before the first.
+    pub(crate) took: AtomicU64,
 }
 
 impl Memory {
@@ -188,6 +191,7 @@ impl<'a> Planner<'a> {
             peak: held.saturating_add(planner.copies).saturating_add(planner.beside.bytes()),
             largest: largest.unwrap_or(0),
             settled: planner.settled,
+            took: AtomicU64::new(0),
         }
     }
 

@@ -38,10 +38,12 @@ use candle_lazy_graph::{
     capture, validate, Bindings, CaptureOptions, Captured, FastMap, Node, NodeId, Value, Workspace,
 };
 use candle_lazy_ops::fault;
+use candle_lazy_ops::kernels::rouse;
 use parking_lot::{Condvar, Mutex};
 use slots::SlotValue;
 use std::cell::Cell;
 use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tracing::{debug_span, field, trace_span};
@@ -373,6 +375,8 @@ fn execute(
     }
     let _span = debug_span!(target: TARGET, "run", steps = plan.steps.len(), peak_bytes = memory.peak).entered();
     let _running = buffer::running(memory.peak);
+    rouse(memory.took.load(Ordering::Relaxed));
+    let began = Instant::now();
     let mut lent = Lent::default();
     let Some(mut slots) = bind::leaves(plan, bindings, &mut lent)? else {
         return Ok(Executed::Again);
@@ -401,7 +405,11 @@ fn execute(
         Err(panic) => Err(failure::panicked(plan, current.get(), bindings, panic.as_ref())),
     };
     match outcome {
-        Ok(values) => Ok(Executed::Values(values, lent)),
+        Ok(values) => {
+            let took = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            memory.took.store(took, Ordering::Relaxed);
+            Ok(Executed::Values(values, lent))
+        }
         Err(error) => {
             if lent.give_back(&mut slots) {
                 announce_returned();

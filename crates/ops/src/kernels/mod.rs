@@ -33,7 +33,7 @@ pub use products::{products, Epilogue, Head, Source};
 pub use random::{philox, random, Distribution};
 pub use rope::rope;
 pub use scatter::{gather, index_add, scatter, Scatter};
-pub use team::{each, threads, with_threads};
+pub use team::{each, rouse, threads, with_threads};
 
 use crate::error::{Error, Result};
 use crate::view::SliceMut;

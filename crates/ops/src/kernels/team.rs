@@ -4,7 +4,7 @@
 //! caller time, and it comes late, takes a task whose data another core has, and the caller waits for it: a short kernel is done
 //! sooner alone. So sleepers are woken at once for long work only, else when
 //! the caller has been busy for some time, with this kernel or with those just before it. Where kernels follow one another, as
-//! in a plan, the team is awake.
+//! in a plan, the team is awake: who knows that they will take long in all [rouses](rouse) it before the first.
 //! A caller who finds the team at work for someone else, and a task that calls a kernel itself, does all of its work alone. A process
 //! that was forked from one whose team has worked must not use it: its helpers do not exist there.
 
@@ -108,10 +108,24 @@ pub(crate) fn each_group<T: Send>(ns: usize, mut items: Vec<T>, threads: usize, 
     each(ns, groups, f);
 }
 
+/// The team of the process.
+fn team() -> &'static Team {
+    static TEAM: OnceLock<Team> = OnceLock::new();
+    TEAM.get_or_init(|| Team::new(all() - 1))
+}
+
 /// Calls `f` with `0..tasks`.
 fn run(ns: usize, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
-    static TEAM: OnceLock<Team> = OnceLock::new();
-    TEAM.get_or_init(|| Team::new(all() - 1)).run(ns, tasks, threads(), f);
+    team().run(ns, tasks, threads(), f);
+}
+
+/// Wakes the team for kernels that follow at once and take one thread about `ns` nanoseconds in all, if so much is worth it: each of them
+/// alone may be too short for that.
+pub fn rouse(ns: u64) {
+    let threads = threads();
+    if threads > 1 && ns >= LONG_NS as u64 {
+        team().shared.rouse(threads - 1);
+    }
 }
 
 /// A job that is being worked on: how to call it, and how many tasks it has.
@@ -149,6 +163,11 @@ struct Shared {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     /// How many helpers sleep, or are about to.
     sleeping: AtomicUsize,
+    /// How often they were woken for a job that is still to come.
+    roused: AtomicUsize,
+    /// How often one of them has gone to sleep.
+    #[cfg(test)]
+    naps: AtomicUsize,
     sleep: Mutex<()>,
     wake: Condvar,
     quit: AtomicBool,
@@ -206,6 +225,9 @@ impl Team {
             most: AtomicU64::new(0),
             panic: Mutex::new(None),
             sleeping: AtomicUsize::new(0),
+            roused: AtomicUsize::new(0),
+            #[cfg(test)]
+            naps: AtomicUsize::new(0),
             sleep: Mutex::new(()),
             wake: Condvar::new(),
             quit: AtomicBool::new(false),
@@ -359,6 +381,14 @@ impl Shared {
         }
     }
 
+    /// Wakes `most` of those that sleep, who then wait hot for a job.
+    fn rouse(&self, most: usize) {
+        if self.sleeping.load(Ordering::SeqCst) > 0 {
+            self.roused.fetch_add(1, Ordering::SeqCst);
+            self.call(most);
+        }
+    }
+
     /// The life of helper `own`.
     fn help(&self, own: usize) {
         INSIDE.set(true);
@@ -394,164 +424,44 @@ impl Shared {
             let room = state & INSIDERS < self.most.load(Ordering::Relaxed);
             state & OPEN != 0 && number(state) != done && room
         };
-        let begin = Instant::now();
-        for spins in 1u64.. {
-            let state = self.state.load(Ordering::Acquire);
-            if news(state) {
-                return Some(state);
+        loop {
+            let begin = Instant::now();
+            for spins in 1u64.. {
+                let state = self.state.load(Ordering::Acquire);
+                if news(state) {
+                    return Some(state);
+                }
+                let offered = look_again(spins);
+                if offered.is_some_and(|time| time > SHARED) || begin.elapsed() > HOT {
+                    break;
+                }
             }
-            let offered = look_again(spins);
-            if offered.is_some_and(|time| time > SHARED) || begin.elapsed() > HOT {
-                break;
+            let mut guard = self.sleep.lock();
+            let roused = self.roused.load(Ordering::SeqCst);
+            #[cfg(test)]
+            self.naps.fetch_add(1, Ordering::SeqCst);
+            self.sleeping.fetch_add(1, Ordering::SeqCst);
+            // the owner stores the state, then looks for sleepers; a sleeper says that it is one, then looks at the state
+            let state = loop {
+                if self.quit.load(Ordering::SeqCst) {
+                    break Some(None);
+                }
+                let state = self.state.load(Ordering::SeqCst);
+                if news(state) {
+                    break Some(Some(state));
+                }
+                if self.roused.load(Ordering::SeqCst) != roused {
+                    break None;
+                }
+                self.wake.wait(&mut guard);
+            };
+            self.sleeping.fetch_sub(1, Ordering::SeqCst);
+            if let Some(state) = state {
+                return state;
             }
         }
-        let mut guard = self.sleep.lock();
-        self.sleeping.fetch_add(1, Ordering::SeqCst);
-        // the owner stores the state, then looks for sleepers; a sleeper says that it is one, then looks at the state
-        let state = loop {
-            if self.quit.load(Ordering::SeqCst) {
-                break None;
-            }
-            let state = self.state.load(Ordering::SeqCst);
-            if news(state) {
-                break Some(state);
-            }
-            self.wake.wait(&mut guard);
-        };
-        self.sleeping.fetch_sub(1, Ordering::SeqCst);
-        state
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_task_runs_once_with_any_number_of_callers() {
-        let team = Team::new(3);
-        let rounds = if cfg!(miri) { 5 } else { 2000 };
-        std::thread::scope(|scope| {
-            for caller in 0..3 {
-                let team = &team;
-                scope.spawn(move || {
-                    for round in 0..rounds {
-                        let tasks = (round * 7 + caller) % 23;
-                        let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-                        team.run(0, tasks, 4, &|i| {
-                            counts[i].fetch_add(1, Ordering::Relaxed);
-                        });
-                        assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1), "{caller} {round}");
-                        if round % 100 == 0 {
-                            // long enough for the helpers to sleep
-                            std::thread::sleep(HOT * 3);
-                        }
-                    }
-                });
-            }
-        });
-    }
-
-    #[test]
-    fn a_panic_of_a_task_reaches_the_caller_and_the_team_goes_on() {
-        let team = Team::new(2);
-        for round in 0..20 {
-            let ran = AtomicUsize::new(0);
-            let outcome = catch_unwind(AssertUnwindSafe(|| {
-                team.run(LONG_NS, 8, 3, &|i| {
-                    ran.fetch_add(1, Ordering::Relaxed);
-                    assert!(i != round % 8, "task {i}");
-                });
-            }));
-            assert!(outcome.is_err());
-            let counts = AtomicUsize::new(0);
-            team.run(LONG_NS, 8, 3, &|_| {
-                counts.fetch_add(1, Ordering::Relaxed);
-            });
-            assert_eq!(counts.load(Ordering::Relaxed), 8);
-        }
-    }
-
-    #[test]
-    fn the_other_threads_take_part() {
-        let team = Team::new(1);
-        let caller = std::thread::current().id();
-        // both wait for the other: one thread alone would never end
-        let met = std::sync::Barrier::new(2);
-        let helped = AtomicBool::new(false);
-        team.run(LONG_NS, 2, 2, &|_| {
-            met.wait();
-            if std::thread::current().id() != caller {
-                helped.store(true, Ordering::Relaxed);
-            }
-        });
-        assert!(helped.load(Ordering::Relaxed));
-    }
-
-    #[test]
-    fn sleepers_are_woken_for_long_work_and_by_a_busy_caller_only() {
-        let team = Team::new(1);
-        let caller = std::thread::current().id();
-        let helped = |ns: usize, tasks: usize, each: Duration| {
-            while team.shared.sleeping.load(Ordering::SeqCst) == 0 {
-                std::thread::sleep(HOT);
-            }
-            std::thread::sleep(2 * HOT);
-            let helped = AtomicBool::new(false);
-            team.run(ns, tasks, 2, &|_| {
-                std::thread::sleep(each);
-                if std::thread::current().id() != caller {
-                    helped.store(true, Ordering::Relaxed);
-                }
-            });
-            helped.load(Ordering::Relaxed)
-        };
-        assert!(helped(LONG_NS, 8, Duration::from_millis(20)), "a long job");
-        assert!(helped(0, 8, Duration::from_millis(20)), "a job that turned out to be long");
-        // how long a job takes is the machine's to say, but one of several tries is short
-        assert!((0..50).any(|_| !helped(0, 2, Duration::ZERO)), "a short job");
-    }
-
-    #[test]
-    fn no_more_threads_take_part_than_are_allowed() {
-        let team = Team::new(3);
-        let (inside, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        for _ in 0..20 {
-            team.run(0, 12, 2, &|_| {
-                most.fetch_max(inside.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
-                std::thread::sleep(Duration::from_micros(50));
-                inside.fetch_sub(1, Ordering::SeqCst);
-            });
-        }
-        assert!(most.load(Ordering::SeqCst) <= 2);
-    }
-
-    #[test]
-    fn tasks_are_not_cut_further_and_limits_are_restored() {
-        assert_eq!(with_threads(5, threads), 5);
-        assert_eq!(with_threads(0, threads), 1);
-        assert_eq!(with_threads(3, || with_threads(2, threads)), 2);
-        assert_eq!(threads(), all());
-        with_threads(4, || each(0, vec![0, 1, 2], |_| assert_eq!(threads(), 1)));
-        with_threads(4, || {
-            let sum = AtomicUsize::new(0);
-            each(0, (0..100).collect(), |i: usize| {
-                sum.fetch_add(i, Ordering::Relaxed);
-            });
-            assert_eq!(sum.load(Ordering::Relaxed), 4950);
-            let mut data = [0usize; 100];
-            each_chunk(0, &mut data, 3, |first, piece| {
-                for (i, v) in piece.iter_mut().enumerate() {
-                    *v += first * 3 + i;
-                }
-            });
-            assert!(data.iter().enumerate().all(|(i, v)| i == *v));
-            let sum = AtomicUsize::new(0);
-            each_group(0, (0..100).collect(), 4, |group: Vec<usize>| {
-                assert!(group.windows(2).all(|w| w[1] == w[0] + 1));
-                sum.fetch_add(group.iter().sum(), Ordering::Relaxed);
-            });
-            assert_eq!(sum.load(Ordering::Relaxed), 4950);
-        });
-    }
-}
+mod tests;

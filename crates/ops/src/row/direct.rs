@@ -53,6 +53,7 @@ pub fn binary(f: BinaryFn, x: &[f32], y: &[f32], out: &mut [f32]) -> Result<()> 
 pub fn affine(x: &[f32], mul: f32, add: f32, out: &mut [f32]) -> Result<()> {
     same(x, out)?;
     let add = if fault::active("direct.affine") { mul } else { add };
-    loops::affine(dense(x), mul, add, out);
+    let n = out.len();
+    loops::affine(dense(x), mul, add, out, 1, n);
     Ok(())
 }

@@ -13,6 +13,8 @@ pub(crate) enum Fused {
     Squares { x: Reg, shift: Option<Reg> },
     /// e^(x − shift).
     ShiftedExp { x: Reg, shift: Reg },
+    /// x·mul + add with the same two numbers for all elements.
+    Affine { x: Reg, mul: Reg, add: Reg },
     /// (x − shift) / root · weight + bias.
     Normal { x: Reg, shift: Option<Reg>, root: Reg, weight: Option<Reg>, bias: Option<Reg> },
 }
@@ -27,6 +29,7 @@ impl Fused {
                 f(x);
                 f(shift);
             }
+            Self::Affine { x, mul, add } => [x, mul, add].into_iter().for_each(f),
             Self::Normal { x, shift, root, weight, bias } => {
                 [Some(x), shift, Some(root), weight, bias].into_iter().flatten().for_each(f);
             }
@@ -95,6 +98,19 @@ impl Body<'_> {
         }
     }
 
+    /// The product that a sum may take with it, where both have a number for all elements: `(product, x, mul, add)`.
+    fn affine(&self, i: usize) -> Option<(usize, Reg, Reg, Reg)> {
+        let sides = |i: usize, f: B| match self.instr(i) {
+            Instr::Binary(g, a, b) if g == f && self.is(a, Kind::Vec) && self.is(b, Kind::Const) => Some((a, b)),
+            Instr::Binary(g, a, b) if g == f && self.is(b, Kind::Vec) && self.is(a, Kind::Const) => Some((b, a)),
+            _ => None,
+        };
+        let (product, add) = sides(i, B::Add)?;
+        let product = self.root(product);
+        let (x, mul) = sides(product, B::Mul)?;
+        (self.only_reader(product) == Some(i)).then_some((product, x, mul, add))
+    }
+
     fn is_quotient(&self, i: usize) -> bool {
         matches!(self.instr(i), Instr::Binary(B::Quotient, x, d) if self.is(x, Kind::Vec) && self.is(d, Kind::Row))
     }
@@ -122,13 +138,15 @@ impl Body<'_> {
     }
 }
 
-/// What is done for each instruction of a pass's body, `None` where it is the instruction itself.
+/// What is done for each instruction of a pass's body, `None` where it is the instruction itself. `by_rows`: whether the tile's rows are rows
+/// of the program and lie one behind the other, so that a loop may take a number per row.
 pub(crate) fn fuse(
     program: &RowProgram,
     kinds: &[Kind],
     alias: &[usize],
     body: &[usize],
     stores: impl Iterator<Item = usize>,
+    by_rows: bool,
 ) -> Vec<Option<Fused>> {
     let n = program.instrs.len();
     let mut this = Body { program, kinds, alias, readers: vec![Vec::new(); n], stored: vec![false; n] };
@@ -144,6 +162,23 @@ pub(crate) fn fuse(
         });
     }
     let mut fused = vec![None; n];
+    if by_rows {
+        with_rows(&this, body, &mut fused);
+    }
+    for &i in body.iter().filter(|&&i| kinds[i] == Kind::Vec) {
+        if let Some((product, x, mul, add)) = this.affine(i) {
+            if fused[i].is_none() && fused[product].is_none() {
+                fused[product] = Some(Fused::Absorbed);
+                fused[i] = Some(Fused::Affine { x, mul, add });
+            }
+        }
+    }
+    fused
+}
+
+/// What takes numbers per row.
+fn with_rows(this: &Body<'_>, body: &[usize], fused: &mut [Option<Fused>]) {
+    let kinds = this.kinds;
     for &i in body {
         if let (Kind::Row, Some((square, x))) = (kinds[i], this.square(i)) {
             let (x, shift) = this.source(x);
@@ -187,7 +222,6 @@ pub(crate) fn fuse(
             fused[i] = Some(Fused::Absorbed);
         }
     }
-    fused
 }
 
 #[cfg(test)]
@@ -208,7 +242,7 @@ mod tests {
         let kinds = kinds(&program.instrs).unwrap();
         let roots: Vec<usize> = program.outputs.iter().map(|(r, _)| usize::from(r.0)).collect();
         let body: Vec<usize> = (0..n).filter(|&i| kinds[i] != Kind::Const).collect();
-        fuse(&program, &kinds, &alias, &body, roots.into_iter())
+        fuse(&program, &kinds, &alias, &body, roots.into_iter(), true)
     }
 
     fn count(fused: &[Option<Fused>]) -> (usize, usize) {
@@ -297,7 +331,17 @@ mod tests {
     fn fused_or_not_the_bits_are_the_same() {
         type Make = fn(&mut Builder) -> (Reg, Vec<Reg>);
         // with every intermediate value as an output nothing can be fused
-        let makes: [(usize, Make); 4] = [
+        let makes: [(usize, Make); 5] = [
+            (2, |b| {
+                let (x, w) = (b.load(0), b.load(1));
+                let mul = b.param(0);
+                let add = b.unary(U::Neg, mul);
+                let scaled = b.binary(B::Mul, mul, x);
+                let moved = b.binary(B::Add, add, scaled);
+                let product = b.binary(B::Mul, moved, w);
+                let again = b.binary(B::Mul, product, mul);
+                (b.binary(B::Add, again, mul), vec![scaled, moved, product, again])
+            }),
             (1, |b| {
                 let x = b.load(0);
                 let max = b.reduce(ReduceFn::Max, x);

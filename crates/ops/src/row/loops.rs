@@ -264,8 +264,8 @@ fn binary_body<T: Real, const FMA: bool>(
 }
 
 versions! {
-/// x·mul + add over a run of elements, rounded twice as a program's two instructions round.
-pub(crate) fn affine<T: Real>(x: Arg<'_, T>, mul: T, add: T, dst: &mut [T]) = affine_body;
+/// x·mul + add over a tile, rounded twice as a program's two instructions round.
+pub(crate) fn affine<T: Real>(x: Arg<'_, T>, mul: T, add: T, dst: &mut [T], rows: usize, cols: usize) = affine_body;
 }
 
 #[derive(Clone, Copy)]
@@ -282,9 +282,11 @@ impl<T: Real> Map1<T> for Affine<T> {
 }
 
 #[inline(always)]
-fn affine_body<T: Real, const FMA: bool>(x: Arg<'_, T>, mul: T, add: T, dst: &mut [T]) {
-    let n = dst.len();
-    map1(x, dst, 1, n, Affine { mul, add });
+fn affine_body<T: Real, const FMA: bool>(x: Arg<'_, T>, mul: T, add: T, dst: &mut [T], rows: usize, cols: usize) {
+    map1(x, dst, rows, cols, Affine { mul, add });
+    if fault::active("row.affine.tail") {
+        spoil_last(dst, false);
+    }
 }
 
 fn is_comparison(f: BinaryFn) -> bool {

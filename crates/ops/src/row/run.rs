@@ -426,11 +426,13 @@ impl<T: Real> Job<'_, T> {
                 (Some(pitch), Some(1)) if T::of(data).is_some() && !columns && borrowed.add(i) => {
                     Access::Borrowed { pitch }
                 }
+                (_, Some(0)) if self.elementwise && !columns => Access::PerRow,
                 (Some(0), _) if tiles.rows > 1 && !columns => Access::Shared,
                 _ => Access::Copied,
             });
         }
-        // A shared row is gathered once, but an output is stored row by row: an input that is an output must fill its tile.
+        // What rows share is gathered once, and a number of a row once for it, but an output is stored element by element: an input that is an
+        // output must fill its tile.
         let resolved = self.program.prepared.resolved(self.elementwise);
         for &(reg, _) in &self.program.outputs {
             let root = resolved.alias.get(usize::from(reg.0)).copied();
@@ -438,7 +440,7 @@ impl<T: Real> Job<'_, T> {
                 root.and_then(|r| self.program.instrs.get(r))
             {
                 if let Some(a) = access.get_mut(usize::from(*input)) {
-                    if *a == Access::Shared && !fault::active("row.shared_output") {
+                    if matches!(a, Access::Shared | Access::PerRow) && !fault::active("row.shared_output") {
                         *a = Access::Copied;
                     }
                 }

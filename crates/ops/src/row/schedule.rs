@@ -38,7 +38,7 @@ pub(crate) struct Facts {
     pub(crate) elementwise: bool,
     /// The columns do not fit one tile: recompute element values in each pass.
     pub(crate) segmented: bool,
-    /// Whether tiles lie column by column: no loop does several instructions then.
+    /// Whether tiles lie column by column: no loop takes numbers per row then.
     pub(crate) columns: bool,
     /// Inputs that are read in place.
     pub(crate) borrowed: Few,
@@ -137,10 +137,8 @@ impl Schedule {
 
         let mut buffers = 0;
         for pass in &mut passes {
-            pass.fused = match facts.columns || facts.elementwise {
-                true => vec![None; n],
-                false => fuse(program, kinds, alias, &pass.body, pass.stores.iter().map(|&o| roots[o])),
-            };
+            let by_rows = !facts.columns && !facts.elementwise;
+            pass.fused = fuse(program, kinds, alias, &pass.body, pass.stores.iter().map(|&o| roots[o]), by_rows);
             pass.body.retain(|&i| pass.fused[i] != Some(Fused::Absorbed));
             buffers = buffers.max(assign(pass, program, kinds, alias, &roots, facts));
         }

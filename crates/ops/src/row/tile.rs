@@ -22,6 +22,8 @@ pub(crate) enum Access {
     Borrowed { pitch: usize },
     /// One row that all rows share, converted once per tile.
     Shared,
+    /// One number for each row of a tile.
+    PerRow,
     /// Row by row into a tile buffer.
     Copied,
 }
@@ -262,6 +264,10 @@ impl<T: Real> Run<'_, T> {
                             let row = PerRow { shift: shift.map(number), root: number(root) };
                             normal(arg(x), row, weight.map(arg), bias.map(arg), dst, tile.cols);
                         }
+                        Some(Fused::Affine { x, mul, add }) => {
+                            let [mul, add] = [mul, add].map(|reg| self.consts[self.root(reg)]);
+                            loops::affine(arg(x), mul, add, dst, outer, inner);
+                        }
                         Some(Fused::Absorbed | Fused::Squares { .. }) | None => {}
                     }
                 }
@@ -350,6 +356,10 @@ impl<T: Real> Run<'_, T> {
                         let data = T::of(&self.inputs[input]).and_then(|d| d.get(at..));
                         Arg::Vec { data: data.unwrap_or_default(), pitch }
                     }
+                    Access::PerRow => {
+                        let data = slots.get(pass.slots[r]).and_then(|s| s.get(..tile.rows));
+                        Arg::Row(data.unwrap_or_default())
+                    }
                     shared_or_copied => {
                         let data = slots.get(pass.slots[r]).map(|s| &**s).unwrap_or_default();
                         let pitch = match (shared_or_copied == Access::Shared, self.columns) {
@@ -371,9 +381,10 @@ impl<T: Real> Run<'_, T> {
             _ => tile.rows,
         };
         let shape = &self.space.operands[input].row;
+        let cols = if self.access[input] == Access::PerRow { tile.cols.min(1) } else { tile.cols };
         each_dtype!(Slice, &self.inputs[input], src => {
             let gather = if self.columns { columns::gather } else { gather };
-            gather(src, &offsets[input][..rows], shape, tile.col, tile.cols, dst);
+            gather(src, &offsets[input][..rows], shape, tile.col, cols, dst);
         });
     }
 

@@ -71,6 +71,11 @@ impl<'a, T: Copy> Grid<'a, T> {
             return;
         }
         let n = numbers.len().min(self.cols - j);
+        // four in one move: a run of any length is a call
+        if let (4, Ok(four)) = (n, <&[T; 4]>::try_from(numbers)) {
+            // SAFETY: as below.
+            return unsafe { self.data.add(i * self.pitch + j).cast::<[T; 4]>().write_unaligned(*four) };
+        }
         // SAFETY: row `i` and columns `j..j + n` are within the grid, which `new` showed to be within its data; nothing else can
         // reach them, and `numbers` is not among them, being another borrow.
         unsafe { std::ptr::copy_nonoverlapping(numbers.as_ptr(), self.data.add(i * self.pitch + j), n) }

@@ -6,8 +6,10 @@
 //! nor on threads, bit for bit. A weight's row is read once for up to four rows of x, and from
 //! memory one row after the other: several at once are several short streams, which come at half the speed of one long one. The
 //! rows of x that follow find a block of the weight in the cache, and take four of its rows at a time. Many rows of x go through
-//! packed panels instead.
+//! packed panels instead, if they meet many of the weight: packing serves those.
 
+#[cfg(target_arch = "x86_64")]
+mod across;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -127,7 +129,11 @@ pub(crate) fn task_count(ns: usize) -> usize {
     match team::threads() {
         0 | 1 => 1,
         _ if ns < 2 * TASK_NS => 1,
-        threads => (threads * 4).min(ns / TASK_NS),
+        threads => match (threads * 4).min(ns / TASK_NS) {
+            // as many for each thread, so that none waits for another's last
+            tasks if tasks > threads => tasks / threads * threads,
+            tasks => tasks,
+        },
     }
 }
 
@@ -176,8 +182,12 @@ fn share<R: Right>(x: Rows<'_, f32>, w: R, mut out: Grid<'_>, tasks: usize, ns: 
     if tasks < 2 || out.rows() != x.count || out.cols() != w.count() {
         return dots(x, w, &mut out);
     }
-    let block = part_rows(x.count, x.len);
+    let mut block = part_rows(x.count, x.len);
     let cols = part_cols(w.count(), tasks, x.count.div_ceil(block));
+    if w.count() <= cols && x.count.div_ceil(block) < tasks {
+        // too few columns to share out
+        block = x.count.div_ceil(tasks).next_multiple_of(panel::SIDE);
+    }
     let mut parts = Vec::with_capacity(tasks);
     for i in (0..x.count).step_by(block) {
         let rows = block.min(x.count - i);
@@ -271,7 +281,7 @@ mod tests {
 
     #[test]
     fn every_product_is_made_of_its_rows_alone() {
-        for m in [0, 1, 2, 3, 4, 5, 9] {
+        for m in [0, 1, 2, 3, 4, 5, 9, 18] {
             for n in [0, 1, 3, 4, 5, 16, 17, 39] {
                 for k in [0, 1, 15, 16, 17, 64, 75, 1030] {
                     check::<f32>(m, n, k, 1);

@@ -5,6 +5,8 @@ use super::segment::segments;
 use super::{portable, scratch, Grid, Narrow, Rows, BLOCK_BYTES, LANES, TASK_ROWS};
 use crate::fault;
 #[cfg(target_arch = "x86_64")]
+use crate::kernels::square;
+#[cfg(target_arch = "x86_64")]
 use crate::simd::{isa, Isa};
 use std::ops::Range;
 
@@ -14,7 +16,7 @@ pub(crate) trait Right: Copy + Send + Sync {
     const BYTES: usize;
     /// How many are packed at once, four beside one another: a multiple of four.
     const STRIP: usize;
-    /// From so many rows of x on packed panels are quicker.
+    /// Fewer rows of x than this are never packed.
     const PACKED_FROM: usize;
 
     fn count(&self) -> usize;
@@ -24,9 +26,7 @@ pub(crate) trait Right: Copy + Send + Sync {
         Self::STRIP
     }
     /// Whether so many rows of x are packed for it.
-    fn packs(&self, rows: usize) -> bool {
-        rows >= Self::PACKED_FROM && self.len() > 0
-    }
+    fn packs(&self, rows: usize) -> bool;
     /// Those `from..from + count`.
     fn part(&self, from: usize, count: usize) -> Self;
     /// The products of few rows of x, on this thread.
@@ -38,10 +38,28 @@ pub(crate) trait Right: Copy + Send + Sync {
     fn reads_lines(&self) -> bool;
 }
 
+/// The most rows of a weight for which x's rows are not packed: a cache line of x would be written and read again for two groups of four.
+const THIN: usize = 2 * SIDE;
+
+/// The most rows of x that meet columns as they lie; for more, packing the columns is worth while.
+const ACROSS: usize = 16;
+
+/// Whether products of unpacked operands have code of their own.
+fn unpacked() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return isa() == Isa::Avx512;
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 impl<E: Narrow> Right for Rows<'_, E> {
     const BYTES: usize = size_of::<E>();
     const STRIP: usize = SIDE;
     const PACKED_FROM: usize = 8;
+
+    fn packs(&self, rows: usize) -> bool {
+        rows >= Self::PACKED_FROM && self.len > 0 && !(self.count <= THIN && unpacked())
+    }
 
     fn count(&self) -> usize {
         self.count
@@ -91,16 +109,35 @@ impl<'a, E> Columns<'a, E> {
         Self(rows)
     }
 
+    /// Whether products with so many rows of x are quicker without packing.
+    fn unpacked(&self, rows: usize) -> bool {
+        rows <= ACROSS || self.0.len <= THIN
+    }
+
+    /// Calls `f` with the columns as rows of a copy.
+    #[cfg(target_arch = "x86_64")]
+    fn turned<R>(&self, f: impl FnOnce(Rows<'_, f32>) -> R) -> R
+    where
+        E: Narrow,
+    {
+        let Rows { data, pitch, count: len, len: count } = self.0;
+        scratch::with(count * len, |copy| {
+            square::turn(data, (0, pitch), len, copy);
+            f(Rows { data: copy, pitch: len, count, len })
+        })
+    }
+
     /// Columns `j..` of row `i`, at most `count` of them.
     pub(super) fn row(&self, i: usize, j: usize, count: usize) -> &'a [E] {
         &self.0.row(i)[j..(j + count).min(self.0.len)]
     }
 }
 
-/// The most numbers that the sums of few rows of `len` elements take: those of a segment, and those of the segments before.
+/// The most numbers that products of unpacked rows of `len` elements take: the sums of few of them, of a segment and of the segments before,
+/// or few columns turned.
 pub(super) fn few_floats(rows: usize, len: usize) -> usize {
     let sums = if segments(len).len() > 1 { 2 } else { 1 };
-    sums * rows.min(<Columns<'_, f32> as Right>::PACKED_FROM) * LANES * NEAR
+    (sums * rows.min(<Columns<'_, f32> as Right>::PACKED_FROM) * LANES * NEAR).max(THIN.saturating_mul(len))
 }
 
 /// Columns whose sums stay near: sixteen sums each of a row of x fill a third of the first-level cache.
@@ -126,7 +163,18 @@ impl<E: Narrow> Right for Columns<'_, E> {
         Self(Rows { data: self.0.data.get(from..).unwrap_or_default(), len: count, ..self.0 })
     }
 
+    fn packs(&self, rows: usize) -> bool {
+        rows >= Self::PACKED_FROM && self.len() > 0 && !(self.unpacked(rows) && unpacked())
+    }
+
     fn few(&self, x: Rows<'_, f32>, out: &mut Grid<'_>) {
+        #[cfg(target_arch = "x86_64")]
+        if x.count >= Self::PACKED_FROM && self.unpacked(x.count) && isa() == Isa::Avx512 {
+            if x.count <= ACROSS {
+                return super::across::dots(x, *self, out);
+            }
+            return self.turned(|rows| Right::few(&rows, x, out));
+        }
         // element l of every row goes to sum l mod 16 of its column: those of neighbouring columns are neighbours
         let near = NEAR.min(self.count());
         let all = segments(self.len());
