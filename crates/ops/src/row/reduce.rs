@@ -178,7 +178,7 @@ impl<'a, T: Real> Held<'a, T> {
     /// The reductions once all segments are in them, in `acc`. An infinite or NaN sum stays what it is: what it "lost" is NaN.
     pub(crate) fn finish(&mut self) {
         for (a, &mut l) in self.acc.iter_mut().zip(&mut *self.lost) {
-            if l - l == T::ZERO {
+            if l.to_f64().is_finite() {
                 *a = *a + l;
             }
         }

@@ -55,7 +55,7 @@ pub(super) fn add(t: &mut Table) {
             t.laid_out(&Op::Linear { bias: true }, &[], &inputs);
         }
         // rows longer than a piece of them
-        let long = [([9, 1100], Domain::Any), ([6, 1100], Domain::Small)]
+        let long = [([9, 1100], Domain::Any), ([11, 1100], Domain::Small)]
             .map(|(dims, domain)| InputSpec::new(&dims, dtype, Layout::Contiguous, domain));
         t.push(Case::new(Op::Linear { bias: false }, &[], long.to_vec()));
         for (x, rank, out) in t.some(&loras, 2, 6) {
