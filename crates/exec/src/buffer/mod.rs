@@ -34,6 +34,10 @@ macro_rules! for_dtypes {
                     _ => None,
                 }
             }
+            /// Where the elements begin.
+            fn address(&self) -> usize {
+                match self { $(Self::$variant(v) => v.as_ptr() as usize),* }
+            }
             pub(crate) fn dtype(&self) -> DType {
                 match self { $(Self::$variant(_) => DType::$variant),* }
             }

@@ -5,6 +5,7 @@
 //! exactly those. While plans run the pool holds no more than it held plus what they need: before it asks the system it gives back what
 //! nobody uses.
 
+use super::huge::populate;
 use super::Data;
 use candle_core::DType;
 use candle_lazy_ops::kernels::spoil;
@@ -132,7 +133,8 @@ pub(super) fn take(dtype: DType, len: usize, piece: Option<usize>) -> Option<Dat
         }
         Err(unused) => drop(unused),
     }
-    let data = Data::fresh(dtype, size)?;
+    let mut data = Data::fresh(dtype, size)?;
+    populate(&mut data);
     let mut pool = POOL.lock();
     pool.active += data.bytes() as u64;
     pool.peak = pool.peak.max(pool.active);
