@@ -36,6 +36,9 @@ pub struct VerifyArgs {
     /// Only these modes, separated by commas.
     #[arg(long, value_name = "NAME", conflicts_with = "mutants")]
     pub mode: Option<String>,
+    /// Only gradients: the modes that take them, or with --mutants the faults that those catch.
+    #[arg(long, conflicts_with = "mode")]
+    pub grad: bool,
     /// Only cases of this dtype.
     #[arg(long, value_name = "D", conflicts_with = "mutants")]
     pub dtype: Option<String>,
@@ -49,6 +52,9 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "mutants")]
     pub json: Option<PathBuf>,
 }
+
+/// The modes that take gradients.
+const GRADIENTS: [&str; 3] = ["ops-tracked", "tracked", "grad"];
 
 /// Why nothing was verified.
 #[derive(Debug, thiserror::Error)]
@@ -90,7 +96,8 @@ fn all_agree(args: &VerifyArgs) -> Result<bool, Error> {
 /// Injects the faults; whether all of them were caught.
 fn all_caught(args: &VerifyArgs) -> Result<bool, Error> {
     let mut written = Ok(());
-    let verdicts = mutants::run(args.only.as_deref(), args.seed, |verdict| {
+    let modes = args.grad.then_some(&GRADIENTS[..]);
+    let verdicts = mutants::run(args.only.as_deref(), modes, args.seed, |verdict| {
         if written.is_ok() {
             written = say!("{}", verdict.line());
         }
@@ -107,7 +114,7 @@ fn verify(args: &VerifyArgs) -> Result<Summary, Error> {
     }
     let mut options = Options::new(if args.quick { Extent::Quick } else { Extent::Full });
     options.op.clone_from(&args.op);
-    options.mode.clone_from(&args.mode);
+    options.mode = if args.grad { Some(GRADIENTS.join(",")) } else { args.mode.clone() };
     options.seed = args.seed;
     options.dtype = match &args.dtype {
         None => None,
@@ -213,6 +220,7 @@ mod tests {
             train: false,
             op: op.map(str::to_string),
             mode: mode.map(str::to_string),
+            grad: false,
             dtype: dtype.map(str::to_string),
             seed: 1,
             show: 1,

@@ -30,7 +30,7 @@ fn a_fault_of_each_kind_is_caught() {
         "decompose.layer_norm.centre",
         "choose.falls_back",
     ] {
-        let verdicts = run(Some(name), 1, |_| {}).unwrap();
+        let verdicts = run(Some(name), None, 1, |_| {}).unwrap();
         assert_eq!(verdicts.len(), 1, "{name}");
         assert!(verdicts[0].caught.is_some(), "{}", verdicts[0].line());
     }

@@ -7,7 +7,7 @@
 //! [`F64_ULP`] units are allowed.
 
 use super::magnitude::magnitudes;
-use super::{Cell, Outcome, Subject};
+use super::{differences, Cell, Outcome, Subject};
 use crate::case::{Case, InputSpec};
 use crate::compare::{same_bits, Verdict, Worst, ALLOWED_ULP, EAGER_FACTOR};
 use crate::reference::{self, Arr, NormShape};
@@ -27,7 +27,7 @@ const F64_ULP: f64 = 2.0 * ALLOWED_ULP;
 pub type Gradients = Vec<Option<Tensor>>;
 
 /// The weights of a loss over `count` results; few digits, so that they are the same number in every dtype.
-fn weights(dims: &[usize], count: usize) -> Arr {
+pub(super) fn weights(dims: &[usize], count: usize) -> Arr {
     let mut rng = Rng::named(count as u64, "loss weights");
     Arr { dims: dims.to_vec(), data: (0..count).map(|_| rng.below(9) as f64 / 4.0 - 1.0).collect() }
 }
@@ -66,16 +66,16 @@ fn eager_gradients(subject: &Subject, fold: Fold) -> Result<Gradients> {
             vars.push(var);
         }
         let found = gradients(&eager::run_case(case, &inputs)?, &vars)?;
-        let folded = |(i, g): (usize, Option<Tensor>)| g.map(|g| folded(subject, i, &g)).transpose();
+        let storages = case.storages(subject.seed)?;
+        let folded = |(i, g): (usize, Option<Tensor>)| g.map(|g| folded(case, &storages[i], i, &g)).transpose();
         found.into_iter().enumerate().map(folded).collect()
     })
 }
 
-/// The gradient of the leaf that input `i` is a view of, summed in f64 and rounded once.
-fn folded(subject: &Subject, i: usize, gradient: &Tensor) -> Result<Tensor> {
-    let storage = subject.case.storages(subject.seed)?.swap_remove(i);
+/// The gradient of the leaf `storage` that input `i` is a view of, summed in f64 and rounded once.
+fn folded(case: &Case, storage: &Tensor, i: usize, gradient: &Tensor) -> Result<Tensor> {
     let var = Var::from_tensor(&storage.to_dtype(DType::F64)?)?;
-    let sum = through_view(&subject.case.inputs[i], &var, &gradient.to_dtype(DType::F64)?)?;
+    let sum = through_view(&case.inputs[i], &var, &gradient.to_dtype(DType::F64)?)?;
     Ok(sum.to_dtype(gradient.dtype())?)
 }
 
@@ -290,12 +290,14 @@ pub(super) fn check(subject: &Subject) -> Result<Option<Cell>> {
     Ok(Some(cell))
 }
 
-/// The gradients that the graph transform records, through the views that the inputs are.
-fn recorded(subject: &Subject) -> Result<Option<(Gradients, BTreeMap<&'static str, usize>)>> {
-    let case = &subject.case;
+/// Gradients, the result's dtype and the kernels that ran.
+type Recorded = (Gradients, DType, BTreeMap<&'static str, usize>);
+
+/// The gradients that the graph transform records, through the views of `storages` that the inputs are; `None` for a result without any.
+pub(super) fn recorded(case: &Case, storages: &[Tensor]) -> Result<Option<Recorded>> {
     let mut leaves = Vec::new();
-    for (input, spec) in subject.inputs.iter().zip(&case.inputs) {
-        let leaf = LazyTensor::from(input);
+    for (storage, spec) in storages.iter().zip(&case.inputs) {
+        let leaf = LazyTensor::from(&spec.view(storage)?);
         leaves.push(if spec.is_tracked() { leaf.variable()? } else { leaf });
     }
     let y = lazy::record_case(case, &leaves)?;
@@ -314,11 +316,11 @@ fn recorded(subject: &Subject) -> Result<Option<(Gradients, BTreeMap<&'static st
             Some(g) if g.dims() != leaf.dims() || g.dtype() != leaf.dtype() => {
                 return Err(Error::NoTwin(format!("a gradient of {g:?} for {leaf:?}")))
             }
-            Some(g) => Some(folded(subject, i, &g)?),
+            Some(g) => Some(folded(case, &storages[i], i, &g)?),
             None => None,
         });
     }
-    Ok(Some((gradients, report.kernels)))
+    Ok(Some((gradients, y.dtype(), report.kernels)))
 }
 
 /// The gradients of the ops whose backward Candle has wrong, or only for some shapes: gather, scatter and scatter-add.
@@ -387,12 +389,17 @@ pub(super) fn check_recorded(subject: &Subject) -> Result<Option<Cell>> {
     if case.is_special() || !case.inputs.iter().any(|i| i.dtype.is_float()) {
         return Ok(None);
     }
-    let (ours, kernels) = match recorded(subject) {
+    let (ours, kernels) = match recorded(case, &case.storages(subject.seed)?) {
         Ok(None) => return Ok(None),
-        Ok(Some((ours, kernels))) => (Ok(ours), kernels),
+        Ok(Some((ours, _, kernels))) => (Ok(ours), kernels),
         Err(error) => (Err(error), BTreeMap::new()),
     };
     let mut cell = judge_ours(subject, ours, Fold::Exact)?;
     cell.kernels = kernels;
+    if matches!(cell.outcome, Outcome::Passed | Outcome::Skipped(_)) {
+        if let Some(what) = differences::disagreement(subject)? {
+            cell.outcome = Outcome::Failed(what);
+        }
+    }
     Ok(Some(cell))
 }

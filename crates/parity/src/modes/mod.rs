@@ -3,6 +3,7 @@
 pub(crate) mod blocks;
 mod company;
 pub(crate) mod compat;
+mod differences;
 mod functions;
 mod gradient;
 mod lazy_modes;

@@ -169,13 +169,21 @@ impl Bench {
     }
 }
 
-/// Judges the mutants whose name begins with `filter` (all for `None`), and shows each verdict as it falls.
+/// Judges the mutants whose name begins with `filter` and of which a cell is in one of `modes` (all for `None`), and shows each verdict as it
+/// falls.
 ///
 /// # Errors
 /// When a cell fails without any fault, or the table names what does not exist.
-pub fn run(filter: Option<&str>, seed: u64, mut show: impl FnMut(&Verdict)) -> Result<Vec<Verdict>> {
+pub fn run(
+    filter: Option<&str>,
+    modes: Option<&[&str]>,
+    seed: u64,
+    mut show: impl FnMut(&Verdict),
+) -> Result<Vec<Verdict>> {
     fault::spoil_memory();
-    let wanted: Vec<Mutant> = mutants().into_iter().filter(|m| filter.is_none_or(|f| m.name.starts_with(f))).collect();
+    let named = |m: &Mutant| filter.is_none_or(|f| m.name.starts_with(f));
+    let of_modes = |m: &Mutant| modes.is_none_or(|modes| m.modes.split(' ').any(|mode| modes.contains(&mode)));
+    let wanted: Vec<Mutant> = mutants().into_iter().filter(|m| named(m) && of_modes(m)).collect();
     if wanted.is_empty() {
         return Err(Error::Option(format!("no mutant begins with {}", filter.unwrap_or_default())));
     }
