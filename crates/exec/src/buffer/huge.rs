@@ -74,9 +74,9 @@ pub(super) fn populate(data: &mut Data) {
     if first >= last || !(is_missing(first, last, page) || is_missing(last - PART.min(last - first), last, page)) {
         return;
     }
-    // SAFETY: [first, last) lies inside the memory of `data`, which nobody else can reach, and is page-aligned; MADV_HUGEPAGE changes no
-    // content.
     if bytes >= MIN_BYTES {
+        // SAFETY: [first, last) lies inside the memory of `data`, which nobody else can reach, and is page-aligned; MADV_HUGEPAGE changes no
+        // content.
         unsafe { libc::madvise(first as *mut libc::c_void, last - first, libc::MADV_HUGEPAGE) };
     }
     let threads = candle_lazy_ops::kernels::threads();
