@@ -180,6 +180,8 @@ fn what_was_interrupted_goes_on() -> TestResult {
     let resume = checkpoint.display().to_string();
     let (_, rest) = bench.run("part", &[&arguments[..], &["--resume", &resume]].concat(), false)?;
     assert_eq!(losses(&rest), losses(&whole));
+    // the curve holds the steps of both parts
+    assert_eq!(bench.bytes("part/loss.csv")?, bench.bytes("whole/loss.csv")?);
     let weights = "adapter_model.safetensors";
     assert_eq!(bench.bytes(&format!("part/{weights}"))?, bench.bytes(&format!("whole/{weights}"))?);
     // it is of this model, this text and these options

@@ -5,7 +5,7 @@
 
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Module, Shape, Tensor, Var};
-use candle_lazy_exec::{eval_all_with_report, EvalOptions, LazyTensor, RandomKey};
+use candle_lazy_exec::{eval_all_with_report, grad, EvalOptions, LazyTensor, RandomKey};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 
@@ -116,6 +116,20 @@ fn a_custom_op_keeps_its_backward() {
     let grads = y.sum_all().unwrap().backward().unwrap();
     let want = (x() * 10.0).unwrap();
     assert_eq!(grads.get(&var).unwrap().to_vec2::<f32>().unwrap(), want.to_vec2::<f32>().unwrap());
+}
+
+#[test]
+fn a_second_derivative_of_a_custom_op_is_refused_when_it_is_recorded() {
+    let x = LazyTensor::from(x()).variable().unwrap();
+    let line = line!() + 2;
+    let op = Scaled { factor: 5.0, runs: Arc::default() };
+    let y = x.custom_op1(op, (2, 3), DType::F32).unwrap().sqr().unwrap().sum_all().unwrap();
+    let first = grad(&y, &[&x]).unwrap().remove(0);
+    assert_eq!(first.to_vec2::<f32>().unwrap().len(), 2);
+    let text = grad(&first.sum_all().unwrap(), &[&x]).unwrap_err().to_string();
+    for part in ["scaled", "backward of a custom op", "unsupported", &format!("opaque.rs:{line}")] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
 }
 
 #[test]

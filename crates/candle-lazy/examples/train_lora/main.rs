@@ -135,7 +135,13 @@ pub(crate) struct Arguments {
 fn main() -> ExitCode {
     let interrupted = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&interrupted);
-    if let Err(error) = ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)) {
+    let stop = move || {
+        flag.store(true, Ordering::Relaxed);
+        say(format_args!(
+            "interrupted: the training ends with a checkpoint after the step that runs, or else the first"
+        ));
+    };
+    if let Err(error) = ctrlc::set_handler(stop) {
         say(format_args!("Ctrl-C ends without a checkpoint: {error}"));
     }
     status(run(&Arguments::parse(), &interrupted, &mut std::io::stdout().lock()))
@@ -204,6 +210,10 @@ pub(crate) fn run(
         say(format_args!("going on after step {}", trainer.optimizer().steps()));
     }
     let (mut losses, mut evaluated) = (Vec::new(), vec![(0, first)]);
+    if arguments.resume.is_some() {
+        // the curve goes on where the files of the first part lie
+        losses = earlier_losses(&arguments.output.join("loss.csv"), trainer.optimizer().steps());
+    }
     let trained = train(arguments, &mut trainer, &held, interrupted, &mut losses, &mut evaluated)?;
     let dir = &arguments.output;
     write_losses(dir, &losses, &evaluated)?;
@@ -251,7 +261,7 @@ fn rule(arguments: &Arguments) -> Rule {
 fn optimizer_options(arguments: &Arguments) -> OptimizerOptions {
     let steps = usize::try_from(arguments.steps).unwrap_or(usize::MAX).max(1);
     let schedule = LrSchedule::WarmupCosine {
-        warmup_steps: (steps / 10).max(1),
+        warmup_steps: (steps / 10).max(1).min(steps - 1),
         total_steps: steps,
         max_lr: arguments.lr,
         min_lr: 0.0,
@@ -263,6 +273,9 @@ fn optimizer_options(arguments: &Arguments) -> OptimizerOptions {
         ..OptimizerOptions::default()
     }
 }
+
+/// So many skipped steps after one another end a training: what it has learned is lost.
+const MOST_SKIPPED: usize = 20;
 
 /// Steps until they are done or it is interrupted; says whether they are done.
 fn train(
@@ -278,20 +291,29 @@ fn train(
     bar.set_position(trainer.optimizer().steps());
     ALLOCATOR.reset_peak_usage();
     let (began, mut tokens) = (Instant::now(), 0);
+    let mut skipped = 0;
     while trainer.optimizer().steps() < arguments.steps {
         let step = trainer.step()?;
         tokens += step.positions;
         if let Some(name) = &step.skipped {
             say(format_args!("step skipped: the gradient of {name} is no number"));
-            continue;
-        }
-        losses.push((step.step, step.loss));
-        bar.set_message(format!("loss {:.4}", step.loss));
-        bar.set_position(step.step);
-        if step.step % arguments.eval_every.max(1) == 0 || step.step == arguments.steps {
-            let loss = trainer.evaluate(held)?;
-            evaluated.push((step.step, loss));
-            say(format_args!("step {}: loss {:.4}, held out {loss:.4}, rate {:.1e}", step.step, step.loss, step.lr));
+            skipped += 1;
+            if skipped == MOST_SKIPPED {
+                return Err(format!("{skipped} steps after one another were skipped").into());
+            }
+        } else {
+            skipped = 0;
+            losses.push((step.step, step.loss));
+            bar.set_message(format!("loss {:.4}", step.loss));
+            bar.set_position(step.step);
+            if step.step % arguments.eval_every.max(1) == 0 || step.step == arguments.steps {
+                let loss = trainer.evaluate(held)?;
+                evaluated.push((step.step, loss));
+                say(format_args!(
+                    "step {}: loss {:.4}, held out {loss:.4}, rate {:.1e}",
+                    step.step, step.loss, step.lr
+                ));
+            }
         }
         if interrupted.load(Ordering::Relaxed) {
             bar.finish();
@@ -317,6 +339,18 @@ fn save(trainer: &Trainer<'_>, output: &Path) -> Result<PathBuf, Box<dyn Error>>
     let dir = dir.unwrap_or_else(|| output.join(&name));
     trainer.save(&dir)?;
     Ok(dir)
+}
+
+/// The training losses up to a step that an earlier part wrote; none where there is no such file.
+fn earlier_losses(path: &Path, steps: u64) -> Vec<(u64, f64)> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let of_line = |line: &str| {
+        let mut fields = line.split(',');
+        let step = fields.next()?.parse::<u64>().ok()?;
+        let loss = (fields.next()? == "train").then(|| fields.next()?.parse::<f64>().ok()).flatten()?;
+        (step <= steps).then_some((step, loss))
+    };
+    text.lines().filter_map(of_line).collect()
 }
 
 fn write_losses(dir: &Path, losses: &[(u64, f64)], held_out: &[(u64, f64)]) -> Result<(), Box<dyn Error>> {

@@ -5,7 +5,7 @@
 
 use super::{composites, contractions, elementwise, movement, Call, Parts, R};
 use crate::custom::CustomOp;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::node::Node;
 use crate::op::Op;
 
@@ -71,6 +71,10 @@ pub(super) fn apply(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
 fn custom(call: &Call<'_>) -> Result<Parts> {
     let mut parts = call.none();
     let Some(op) = &call.expr.custom else { return Ok(parts) };
+    if let (CustomOp::Backward(..), true) = (op, (0..parts.len()).any(|i| call.needs(i))) {
+        let detail = "the backward of a custom op is Candle's tensors alone, and has no derivative itself";
+        return Err(Error::new(op.name(), ErrorKind::Unsupported(detail.into())).at(call.y.site()));
+    }
     for (i, part) in parts.iter_mut().enumerate() {
         if call.needs(i) {
             let mut inputs = call.expr.inputs.clone();

@@ -53,9 +53,12 @@ pub fn save_safetensors(
     let file = beside(path).map_err(io)?;
     let metadata = (!metadata.is_empty()).then(|| metadata.clone().into_iter().collect::<HashMap<_, _>>());
     let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
+    let permissions = file.as_file().metadata().map_err(io)?.permissions();
     safetensors::serialize_to_file(tensors, metadata, file.path()).map_err(|error| match error {
         SafeTensorError::IoError(error) => io(error),
         other => Error::format(path, "safetensors", other),
     })?;
+    // the library may have put a file of its own in the place, which its owner alone may read
+    std::fs::set_permissions(file.path(), permissions).map_err(io)?;
     finish(file, path).map_err(io)
 }

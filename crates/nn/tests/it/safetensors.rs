@@ -2,7 +2,7 @@
 
 use crate::common::{close, Rng, TestResult};
 use candle_core::{DType, Device, Tensor};
-use candle_lazy_nn::weights::{safetensors, SafetensorsFile};
+use candle_lazy_nn::weights::{safetensors, save_safetensors, SafetensorsFile};
 use candle_lazy_nn::{linear_no_bias, Error};
 use proptest::prelude::*;
 use std::collections::HashMap;
@@ -213,4 +213,18 @@ proptest! {
         };
         run().map_err(|e| TestCaseError::fail(e.to_string()))?;
     }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_saved_file_may_be_read_by_whom_any_new_file_may() -> TestResult {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir()?;
+    let mode =
+        |name: &str| -> std::io::Result<u32> { Ok(std::fs::metadata(dir.path().join(name))?.permissions().mode()) };
+    std::fs::write(dir.path().join("any"), b"new")?;
+    let tensors = [("x".to_string(), Tensor::new(1f32, &Device::Cpu)?)].into();
+    save_safetensors(dir.path().join("saved.safetensors"), &tensors, &Default::default())?;
+    assert_eq!(mode("saved.safetensors")?, mode("any")?);
+    Ok(())
 }

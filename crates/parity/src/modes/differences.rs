@@ -61,7 +61,8 @@ fn loss(case: &Case, storages: &[Tensor]) -> Result<Option<Acc>> {
     Ok(sum.value().is_finite().then_some(sum))
 }
 
-/// The slope of the loss along direction `d` of input `i`, how far the differences of two steps are apart, and the terms of the loss.
+/// The slope of the loss along direction `d` of input `i`, how far off it may be (how far the differences of two steps are apart, and the
+/// corners within a step), and the terms of the loss.
 fn slope(case: &Case, storages: &[Tensor], i: usize, d: &Arr) -> Result<Option<(f64, f64, f64)>> {
     let x = to_arr(&storages[i])?;
     let step = STEP * largest(&x);
@@ -71,18 +72,25 @@ fn slope(case: &Case, storages: &[Tensor], i: usize, d: &Arr) -> Result<Option<(
         there[i] = to_tensor(&Arr { dims: x.dims.clone(), data }, DType::F64)?;
         loss(case, &there)
     };
-    let difference = |h: f64| -> Result<Option<(f64, f64)>> {
+    let Some(here) = at(0.0)? else {
+        return Ok(None);
+    };
+    // the slope between both sides, and by how much the slopes of the two sides differ
+    let difference = |h: f64| -> Result<Option<(f64, f64, f64)>> {
         let (Some(above), Some(below)) = (at(h)?, at(-h)?) else {
             return Ok(None);
         };
-        Ok(Some(((above.value() - below.value()) / (2.0 * h), above.magnitude().max(below.magnitude()))))
+        let (up, down) = (above.value() - here.value(), here.value() - below.value());
+        Ok(Some(((up + down) / (2.0 * h), (up - down) / h, above.magnitude().max(below.magnitude()))))
     };
-    let (Some((coarse, terms)), Some((fine, _))) = (difference(step)?, difference(step / 2.0)?) else {
+    let (Some((coarse, bend, terms)), Some((fine, half_bend, _))) = (difference(step)?, difference(step / 2.0)?) else {
         return Ok(None);
     };
+    // the bend of a smooth function halves with the step, that of a corner stays
+    let corner = (2.0 * half_bend - bend).abs();
     // a loss that is rounded moves by as much
     let rounding = f64::EPSILON * terms / step;
-    Ok(Some(((4.0 * fine - coarse) / 3.0, (fine - coarse).abs() + 8.0 * rounding, terms)))
+    Ok(Some(((4.0 * fine - coarse) / 3.0, (fine - coarse).abs() + corner + 16.0 * rounding, terms)))
 }
 
 /// Why a gradient is not the slope by design.
