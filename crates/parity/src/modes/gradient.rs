@@ -47,7 +47,7 @@ pub fn gradients(y: &Tensor, vars: &[Option<Var>]) -> Result<Gradients> {
 pub enum Fold {
     /// Candle's autograd, in the input's dtype.
     Candle,
-    /// [`folded`].
+    /// A sum in f64, rounded once.
     Exact,
 }
 
