@@ -309,7 +309,15 @@ impl Case {
     /// # Errors
     /// When Candle cannot make them.
     pub fn inputs(&self, seed: u64) -> Result<Vec<Tensor>> {
-        self.storages(seed)?.iter().zip(&self.inputs).map(|(s, spec)| spec.view(s)).collect()
+        self.views(&self.storages(seed)?)
+    }
+
+    /// The inputs as views of `storages`.
+    ///
+    /// # Errors
+    /// When Candle refuses.
+    pub fn views(&self, storages: &[Tensor]) -> Result<Vec<Tensor>> {
+        storages.iter().zip(&self.inputs).map(|(s, spec)| spec.view(s)).collect()
     }
 
     /// What the inputs are views of.

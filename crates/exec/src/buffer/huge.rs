@@ -3,8 +3,8 @@
 //! Reading weights is bound by memory, and on ordinary pages the processor's page tables cost up to half of the bandwidth.
 //! Where the system grants huge pages only when asked (`madvise`), they must be asked for before the first touch.
 //!
-//! Memory that a process asks for is not there until it is touched, one page at a time: in a virtual machine a fault takes a microsecond,
-//! twice as long as a softmax of the page's numbers. Asked for at once, the pages cost half of that, and threads share the work.
+//! Memory that a process asks for is not there until it is touched, one page at a time, and in a virtual machine a fault
+//! may take longer than what a kernel does to the page. Asked for at once, the pages cost less, and threads share the work.
 #![allow(unsafe_code)] // system calls on memory that is not yet in use
 
 use super::Data;
@@ -20,24 +20,23 @@ const HUGE_PAGE: usize = 2 << 20;
 /// Fill it with `extend`: memory that was touched before the advice stays on small pages.
 #[must_use]
 pub fn vec_with_huge_pages<T: Copy>(capacity: usize) -> Vec<T> {
-    let vec = Vec::with_capacity(capacity);
-    advise(&vec);
+    let vec: Vec<T> = Vec::with_capacity(capacity);
+    advise(vec.as_ptr() as usize, vec.capacity().saturating_mul(std::mem::size_of::<T>()));
     vec
 }
 
+/// Asks for huge pages for `bytes` of memory from `start` on, which the caller holds, if it is large.
 #[cfg(target_os = "linux")]
-fn advise<T>(vec: &Vec<T>) {
-    let bytes = vec.capacity().saturating_mul(std::mem::size_of::<T>());
+fn advise(start: usize, bytes: usize) {
     if bytes < MIN_BYTES {
         return;
     }
-    let start = vec.as_ptr() as usize;
     let (Some(first), Some(end)) = (start.checked_next_multiple_of(HUGE_PAGE), start.checked_add(bytes)) else {
         return;
     };
     let last = end / HUGE_PAGE * HUGE_PAGE;
     if first < last {
-        // SAFETY: [first, last) lies inside the allocation of `vec`, is page-aligned, and MADV_HUGEPAGE changes no content;
+        // SAFETY: [first, last) lies inside the memory that the caller holds, is page-aligned, and MADV_HUGEPAGE changes no content;
         // a refusal (a system without huge pages) leaves the memory as it was.
         unsafe {
             libc::madvise(first as *mut libc::c_void, last - first, libc::MADV_HUGEPAGE);
@@ -46,7 +45,7 @@ fn advise<T>(vec: &Vec<T>) {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn advise<T>(_: &Vec<T>) {}
+fn advise(_: usize, _: usize) {}
 
 /// From this size on memory is made to be there.
 #[cfg(target_os = "linux")]
@@ -74,17 +73,13 @@ pub(super) fn populate(data: &mut Data) {
     if first >= last || !(is_missing(first, last, page) || is_missing(last - PART.min(last - first), last, page)) {
         return;
     }
-    if bytes >= MIN_BYTES {
-        // SAFETY: [first, last) lies inside the memory of `data`, which nobody else can reach, and is page-aligned; MADV_HUGEPAGE changes no
-        // content.
-        unsafe { libc::madvise(first as *mut libc::c_void, last - first, libc::MADV_HUGEPAGE) };
-    }
+    advise(start, bytes);
     let threads = candle_lazy_ops::kernels::threads();
     let part = (last - first).div_ceil(threads).max(PART).next_multiple_of(page);
     let parts: Vec<(usize, usize)> = (first..last).step_by(part).map(|from| (from, part.min(last - from))).collect();
     candle_lazy_ops::kernels::each((last - first) / page * PAGE_NS, parts, |(from, len)| {
-        // SAFETY: a part of [first, last), as above; MADV_POPULATE_WRITE changes no content, and where the system does not know it or has
-        // no memory left, the pages come when they are touched.
+        // SAFETY: a part of [first, last), which lies inside the memory of `data`, that nobody else can reach, and is page-aligned;
+        // MADV_POPULATE_WRITE changes no content, and where the system does not know it or has no memory left, the pages come when they are touched.
         unsafe { libc::madvise(from as *mut libc::c_void, len, libc::MADV_POPULATE_WRITE) };
     });
 }

@@ -51,8 +51,7 @@ fn moved(case: &Case, seed: u64) -> Result<Vec<Tensor>> {
 
 /// Σ y·w and Σ |y·w|; `None` where it is no number.
 fn loss(case: &Case, storages: &[Tensor]) -> Result<Option<Acc>> {
-    let view = |(storage, spec): (&Tensor, &crate::case::InputSpec)| Ok(LazyTensor::from(&spec.view(storage)?));
-    let leaves = storages.iter().zip(&case.inputs).map(view).collect::<Result<Vec<_>>>()?;
+    let leaves: Vec<LazyTensor> = case.views(storages)?.iter().map(LazyTensor::from).collect();
     let y = to_arr(&lazy::record_case(case, &leaves)?.eval()?)?;
     let mut sum = Acc::default();
     for (y, w) in y.data.iter().zip(weights(&y.dims, y.data.len()).data) {
@@ -62,8 +61,8 @@ fn loss(case: &Case, storages: &[Tensor]) -> Result<Option<Acc>> {
 }
 
 /// The slope of the loss along direction `d` of input `i`, how far off it may be (how far the differences of two steps are apart, and the
-/// corners within a step), and the terms of the loss.
-fn slope(case: &Case, storages: &[Tensor], i: usize, d: &Arr) -> Result<Option<(f64, f64, f64)>> {
+/// corners within a step), and the terms of the loss, which is `here` at the storages.
+fn slope(case: &Case, storages: &[Tensor], here: &Acc, i: usize, d: &Arr) -> Result<Option<(f64, f64, f64)>> {
     let x = to_arr(&storages[i])?;
     let step = STEP * largest(&x);
     let at = |by: f64| -> Result<Option<Acc>> {
@@ -71,9 +70,6 @@ fn slope(case: &Case, storages: &[Tensor], i: usize, d: &Arr) -> Result<Option<(
         let data = x.data.iter().zip(&d.data).map(|(x, d)| x + by * d).collect();
         there[i] = to_tensor(&Arr { dims: x.dims.clone(), data }, DType::F64)?;
         loss(case, &there)
-    };
-    let Some(here) = at(0.0)? else {
-        return Ok(None);
     };
     // the slope between both sides, and by how much the slopes of the two sides differ
     let difference = |h: f64| -> Result<Option<(f64, f64, f64)>> {
@@ -124,12 +120,15 @@ pub(super) fn disagreement(subject: &Subject) -> Result<Option<String>> {
 
 /// The first input of which the gradient is not the slope.
 fn wrong(case: &Case, seed: u64, storages: &[Tensor], gradients: &Gradients) -> Result<Option<String>> {
+    let Some(here) = loss(case, storages)? else {
+        return Ok(None);
+    };
     let mut rng = Rng::named(seed, "directions");
     for (i, spec) in case.inputs.iter().enumerate().filter(|(_, spec)| spec.is_tracked()) {
         let dims = spec.storage_dims();
         let data = (0..dims.iter().product()).map(|_| rng.range(-1.0, 1.0)).collect();
         let d = Arr { dims, data };
-        let Some((slope, apart, terms)) = slope(case, storages, i, &d)? else {
+        let Some((slope, apart, terms)) = slope(case, storages, &here, i, &d)? else {
             continue;
         };
         let mut along = Acc::default();

@@ -59,17 +59,24 @@ fn eager_gradients(subject: &Subject, fold: Fold) -> Result<Gradients> {
             let (vars, inputs) = case.tracked_inputs(subject.seed)?;
             return gradients(&eager::run_case(case, &inputs)?, &vars);
         }
-        let (mut vars, mut inputs) = (Vec::new(), Vec::new());
-        for (input, spec) in subject.inputs.iter().zip(&case.inputs) {
-            let var = spec.is_tracked().then(|| Var::from_tensor(&input.contiguous()?)).transpose()?;
-            inputs.push(var.as_ref().map_or_else(|| input.clone(), |v| v.as_tensor().clone()));
-            vars.push(var);
-        }
+        let (vars, inputs) = alone(case, &subject.inputs)?;
         let found = gradients(&eager::run_case(case, &inputs)?, &vars)?;
         let storages = case.storages(subject.seed)?;
         let folded = |(i, g): (usize, Option<Tensor>)| g.map(|g| folded(case, &storages[i], i, &g)).transpose();
         found.into_iter().enumerate().map(folded).collect()
     })
+}
+
+/// The same numbers with every tracked input a variable of its own: gradients before a broadcast sums them. Variables (`None` for integers)
+/// and inputs.
+fn alone(case: &Case, inputs: &[Tensor]) -> Result<(Vec<Option<Var>>, Vec<Tensor>)> {
+    let (mut vars, mut own) = (Vec::new(), Vec::new());
+    for (input, spec) in inputs.iter().zip(&case.inputs) {
+        let var = spec.is_tracked().then(|| Var::from_tensor(&input.detach().contiguous()?)).transpose()?;
+        own.push(var.as_ref().map_or_else(|| input.clone(), |v| v.as_tensor().clone()));
+        vars.push(var);
+    }
+    Ok((vars, own))
 }
 
 /// The gradient of the leaf `storage` that input `i` is a view of, summed in f64 and rounded once.
@@ -135,18 +142,14 @@ fn row(case: &Case, rank: usize) -> Option<usize> {
 
 fn measure(subject: &Subject) -> Result<Vec<Option<Measure>>> {
     let case = &subject.case;
-    let (mut vars, mut inputs, mut own, mut plain) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut vars, mut inputs) = (Vec::new(), Vec::new());
     for (storage, spec) in case.storages(subject.seed)?.iter().zip(&case.inputs) {
         let storage = if spec.dtype.is_float() { storage.to_dtype(DType::F64)? } else { storage.clone() };
         let var = spec.is_tracked().then(|| Var::from_tensor(&storage)).transpose()?;
-        let input = spec.view(var.as_ref().map_or(&storage, |v| v.as_tensor()))?;
-        // the same numbers as a variable of their own: gradients before a broadcast sums them
-        let alone = spec.is_tracked().then(|| Var::from_tensor(&input.detach().contiguous()?)).transpose()?;
-        plain.push(alone.as_ref().map_or_else(|| input.clone(), |v| v.as_tensor().clone()));
-        own.push(alone);
-        inputs.push(input);
+        inputs.push(spec.view(var.as_ref().map_or(&storage, |v| v.as_tensor()))?);
         vars.push(var);
     }
+    let (own, plain) = alone(case, &inputs)?;
     let y = eager::run_case_precisely(case, &inputs)?;
     let exact = gradients(&y, &vars)?;
     let detached: Vec<Tensor> = plain.iter().map(Tensor::detach).collect();
@@ -296,8 +299,8 @@ type Recorded = (Gradients, DType, BTreeMap<&'static str, usize>);
 /// The gradients that the graph transform records, through the views of `storages` that the inputs are; `None` for a result without any.
 pub(super) fn recorded(case: &Case, storages: &[Tensor]) -> Result<Option<Recorded>> {
     let mut leaves = Vec::new();
-    for (storage, spec) in storages.iter().zip(&case.inputs) {
-        let leaf = LazyTensor::from(&spec.view(storage)?);
+    for (input, spec) in case.views(storages)?.iter().zip(&case.inputs) {
+        let leaf = LazyTensor::from(input);
         leaves.push(if spec.is_tracked() { leaf.variable()? } else { leaf });
     }
     let y = lazy::record_case(case, &leaves)?;

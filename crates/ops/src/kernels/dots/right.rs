@@ -44,8 +44,8 @@ const THIN: usize = 2 * SIDE;
 /// The most rows of x that meet columns as they lie; for more, packing the columns is worth while.
 const ACROSS: usize = 16;
 
-/// Whether products of unpacked operands have code of their own.
-fn unpacked() -> bool {
+/// Whether thin products of unpacked operands have code of their own.
+fn has_thin() -> bool {
     #[cfg(target_arch = "x86_64")]
     return isa() == Isa::Avx512;
     #[cfg(not(target_arch = "x86_64"))]
@@ -58,7 +58,7 @@ impl<E: Narrow> Right for Rows<'_, E> {
     const PACKED_FROM: usize = 8;
 
     fn packs(&self, rows: usize) -> bool {
-        rows >= Self::PACKED_FROM && self.len > 0 && !(self.count <= THIN && unpacked())
+        rows >= Self::PACKED_FROM && self.len > 0 && !(self.count <= THIN && has_thin())
     }
 
     fn count(&self) -> usize {
@@ -109,9 +109,9 @@ impl<'a, E> Columns<'a, E> {
         Self(rows)
     }
 
-    /// Whether products with so many rows of x are quicker without packing.
-    fn unpacked(&self, rows: usize) -> bool {
-        rows <= ACROSS || self.0.len <= THIN
+    /// Whether products with so many rows of x, or so few columns, have code of their own that packs nothing.
+    fn is_thin(&self, rows: usize) -> bool {
+        (rows <= ACROSS || self.0.len <= THIN) && has_thin()
     }
 
     /// Calls `f` with the columns as rows of a copy.
@@ -164,12 +164,12 @@ impl<E: Narrow> Right for Columns<'_, E> {
     }
 
     fn packs(&self, rows: usize) -> bool {
-        rows >= Self::PACKED_FROM && self.len() > 0 && !(self.unpacked(rows) && unpacked())
+        rows >= Self::PACKED_FROM && self.len() > 0 && !self.is_thin(rows)
     }
 
     fn few(&self, x: Rows<'_, f32>, out: &mut Grid<'_>) {
         #[cfg(target_arch = "x86_64")]
-        if x.count >= Self::PACKED_FROM && self.unpacked(x.count) && isa() == Isa::Avx512 {
+        if x.count >= Self::PACKED_FROM && self.is_thin(x.count) {
             if x.count <= ACROSS {
                 return super::across::dots(x, *self, out);
             }
