@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::error::Error;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 // as a program of its own
 #[allow(dead_code)]
@@ -90,7 +90,12 @@ impl Bench {
     }
 
     /// Whether it learned, and what it printed.
-    fn run(&self, output: &str, more: &[&str], interrupted: bool) -> Result<(bool, String), Box<dyn Error>> {
+    fn run(&self, output: &str, more: &[&str]) -> Result<(bool, String), Box<dyn Error>> {
+        self.run_for(u64::MAX, output, more)
+    }
+
+    /// The same of a run that is interrupted after so many steps.
+    fn run_for(&self, steps: u64, output: &str, more: &[&str]) -> Result<(bool, String), Box<dyn Error>> {
         let model = self.model.path().display().to_string();
         let text = self.model.path().join("text.txt").display().to_string();
         let output = self.output.path().join(output).display().to_string();
@@ -100,13 +105,14 @@ impl Bench {
         let arguments = std::iter::once("train_lora").chain(usual).chain(more.iter().copied());
         let arguments = example::Arguments::try_parse_from(arguments)?;
         let mut out = Vec::new();
-        let learned = example::run(&arguments, &AtomicBool::new(interrupted), &mut out)?;
+        let asked = AtomicU64::new(0);
+        let learned = example::run(&arguments, &|| asked.fetch_add(1, Ordering::Relaxed) == steps, &mut out)?;
         Ok((learned, String::from_utf8(out)?))
     }
 
     /// The error; empty where there is none, which holds nothing that a test looks for.
     fn refused(&self, more: &[&str]) -> String {
-        self.run("refused", more, false).err().map(|error| error.to_string()).unwrap_or_default()
+        self.run("refused", more).err().map(|error| error.to_string()).unwrap_or_default()
     }
 
     fn bytes(&self, path: &str) -> std::io::Result<Vec<u8>> {
@@ -128,7 +134,7 @@ fn it_learns_and_saves_what_peft_reads() -> TestResult {
     let bench = Bench::new()?;
     // what is held out is learned from its other copies
     bench.write(&"Q: eat\nA: food food\n\nQ: food\nA: food food\n\n".repeat(8))?;
-    let (learned, printed) = bench.run("out", &LEARN, false)?;
+    let (learned, printed) = bench.run("out", &LEARN)?;
     let (first, last) = losses(&printed).ok_or_else(|| printed.clone())?;
     assert!(learned && last <= 0.8 * first, "{printed}");
     assert_eq!(example::status(Ok(learned)), ExitCode::SUCCESS);
@@ -154,7 +160,7 @@ fn it_learns_and_saves_what_peft_reads() -> TestResult {
 #[test]
 fn what_learns_too_little_is_a_failure() -> TestResult {
     let bench = Bench::new()?;
-    let (learned, printed) = bench.run("out", &["--lr", "1e-9", "--steps", "2", "--held-out", "0.25"], false)?;
+    let (learned, printed) = bench.run("out", &["--lr", "1e-9", "--steps", "2", "--held-out", "0.25"])?;
     let (first, last) = losses(&printed).ok_or_else(|| printed.clone())?;
     assert!(!learned && last > 0.8 * first, "{printed}");
     assert_eq!(example::status(Ok(learned)), ExitCode::FAILURE);
@@ -167,20 +173,32 @@ fn what_was_interrupted_goes_on() -> TestResult {
     let bench = Bench::new()?;
     let more = ["--dropout", "0.1", "--accumulate", "2"];
     let arguments = [&LEARN[..], &more].concat();
-    let (_, whole) = bench.run("whole", &arguments, false)?;
-    let interrupted = bench.run("part", &arguments, true).err().map(|error| error.to_string());
-    assert_eq!(interrupted.as_deref(), Some("interrupted: go on with --resume"));
-    // one step was taken; there is a checkpoint and no adapter
-    assert!(bench.bytes("part/adapter_config.json").is_err());
-    let checkpoint = bench.output.path().join("part/checkpoint-1");
-    assert!(checkpoint.is_dir());
-    // the same again has a checkpoint of its own
-    assert!(bench.run("part", &arguments, true).is_err());
-    assert!(bench.output.path().join("part/checkpoint-1-2").is_dir());
-    let resume = checkpoint.display().to_string();
-    let (_, rest) = bench.run("part", &[&arguments[..], &["--resume", &resume]].concat(), false)?;
+    let (_, whole) = bench.run("whole", &arguments)?;
+    // before the first step as well as later
+    for steps in [0, 23] {
+        let interrupted = bench.run_for(steps, "part", &arguments).err().map(|error| error.to_string());
+        assert_eq!(interrupted.as_deref(), Some("interrupted: go on with --resume"));
+        // there is a checkpoint and no adapter
+        assert!(bench.bytes("part/adapter_config.json").is_err());
+        let checkpoint = bench.output.path().join(format!("part/checkpoint-{steps}"));
+        assert!(checkpoint.is_dir());
+        // the same again has a checkpoint of its own
+        assert!(bench.run_for(steps, "part", &arguments).is_err());
+        assert!(bench.output.path().join(format!("part/checkpoint-{steps}-2")).is_dir());
+    }
+    let resume = |steps: u64| bench.output.path().join(format!("part/checkpoint-{steps}")).display().to_string();
+    // a file that is no curve is not written over
+    let (curve, first) = (bench.output.path().join("part/loss.csv"), resume(0));
+    let kept = std::fs::read(&curve)?;
+    std::fs::write(&curve, "step,of,loss\n1,train,?\n")?;
+    let error = bench.run("part", &[&arguments[..], &["--resume", &first]].concat()).err().map(|e| e.to_string());
+    assert!(error.is_some_and(|e| e.contains("loss.csv is no table of `step,of,loss`")));
+    assert_eq!(std::fs::read(&curve)?, b"step,of,loss\n1,train,?\n");
+    std::fs::write(&curve, kept)?;
+    let resume = resume(23);
+    let (_, rest) = bench.run("part", &[&arguments[..], &["--resume", &resume]].concat())?;
     assert_eq!(losses(&rest), losses(&whole));
-    // the curve holds the steps of both parts
+    // the curve holds the steps of both parts, held-out losses too
     assert_eq!(bench.bytes("part/loss.csv")?, bench.bytes("whole/loss.csv")?);
     let weights = "adapter_model.safetensors";
     assert_eq!(bench.bytes(&format!("part/{weights}"))?, bench.bytes(&format!("whole/{weights}"))?);
@@ -192,6 +210,10 @@ fn what_was_interrupted_goes_on() -> TestResult {
     assert!(error.contains("params.safetensors") && error.contains("expected shape"), "{error}");
     let error = bench.refused(&[&arguments[..], &["--resume", &resume, "--seed", "9"]].concat());
     assert!(error.contains("it is of another training"), "{error}");
+    for other in [&["--alpha", "3"][..], &["--rslora"], &["--base", "bf16"], &["--label-smoothing", "0.1"]] {
+        let error = bench.refused(&[&arguments[..], &["--resume", &resume], other].concat());
+        assert!(error.contains("it is of another training"), "{other:?}: {error}");
+    }
     assert!(bench.refused(&["--resume", "no/such/checkpoint"]).contains("no/such/checkpoint"));
     Ok(())
 }
@@ -204,7 +226,7 @@ fn bad_input_is_refused_and_leaves_no_adapter() -> TestResult {
         (&["--rank", "0"], "a rank of 0 adapts nothing"),
         (&["--length", "3"], "positions, a row has 3"),
         (&["--pack", "--length", "25"], "25"),
-        (&["--held-out", "1"], "a held-out fraction of 1"),
+        (&["--held-out", "1"], "--held-out 1: needs a share between 0 and 1"),
         (&["--batch", "0"], "batches of 0"),
         (&["--accumulate", "0"], "a step of no batches"),
         (&["--clip", "0"], "the largest norm must be"),

@@ -1,5 +1,6 @@
 //! The one error type of this crate.
 
+use crate::optim::{NonFiniteOrigin, NonFinitePart};
 use candle_core::{DType, Shape};
 use candle_lazy_exec::{BuildSite, NonFinite};
 use std::path::{Path, PathBuf};
@@ -123,31 +124,17 @@ pub enum Error {
         site: Box<BuildSite>,
     },
 
-    /// A gradient with a NaN or an infinity in it, where that was to stop the training.
-    #[error("the gradient of `{name}` is not finite (the norm of all is {norm}): nothing was changed, at {site}")]
-    NonFiniteGradient {
-        /// The first parameter, by name, with such a gradient.
-        name: String,
-        /// The norm of all gradients together.
-        norm: f64,
-        /// The line that made the step.
-        site: Box<BuildSite>,
-    },
-
-    /// A training step with a NaN or an infinity in its gradients.
-    #[error(
-        "step {step}: the gradient of `{name}` is not finite (the norm of all is {norm}): {}, at {site}",
-        in_the_loss(first)
-    )]
+    /// A training step with a NaN or an infinity in its loss or its gradients, where that was to stop the training. Nothing was changed.
+    #[error("step {step}: {what} is not finite (the norm of all gradients is {norm}): {origin}, at {site}")]
     NonFiniteStep {
         /// Steps taken before.
         step: u64,
-        /// The first parameter, by name, with such a gradient.
-        name: String,
+        /// What is not finite.
+        what: NonFinitePart,
         /// The norm of all gradients together.
         norm: f64,
-        /// The first op or leaf of the loss that gave such a number; `None` where the loss is finite.
-        first: Option<Box<NonFinite>>,
+        /// Where the first such number arose.
+        origin: NonFiniteOrigin,
         /// The line that made the step.
         site: Box<BuildSite>,
     },
@@ -333,13 +320,6 @@ fn on_lines_of_its_own(output: &str) -> String {
     }
 }
 
-fn in_the_loss(first: &Option<Box<NonFinite>>) -> String {
-    match first {
-        Some(first) => format!("the first such number of the loss is {first}"),
-        None => "the loss itself is finite".to_string(),
-    }
-}
-
 fn in_file(file: &Option<PathBuf>) -> String {
     match file {
         Some(path) => format!(" in {}", path.display()),
@@ -398,17 +378,10 @@ impl Error {
         Self::Data { message: message.to_string(), site: Box::new(BuildSite::here()) }
     }
 
-    /// Gradients that no step can be made with.
-    #[track_caller]
-    pub(crate) fn non_finite_gradient(name: String, norm: f64) -> Self {
-        Self::NonFiniteGradient { name, norm, site: Box::new(BuildSite::here()) }
-    }
-
     /// A training step that no update can be made with.
     #[track_caller]
-    pub(crate) fn non_finite_step(step: u64, name: String, norm: f64, first: Option<NonFinite>) -> Self {
-        let (first, site) = (first.map(Box::new), Box::new(BuildSite::here()));
-        Self::NonFiniteStep { step, name, norm, first, site }
+    pub(crate) fn non_finite_step(step: u64, what: NonFinitePart, norm: f64, origin: NonFiniteOrigin) -> Self {
+        Self::NonFiniteStep { step, what, norm, origin, site: Box::new(BuildSite::here()) }
     }
 
     /// What a service cannot do.

@@ -4,11 +4,11 @@ use crate::data::{Batch, Batches, Rows};
 use crate::error::{Error, Result};
 use crate::loss::{TokenLoss, TokenLossOptions};
 use crate::models::CausalLm;
-use crate::optim::Optimizer;
+use crate::optim::{NonFiniteOrigin, NonFinitePart, Optimizer};
 use crate::params::Gradients;
 use crate::weights::write_whole;
-use crate::{LoraAdapter, Positions};
-use candle_lazy_exec::{EvalReport, RandomKey};
+use crate::{LoraAdapter, LoraConfig, Positions};
+use candle_lazy_exec::{EvalReport, LazyTensor, RandomKey};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -49,8 +49,8 @@ pub struct TrainStep {
     pub lr: f64,
     /// The norm of the gradients before clipping; `None` where nothing asked for it.
     pub norm: Option<f64>,
-    /// The parameter whose gradient is not finite, where the step was skipped for that.
-    pub skipped: Option<String>,
+    /// What is not finite, where the step was skipped for that.
+    pub skipped: Option<NonFinitePart>,
     /// Positions that were computed.
     pub positions: usize,
     /// What the engine did, over all parts.
@@ -58,7 +58,7 @@ pub struct TrainStep {
 }
 
 /// Where a training is, beside its parameters and its optimiser.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Progress {
     /// Batches that were taken, those of skipped steps too.
     batches: u64,
@@ -66,6 +66,8 @@ struct Progress {
     batch: usize,
     accumulate: usize,
     seed: u64,
+    /// The adapter's numbers, the dtype of the base and what the loss is: what no tensor of the checkpoint shows.
+    of: String,
 }
 
 /// Trains the adapter of a model on rows of tokens.
@@ -101,7 +103,13 @@ impl<'a> Trainer<'a> {
         }
         let order = Batches::new(rows.count(), batch, seed)?;
         let at = model.positions(rows.row_len())?;
-        let progress = Progress { batches: 0, rows: rows.count(), batch, accumulate, seed };
+        let LoraConfig { rank, alpha, dropout, rank_stabilized, .. } = adapter.config();
+        let of = format!(
+            "rank {rank}, alpha {alpha:?}, rank-stabilised {rank_stabilized}, dropout {dropout:?}, base {}, {:?}",
+            model.dtype().as_str(),
+            options.loss
+        );
+        let progress = Progress { batches: 0, rows: rows.count(), batch, accumulate, seed, of };
         Ok(Self { model, adapter, rows, optimizer, options, order, at, progress })
     }
 
@@ -126,7 +134,7 @@ impl<'a> Trainer<'a> {
     /// One step: the next batches' gradients, and the optimiser's step by them. Dropout acts by a key of each batch's own.
     ///
     /// # Errors
-    /// [`Error::NonFiniteStep`] where a gradient is not finite and the optimiser is to stop there, naming the first op or leaf of the loss
+    /// [`Error::NonFiniteStep`] where the loss or a gradient is not finite and the optimiser is to stop there, naming the first op or leaf of the loss
     /// with such a number and its line; as [`Optimizer::step`]; [`Error::Data`] where the step's rows have nothing to learn. Adapter and
     /// optimiser are as before the step then, and the step's batches count as taken.
     #[track_caller]
@@ -142,7 +150,7 @@ impl<'a> Trainer<'a> {
         }
         let stepped = self.step_by(&parts);
         let outcome = match stepped {
-            Err(Error::NonFiniteGradient { name, norm, .. }) => Err(self.explained(&parts, name, norm)?),
+            Err(Error::NonFiniteStep { what, norm, .. }) => Err(self.explained(&parts, what, norm)?),
             other => other,
         };
         self.adapter.eval();
@@ -178,7 +186,8 @@ impl<'a> Trainer<'a> {
                     total += scalar(&part.sum)?;
                     weight += part.weight;
                 }
-                self.optimizer.step(sums.scaled(1.0 / weight)?, &[])?
+                let mean = LazyTensor::new(total / weight, self.model.device())?;
+                self.optimizer.step(sums.scaled(1.0 / weight)?, &[&mean])?
             }
         };
         eval.merge(&report.eval);
@@ -188,15 +197,15 @@ impl<'a> Trainer<'a> {
 
     /// The error of a step whose gradients are no numbers: where the first one arises.
     #[track_caller]
-    fn explained(&self, parts: &[(u64, Batch)], name: String, norm: f64) -> Result<Error> {
+    fn explained(&self, parts: &[(u64, Batch)], what: NonFinitePart, norm: f64) -> Result<Error> {
         for (number, batch) in parts {
             self.adapter.train(RandomKey::new(self.options.seed).fold_in(*number));
             let loss = self.loss(batch, &self.at, &self.options.loss)?;
-            if let Some(first) = loss.sum.first_nonfinite()? {
-                return Ok(Error::non_finite_step(self.optimizer.steps(), name, norm, Some(first)));
+            if let found @ NonFiniteOrigin::InLoss(_) = NonFiniteOrigin::of(&[&loss.sum])? {
+                return Ok(Error::non_finite_step(self.optimizer.steps(), what, norm, found));
             }
         }
-        Ok(Error::non_finite_step(self.optimizer.steps(), name, norm, None))
+        Ok(Error::non_finite_step(self.optimizer.steps(), what, norm, NonFiniteOrigin::InBackward))
     }
 
     /// The mean cross entropy over all targets of other rows (held-out ones), without dropout and smoothing.
@@ -247,7 +256,8 @@ impl<'a> Trainer<'a> {
     /// interruption.
     ///
     /// # Errors
-    /// [`Error::Io`] where a file is not there; [`Error::Config`] where it is of other rows, another size of batches or another seed; as
+    /// [`Error::Io`] where a file is not there; [`Error::Config`] where it is of other rows, another size of batches, another seed, other
+    /// numbers of the adapter, a base of another dtype or another loss; as
     /// [`Params::load`](crate::params::Params::load) and [`Optimizer::load`] where it is of another model, adapter or rule. Everything is as
     /// it was then.
     pub fn resume(&mut self, dir: impl AsRef<Path>) -> Result<()> {
@@ -255,7 +265,7 @@ impl<'a> Trainer<'a> {
         let path = dir.join(PROGRESS);
         let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
         let progress: Progress = serde_json::from_str(&text).map_err(|e| Error::format(&path, "JSON", e))?;
-        let here = Progress { batches: progress.batches, ..self.progress };
+        let here = Progress { batches: progress.batches, ..self.progress.clone() };
         if progress != here {
             let message = format_args!("it is of another training: {progress:?}, here {here:?}");
             return Err(Error::config(dir.display(), message));

@@ -12,6 +12,7 @@
 //! line is `train: held-out loss A -> B`; the exit status is 1 unless B is at most 0.8·A.
 
 mod curve;
+mod losses;
 #[path = "../shared/mod.rs"]
 pub(crate) mod shared;
 mod text;
@@ -28,6 +29,7 @@ use candle_lazy::nn::weights::write_whole;
 use candle_lazy::nn::{LoraAdapter, LoraConfig, LoraTargets};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
+use losses::Losses;
 use peak_alloc::PeakAlloc;
 use shared::{exit, say, Bars};
 use std::error::Error;
@@ -137,13 +139,12 @@ fn main() -> ExitCode {
     let flag = Arc::clone(&interrupted);
     let stop = move || {
         flag.store(true, Ordering::Relaxed);
-        say(format_args!(
-            "interrupted: the training ends with a checkpoint after the step that runs, or else the first"
-        ));
+        say(format_args!("interrupted: the training ends with a checkpoint, after the step that runs if one does"));
     };
     if let Err(error) = ctrlc::set_handler(stop) {
         say(format_args!("Ctrl-C ends without a checkpoint: {error}"));
     }
+    let interrupted = || interrupted.load(Ordering::Relaxed);
     status(run(&Arguments::parse(), &interrupted, &mut std::io::stdout().lock()))
 }
 
@@ -155,16 +156,26 @@ pub(crate) fn status(result: Result<bool, Box<dyn Error>>) -> ExitCode {
     }
 }
 
-/// Whether the held-out loss fell to 0.8 of what it was. Where `interrupted` becomes true, the training ends with a checkpoint and an error.
+/// Whether the held-out loss fell to 0.8 of what it was. `interrupted` is asked before each step: where it says so, the training ends with
+/// a checkpoint and an error.
 pub(crate) fn run(
     arguments: &Arguments,
-    interrupted: &AtomicBool,
+    interrupted: &dyn Fn() -> bool,
     out: &mut dyn Write,
 ) -> Result<bool, Box<dyn Error>> {
     // what can be refused is refused before anything is fetched or loaded
     let texts = text::read(arguments.text.as_deref())?;
     let config = adapter_config(arguments);
     config.validate()?;
+    if !(arguments.held_out > 0.0 && arguments.held_out < 1.0) {
+        return Err(format!("--held-out {}: needs a share between 0 and 1", arguments.held_out).into());
+    }
+    // the curve goes on where the files of the first part lie
+    let curve = arguments.output.join("loss.csv");
+    let earlier = match &arguments.resume {
+        Some(_) => Losses::read(&curve)?,
+        None => Losses::default(),
+    };
     std::fs::create_dir_all(&arguments.output).map_err(|e| format!("{}: {e}", arguments.output.display()))?;
     let files = hub::open_or_fetch(arguments.model_dir.as_deref(), &SMOLLM2_135M_INSTRUCT, &Bars::default())?;
     let tokenizer = files.tokenizer()?;
@@ -207,26 +218,25 @@ pub(crate) fn run(
     let first = trainer.evaluate(&held)?;
     if let Some(dir) = &arguments.resume {
         trainer.resume(dir)?;
-        say(format_args!("going on after step {}", trainer.optimizer().steps()));
+        let (steps, lr) = (trainer.optimizer().steps(), trainer.optimizer().lr());
+        say(format_args!("going on after step {steps}, at a rate of {lr:.1e}"));
     }
-    let (mut losses, mut evaluated) = (Vec::new(), vec![(0, first)]);
-    if arguments.resume.is_some() {
-        // the curve goes on where the files of the first part lie
-        losses = earlier_losses(&arguments.output.join("loss.csv"), trainer.optimizer().steps());
-    }
-    let trained = train(arguments, &mut trainer, &held, interrupted, &mut losses, &mut evaluated)?;
+    let mut losses = earlier.until(trainer.optimizer().steps());
+    losses.held_out.retain(|(step, _)| *step > 0);
+    losses.held_out.insert(0, (0, first));
+    let trained = train(arguments, &mut trainer, &held, interrupted, &mut losses)?;
     let dir = &arguments.output;
-    write_losses(dir, &losses, &evaluated)?;
+    losses.write(dir)?;
     if !trained {
         return Err("interrupted: go on with --resume".into());
     }
-    let last = match evaluated.last() {
+    let last = match losses.held_out.last() {
         Some((step, loss)) if *step == trainer.optimizer().steps() => *loss,
         _ => trainer.evaluate(&held)?,
     };
     drop(trainer);
     adapter.save(dir, Some("HuggingFaceTB/SmolLM2-135M-Instruct"))?;
-    writeln!(out, "loss {}", curve::text(&losses.iter().map(|(_, loss)| *loss).collect::<Vec<_>>(), 60))?;
+    writeln!(out, "loss {}", curve::text(&losses.trained.iter().map(|(_, loss)| *loss).collect::<Vec<_>>(), 60))?;
     let after = answers(&model, &tokenizer, &arguments.ask)?;
     let mut asked = Vec::new();
     for ((question, before), after) in arguments.ask.iter().zip(before).zip(after) {
@@ -282,50 +292,49 @@ fn train(
     arguments: &Arguments,
     trainer: &mut Trainer<'_>,
     held: &Rows,
-    interrupted: &AtomicBool,
-    losses: &mut Vec<(u64, f64)>,
-    evaluated: &mut Vec<(u64, f64)>,
+    interrupted: &dyn Fn() -> bool,
+    losses: &mut Losses,
 ) -> Result<bool, Box<dyn Error>> {
     let bar = ProgressBar::new(arguments.steps);
     bar.set_style(ProgressStyle::with_template("{msg} [{wide_bar}] {pos}/{len} {eta}")?);
     bar.set_position(trainer.optimizer().steps());
     ALLOCATOR.reset_peak_usage();
-    let (began, mut tokens) = (Instant::now(), 0);
+    let (began, mut positions) = (Instant::now(), 0);
     let mut skipped = 0;
     while trainer.optimizer().steps() < arguments.steps {
+        if interrupted() {
+            bar.finish();
+            say(format_args!("checkpoint in {}", save(trainer, &arguments.output)?.display()));
+            return Ok(false);
+        }
         let step = trainer.step()?;
-        tokens += step.positions;
-        if let Some(name) = &step.skipped {
-            say(format_args!("step skipped: the gradient of {name} is no number"));
+        positions += step.positions;
+        if let Some(what) = &step.skipped {
+            say(format_args!("step skipped: {what} is not finite"));
             skipped += 1;
             if skipped == MOST_SKIPPED {
                 return Err(format!("{skipped} steps after one another were skipped").into());
             }
         } else {
             skipped = 0;
-            losses.push((step.step, step.loss));
+            losses.trained.push((step.step, step.loss));
             bar.set_message(format!("loss {:.4}", step.loss));
             bar.set_position(step.step);
             if step.step % arguments.eval_every.max(1) == 0 || step.step == arguments.steps {
                 let loss = trainer.evaluate(held)?;
-                evaluated.push((step.step, loss));
+                losses.held_out.push((step.step, loss));
                 say(format_args!(
                     "step {}: loss {:.4}, held out {loss:.4}, rate {:.1e}",
                     step.step, step.loss, step.lr
                 ));
             }
         }
-        if interrupted.load(Ordering::Relaxed) {
-            bar.finish();
-            say(format_args!("checkpoint in {}", save(trainer, &arguments.output)?.display()));
-            return Ok(false);
-        }
     }
     bar.finish();
     let seconds = began.elapsed().as_secs_f64();
     say(format_args!(
-        "{tokens} tokens in {seconds:.1} s, {:.0} a second; at most {:.0} MB of memory",
-        tokens as f64 / seconds.max(1e-9),
+        "{positions} tokens, padding included, in {seconds:.1} s: {:.0} a second; at most {:.0} MB of memory",
+        positions as f64 / seconds.max(1e-9),
         ALLOCATOR.peak_usage_as_mb()
     ));
     Ok(true)
@@ -339,26 +348,6 @@ fn save(trainer: &Trainer<'_>, output: &Path) -> Result<PathBuf, Box<dyn Error>>
     let dir = dir.unwrap_or_else(|| output.join(&name));
     trainer.save(&dir)?;
     Ok(dir)
-}
-
-/// The training losses up to a step that an earlier part wrote; none where there is no such file.
-fn earlier_losses(path: &Path, steps: u64) -> Vec<(u64, f64)> {
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    let of_line = |line: &str| {
-        let mut fields = line.split(',');
-        let step = fields.next()?.parse::<u64>().ok()?;
-        let loss = (fields.next()? == "train").then(|| fields.next()?.parse::<f64>().ok()).flatten()?;
-        (step <= steps).then_some((step, loss))
-    };
-    text.lines().filter_map(of_line).collect()
-}
-
-fn write_losses(dir: &Path, losses: &[(u64, f64)], held_out: &[(u64, f64)]) -> Result<(), Box<dyn Error>> {
-    let line = |of: &'static str| move |(step, loss): &(u64, f64)| format!("{step},{of},{loss}\n");
-    let table: String = losses.iter().map(line("train")).chain(held_out.iter().map(line("held-out"))).collect();
-    write_whole(dir.join("loss.csv"), format!("step,of,loss\n{table}").as_bytes())?;
-    write_whole(dir.join("loss.svg"), curve::svg(losses, held_out).as_bytes())?;
-    Ok(())
 }
 
 /// What the model answers, greedily.

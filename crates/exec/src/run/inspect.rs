@@ -19,6 +19,15 @@ pub(super) struct Recorded {
 }
 
 pub(super) fn recorded(roots: &[Arc<Node>]) -> Recorded {
+    above(roots, |_| None)
+}
+
+/// As [`recorded`]; a value that is ready and keeps what it was made of, as traced ones do, is no leaf but counts as pending.
+fn recorded_once(roots: &[Arc<Node>]) -> Recorded {
+    above(roots, Node::history)
+}
+
+fn above(roots: &[Arc<Node>], of_ready: impl Fn(&Node) -> Option<Expr>) -> Recorded {
     let mut seen: FastMap<NodeId, ()> = FastMap::default();
     let mut stack = roots.to_vec();
     let mut found = Recorded { leaves: Vec::new(), pending: Vec::new() };
@@ -26,12 +35,16 @@ pub(super) fn recorded(roots: &[Arc<Node>]) -> Recorded {
         if seen.insert(node.id(), ()).is_some() {
             continue;
         }
-        match node.look() {
-            Look::Pending(expr) => {
+        let expr = match node.look() {
+            Look::Pending(expr) => Some(expr),
+            Look::Ready(_) | Look::Lent => of_ready(&node),
+        };
+        match expr {
+            Some(expr) => {
                 stack.extend(expr.inputs.iter().cloned());
                 found.pending.push((node, expr));
             }
-            Look::Ready(_) | Look::Lent => found.leaves.push(node),
+            None => found.leaves.push(node),
         }
     }
     found.leaves.sort_by_key(|n| n.id());
@@ -41,7 +54,7 @@ pub(super) fn recorded(roots: &[Arc<Node>]) -> Recorded {
 
 /// The planned value of every pending node, run as one plan whose outputs they all are. Nothing is written in place.
 pub(super) fn every_value(recorded: &Recorded, options: &EvalOptions) -> Result<FastMap<NodeId, Tensor>> {
-    let nodes: Vec<Arc<Node>> = recorded.pending.iter().map(|(n, _)| n.clone()).collect();
+    let nodes: Vec<Arc<Node>> = recorded.pending.iter().map(|(n, _)| n.clone()).filter(|n| n.is_pending()).collect();
     let mut values: FastMap<NodeId, Tensor> = FastMap::default();
     loop {
         let Captured { graph, mut bindings, .. } = capture_waiting(&nodes, options)?;
@@ -164,7 +177,8 @@ fn find_in(node: &Node, expr: Option<&Expr>, tensor: &Tensor, unwanted: Unwanted
 /// recording; `None` where every number is finite.
 ///
 /// Everything pending is run once, with every intermediate value kept until the end, and nothing becomes ready. A tensor
-/// that was evaluated before is a leaf here: its history is gone. An infinity that is meant, such as the −∞ of a causal
+/// that was evaluated before is a leaf here, its history is gone; but a traced one, such as the loss of a training step,
+/// keeps what it was made of, and that is looked through too. An infinity that is meant, such as the −∞ of a causal
 /// mask, is found like any other: [`first_nan`] looks for a NaN alone.
 ///
 /// # Errors
@@ -183,7 +197,7 @@ pub fn first_nan(tensors: &[&LazyTensor]) -> Result<Option<NonFinite>> {
 
 fn first(tensors: &[&LazyTensor], unwanted: Unwanted) -> Result<Option<NonFinite>> {
     let roots: Vec<Arc<Node>> = tensors.iter().map(|t| t.node().clone()).collect();
-    let recorded = recorded(&roots);
+    let recorded = recorded_once(&roots);
     for leaf in &recorded.leaves {
         if let Some(found) = find_in(leaf, None, &ready_tensor(leaf)?, unwanted)? {
             return Ok(Some(found));
@@ -193,7 +207,7 @@ fn first(tensors: &[&LazyTensor], unwanted: Unwanted) -> Result<Option<NonFinite
     for (node, expr) in &recorded.pending {
         let tensor = match values.get(&node.id()) {
             Some(tensor) => tensor.clone(),
-            // another thread made it ready meanwhile
+            // it was ready before, or another thread made it so meanwhile
             None => ready_tensor(node)?,
         };
         if let Some(found) = find_in(node, Some(expr), &tensor, unwanted)? {

@@ -6,6 +6,7 @@
 
 mod adamw;
 mod clip;
+mod non_finite;
 mod optimizer;
 mod rules;
 mod schedule;
@@ -13,6 +14,7 @@ mod state;
 
 pub use adamw::Moments;
 pub use clip::{clip_grad_norm, grad_norm};
+pub use non_finite::{NonFiniteOrigin, NonFinitePart};
 pub use optimizer::{OnNonFinite, Optimizer, OptimizerOptions, ParamGroup, StepReport};
 pub use rules::{validate_adamw, Lion, Rule, Sgd};
 pub use schedule::LrSchedule;

@@ -1,8 +1,8 @@
 //! Steps of an optimiser over a tree of parameters.
 
-use super::clip;
+use super::non_finite::{self, NonFiniteOrigin, NonFinitePart};
 use super::rules::{Numbers, Rule};
-use super::LrSchedule;
+use super::{clip, LrSchedule};
 use crate::error::{Error, Result};
 use crate::params::{copied, quoted, Glob, Gradients, Param, Params};
 use candle_core::{DType, Device, Tensor};
@@ -77,8 +77,8 @@ pub struct StepReport {
     pub lr: f64,
     /// The norm of all gradients before clipping; `None` where nothing asked for it.
     pub norm: Option<f64>,
-    /// The first parameter whose gradient is not finite, where the step was skipped for that.
-    pub skipped: Option<String>,
+    /// What is not finite, where the step was skipped for that.
+    pub skipped: Option<NonFinitePart>,
     /// What the engine did.
     pub eval: EvalReport,
 }
@@ -201,14 +201,17 @@ impl Optimizer {
         }
     }
 
-    /// One step. `also` is evaluated with it, as part of the same plan: the loss.
+    /// One step. `also` is evaluated with it, as part of the same plan: the loss. A scalar of floats among it is taken for a loss: where one
+    /// is not finite, that is as if a gradient were not, whatever the gradients are.
     ///
     /// Handles on gradients that the caller still has are computed and kept; without them the gradients' memory is free as soon as it was
     /// used.
     ///
     /// # Errors
-    /// [`Error::Params`] where a parameter that is not frozen has no gradient, or a gradient has no such parameter; [`Error::NonFinite`]
-    /// as asked ([`OnNonFinite::Stop`]); and where the evaluation fails. Parameters and optimiser are as before the step then.
+    /// [`Error::Params`] where a parameter that is not frozen has no gradient, or a gradient has no such parameter;
+    /// [`Error::NonFiniteStep`] as asked ([`OnNonFinite::Stop`]), which names the first op or leaf with such a number and its line where
+    /// `also` has the loss that the gradients are of, not detached; and where the evaluation fails. Parameters and optimiser are as before
+    /// the step then.
     #[track_caller]
     pub fn step(&mut self, grads: Gradients, also: &[&LazyTensor]) -> Result<StepReport> {
         self.check(&grads)?;
@@ -217,18 +220,21 @@ impl Optimizer {
         // all of it is evaluated below, as one plan; and the new values are no functions of the old ones that gradients pass, which may
         // then be written over
         let (unbounded, constant) = (without_pending_budget(), without_grad());
-        let (moves, norm) = self.record(grads, lr)?;
+        let losses = non_finite::losses(also);
+        let (moves, norm) = self.record(grads, &losses, lr)?;
         drop((constant, unbounded));
         let moved: Vec<usize> = moves.iter().map(|change| change.at).collect();
         let eval = self.run(moves, norm.as_ref(), also)?;
         let (norm, broken) = match &norm {
-            Some(norm) => norm.values()?,
+            Some(norm) => norm.values(&losses)?,
             None => (None, None),
         };
         match (broken, norm, self.on_non_finite) {
-            (Some(name), Some(norm), OnNonFinite::Stop) => Err(Error::non_finite_gradient(name, norm)),
-            (Some(name), _, OnNonFinite::Skip) => {
-                Ok(StepReport { step: self.steps, lr, norm, skipped: Some(name), eval })
+            (Some(what), Some(norm), OnNonFinite::Stop) => {
+                Err(Error::non_finite_step(self.steps, what, norm, NonFiniteOrigin::of(&losses)?))
+            }
+            (Some(what), _, OnNonFinite::Skip) => {
+                Ok(StepReport { step: self.steps, lr, norm, skipped: Some(what), eval })
             }
             _ => {
                 self.steps += 1;
@@ -244,7 +250,7 @@ impl Optimizer {
 
     /// What a step changes, and the norm of the gradients if it is asked for.
     #[track_caller]
-    fn record(&self, mut grads: Gradients, lr: f64) -> Result<(Vec<Move>, Option<Norm>)> {
+    fn record(&self, mut grads: Gradients, losses: &[&LazyTensor], lr: f64) -> Result<(Vec<Move>, Option<Norm>)> {
         let norm = match self.clip_norm.is_some() || self.on_non_finite != OnNonFinite::Apply {
             true => Some(Norm::record(&grads)?),
             false => None,
@@ -254,7 +260,7 @@ impl Optimizer {
             _ => None,
         };
         let finite = match &norm {
-            Some(norm) if self.on_non_finite != OnNonFinite::Apply => Some(norm.all.lt(f64::INFINITY)?),
+            Some(norm) if self.on_non_finite != OnNonFinite::Apply => Some(norm.is_finite(losses)?),
             _ => None,
         };
         let mut moves = Vec::new();
@@ -436,22 +442,41 @@ impl Norm {
         Ok(self.all.affine(1.0, clip::EPSILON)?.recip()?.affine(largest, 0.0)?.minimum(1.0)?)
     }
 
-    /// The norm, and where it is not finite, whose gradient is the first that is not.
-    fn values(&self) -> Result<(Option<f64>, Option<String>)> {
+    /// Whether the norm and all losses are finite.
+    #[track_caller]
+    fn is_finite(&self, losses: &[&LazyTensor]) -> Result<LazyTensor> {
+        let mut all = self.all.clone();
+        for loss in losses {
+            // 0·x is a NaN where x is no number or infinite, and a NaN is not below ∞
+            let zero = loss.reshape(())?.affine(0.0, 0.0)?;
+            all = all.add(&zero.to_device(all.device())?.to_dtype(all.dtype())?)?;
+        }
+        Ok(all.lt(f64::INFINITY)?)
+    }
+
+    /// The norm, and what is not finite: the first such gradient, or a loss.
+    fn values(&self, losses: &[&LazyTensor]) -> Result<(Option<f64>, Option<NonFinitePart>)> {
         let read = |scalar: &LazyTensor| -> Result<f64> {
-            Ok(scalar.eval()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_scalar::<f64>()?)
+            let value = scalar.eval()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+            Ok(value.reshape(())?.to_scalar::<f64>()?)
         };
         let norm = read(&self.all)?;
         if norm.is_finite() {
+            for loss in losses {
+                if !read(loss)?.is_finite() {
+                    return Ok((Some(norm), Some(NonFinitePart::Loss)));
+                }
+            }
             return Ok((Some(norm), None));
         }
         for (name, square) in &self.squares {
             if !read(square)?.is_finite() {
-                return Ok((Some(norm), Some(name.clone())));
+                return Ok((Some(norm), Some(NonFinitePart::Gradient(name.clone()))));
             }
         }
+        // each is finite, their sum is not
         let first = self.squares.first().map_or_else(String::new, |(name, _)| name.clone());
-        Ok((Some(norm), Some(first)))
+        Ok((Some(norm), Some(NonFinitePart::Gradient(first))))
     }
 }
 

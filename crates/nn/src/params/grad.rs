@@ -1,7 +1,7 @@
 //! Gradients of a loss with respect to a tree of parameters, and what each parameter got.
 
-use super::{Gradients, Params};
-use crate::error::Result;
+use super::{quoted, Gradients, Params};
+use crate::error::{Error, Result};
 use candle_core::DType;
 use candle_lazy_exec::{eval_all, grad, vjp, LazyTensor};
 use std::fmt;
@@ -62,9 +62,19 @@ impl Params {
     ///
     /// # Errors
     /// As [`candle_lazy_exec::grad()`]: where the loss does not reach a trainable parameter, the op and the line are named that cut it off.
+    /// [`Error::Params`] where a parameter has got another value since the loss was recorded.
     #[track_caller]
     pub fn grad(&self, loss: &LazyTensor) -> Result<Gradients> {
         let values: Vec<LazyTensor> = self.trainable().map(|param| param.value()).collect();
+        // a node is younger than all that it is made of
+        let younger = self.trainable().zip(&values).filter(|(_, value)| value.node().id() > loss.node().id());
+        let younger: Vec<&str> = younger.map(|(param, _)| param.name()).collect();
+        if !younger.is_empty() {
+            let names = quoted(younger);
+            let what =
+                "got another value after the loss was recorded, by a new optimizer, a step or a file: record it again";
+            return Err(Error::params(format_args!("{names} {what}")));
+        }
         let gradients = grad(loss, &values.iter().collect::<Vec<_>>())?;
         Gradients::of(self, gradients)
     }

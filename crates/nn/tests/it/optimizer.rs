@@ -4,7 +4,8 @@
 use crate::common::text;
 use candle_core::{DType, Device, Tensor};
 use candle_lazy_nn::optim::{
-    clip_grad_norm, Lion, LrSchedule, OnNonFinite, Optimizer, OptimizerOptions, ParamGroup, ParamsAdamW, Rule, Sgd,
+    clip_grad_norm, Lion, LrSchedule, NonFinitePart, OnNonFinite, Optimizer, OptimizerOptions, ParamGroup, ParamsAdamW,
+    Rule, Sgd,
 };
 use candle_lazy_nn::params::{Gradients, Params};
 use candle_lazy_nn::LazyTensor;
@@ -303,13 +304,15 @@ fn gradients_that_are_no_numbers_stop_or_are_skipped() {
         match on_non_finite {
             OnNonFinite::Skip => {
                 let report = result.unwrap();
-                assert_eq!((report.skipped.as_deref(), report.step), (Some("a.weight"), 1));
+                let skipped = Some(NonFinitePart::Gradient("a.weight".into()));
+                assert_eq!((report.skipped, report.step), (skipped, 1));
                 assert!(report.norm.unwrap().is_nan());
             }
             _ => {
                 let error = text(result);
                 let wanted =
-                    "the gradient of `a.weight` is not finite (the norm of all is NaN): nothing was changed, at ";
+                    "step 1: the gradient of `a.weight` is not finite (the norm of all gradients is NaN): give \
+                              the step the loss, not detached";
                 assert!(error.starts_with(wanted), "{error}");
             }
         }
@@ -323,6 +326,52 @@ fn gradients_that_are_no_numbers_stop_or_are_skipped() {
     let report = optimizer.step(bad(&params), &[]).unwrap();
     assert!(report.norm.is_none() && report.skipped.is_none());
     assert!(value(&params, "a.weight")[1].is_nan());
+}
+
+#[test]
+fn the_first_number_that_is_none_is_named_in_ones_own_loop() {
+    let step = |optimizer: &mut Optimizer, params: &Params, loss: &LazyTensor| {
+        let gradients = params.grad(loss).unwrap();
+        optimizer.step(gradients, &[loss])
+    };
+    let new = |on_non_finite: OnNonFinite| {
+        let params = pair();
+        let options = OptimizerOptions { on_non_finite, ..OptimizerOptions::default() };
+        (Optimizer::new(&params, Rule::AdamW(ADAM), options).unwrap(), params)
+    };
+    let both = |params: &Params| {
+        let of = |name: &str| params.get(name).unwrap().value().sum_all().unwrap();
+        of("a.bias").add(&of("a.weight")).unwrap()
+    };
+    // a NaN on the way to the loss: its op and its line
+    let (mut optimizer, params) = new(OnNonFinite::Stop);
+    let before = [value(&params, "a.bias"), value(&params, "a.weight")];
+    let (line, broken) = (line!(), both(&params).affine(0.0, 0.0).unwrap().log().unwrap());
+    let loss = (&broken * 2.0).unwrap();
+    let error = text(step(&mut optimizer, &params, &loss));
+    let wanted =
+        ["step 0: the gradient of `a.bias` is not finite", "the first such number of the loss is log of (f32 [])"];
+    for part in wanted.into_iter().chain([format!("optimizer.rs:{line}:").as_str()]) {
+        assert!(error.contains(part), "{error} lacks {part}");
+    }
+    // finite gradients of a loss that is not: no step
+    let loss = both(&params).add(&LazyTensor::new(f32::INFINITY, &Device::Cpu).unwrap()).unwrap();
+    let error = text(step(&mut optimizer, &params, &loss));
+    for part in ["step 0: the loss is not finite", "the first such number of the loss is the leaf f32 []"] {
+        assert!(error.contains(part), "{error} lacks {part}");
+    }
+    assert_eq!([value(&params, "a.bias"), value(&params, "a.weight")], before);
+    let (mut skipping, params) = new(OnNonFinite::Skip);
+    let loss = both(&params).add(&LazyTensor::new(f32::NAN, &Device::Cpu).unwrap()).unwrap();
+    let report = step(&mut skipping, &params, &loss).unwrap();
+    assert_eq!((report.skipped, report.step), (Some(NonFinitePart::Loss), 0));
+    assert!(report.norm.unwrap().is_finite());
+    assert_eq!([value(&params, "a.bias"), value(&params, "a.weight")], before);
+    // a finite loss of gradients that are not
+    let (mut optimizer, params) = new(OnNonFinite::Stop);
+    let root = both(&params).affine(0.0, 0.0).unwrap().sqrt().unwrap();
+    let error = text(step(&mut optimizer, &params, &root));
+    assert!(error.contains("the loss and all it is made of is finite"), "{error}");
 }
 
 #[test]
@@ -390,4 +439,14 @@ fn numbers_that_mean_nothing_are_refused() {
     assert!(new(rule(), group(decay)).contains("a group's weight decay must be finite and not below 0, got inf"));
     let schedule = OptimizerOptions { schedule: Some(LrSchedule::Constant { lr: 0. }), ..none() };
     assert!(new(rule(), schedule).contains("the learning rate must be finite and greater than 0, got 0"));
+}
+
+#[test]
+fn a_loss_of_values_that_are_no_more_is_refused_by_name() {
+    let params = pair();
+    let loss = params.get("a.bias").unwrap().value().sum_all().unwrap();
+    Optimizer::new(&params, Rule::AdamW(ADAM), OptimizerOptions::default()).unwrap();
+    let (line, error) = (line!(), text(params.grad(&loss)));
+    let wanted = "`a.bias`, `a.weight` got another value after the loss was recorded, by a new optimizer";
+    assert!(error.contains(wanted) && error.contains(&format!("optimizer.rs:{line}:")), "{error}");
 }

@@ -162,6 +162,15 @@ fn a_training_goes_on_from_a_checkpoint_bit_for_bit() {
         let started = bits(&adapter);
         let mut trainer = Trainer::new(&third, &adapter, &rows, optimizer(&adapter, OnNonFinite::Stop), other).unwrap();
         assert!(text(trainer.resume(&checkpoint)).contains("it is of another training: Progress { batches: "));
+        // the same tensors, scaled by something else, would go on somewhere else
+        let scaled = LoraConfig { alpha: config.alpha + 1.0, ..config.clone() };
+        let mut fourth = model();
+        let elsewhere = LoraAdapter::attach(&mut fourth, &scaled, 7).unwrap();
+        let by = optimizer(&elsewhere, OnNonFinite::Stop);
+        let error = text(Trainer::new(&fourth, &elsewhere, &rows, by, options).unwrap().resume(&checkpoint));
+        assert!(error.contains(&format!("alpha {:?}", config.alpha)), "{error}");
+        assert!(error.contains(&format!("alpha {:?}", scaled.alpha)), "{error}");
+        assert_eq!(bits(&elsewhere), started);
         std::fs::remove_file(checkpoint.join("optimizer.safetensors")).unwrap();
         let mut trainer =
             Trainer::new(&third, &adapter, &rows, optimizer(&adapter, OnNonFinite::Stop), options).unwrap();

@@ -1,0 +1,64 @@
+//! Steps whose numbers are none.
+
+use crate::error::Result;
+use candle_lazy_exec::{first_nonfinite, LazyTensor, NonFinite};
+use std::fmt;
+
+/// What is not finite in a step that was not taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum NonFinitePart {
+    /// The gradient of the parameter of this name, and of no parameter before it.
+    Gradient(String),
+    /// The loss, though every gradient is finite.
+    Loss,
+}
+
+impl fmt::Display for NonFinitePart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Gradient(name) => write!(f, "the gradient of `{name}`"),
+            Self::Loss => f.write_str("the loss"),
+        }
+    }
+}
+
+/// Where the first number that is not finite arose.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum NonFiniteOrigin {
+    /// At this op or leaf of the loss.
+    InLoss(Box<NonFinite>),
+    /// On the way back: whatever the loss is made of is finite.
+    InBackward,
+    /// It cannot be said: the step was given no loss that keeps what it was made of.
+    Unknown,
+}
+
+impl fmt::Display for NonFiniteOrigin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::InLoss(first) => write!(f, "the first such number of the loss is {first}"),
+            Self::InBackward => f.write_str("the loss and all it is made of is finite"),
+            Self::Unknown => {
+                f.write_str("give the step the loss, not detached, to see where the first such number arises")
+            }
+        }
+    }
+}
+
+impl NonFiniteOrigin {
+    /// In the losses that keep what they were made of, whether evaluated or not.
+    pub(crate) fn of(losses: &[&LazyTensor]) -> Result<Self> {
+        let traced: Vec<&LazyTensor> = losses.iter().copied().filter(|loss| loss.is_traced()).collect();
+        if traced.is_empty() {
+            return Ok(Self::Unknown);
+        }
+        Ok(first_nonfinite(&traced)?.map_or(Self::InBackward, |first| Self::InLoss(Box::new(first))))
+    }
+}
+
+/// The scalars of floats among what a step evaluates along: its losses.
+pub(super) fn losses<'a>(also: &[&'a LazyTensor]) -> Vec<&'a LazyTensor> {
+    also.iter().copied().filter(|value| value.dtype().is_float() && value.elem_count() == 1).collect()
+}
