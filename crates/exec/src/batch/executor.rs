@@ -5,7 +5,7 @@ use super::window::Window;
 use super::BatchStats;
 use crate::config::TARGET;
 use crate::error::{Error, Result};
-use crate::run::{eval_group, in_group, message_of, refuse_while_recording, Request};
+use crate::run::{eval_group, eval_small, in_group, is_small, message_of, refuse_while_recording, Request, Values};
 use crate::tensor::LazyTensor;
 use candle_core::Tensor;
 use parking_lot::Mutex;
@@ -34,7 +34,7 @@ impl Default for BatchOptions {
     }
 }
 
-type Line = Inbox<Request, Vec<Tensor>>;
+type Line = Inbox<Request, Values>;
 
 /// Evaluates what many callers ask for, together where it arrives together; see [`batch`](crate::batch).
 ///
@@ -79,7 +79,7 @@ fn work(line: &Line, window: &Window) {
 
 /// Evaluates a batch and answers every request of it; how many products were made for several. Nothing that one of them does ends the
 /// thread.
-fn serve(drawn: Vec<Drawn<Request, Vec<Tensor>>>) -> usize {
+fn serve(drawn: Vec<Drawn<Request, Values>>) -> usize {
     let mut requests = Vec::with_capacity(drawn.len());
     let mut slots = Vec::with_capacity(drawn.len());
     for mut one in drawn {
@@ -91,7 +91,7 @@ fn serve(drawn: Vec<Drawn<Request, Vec<Tensor>>>) -> usize {
         requests.push(one.take_job().unwrap_or_default());
         slots.push(Mutex::new(Some(one)));
     }
-    let answer = |number: usize, result: Result<Vec<Tensor>>| {
+    let answer = |number: usize, result: Result<Values>| {
         let one = slots.get(number).and_then(|slot| slot.lock().take());
         // a waker is the asker's code
         let _ = catch_unwind(AssertUnwindSafe(|| one.map(|one| one.finish(result))));
@@ -104,6 +104,29 @@ fn serve(drawn: Vec<Drawn<Request, Vec<Tensor>>>) -> usize {
         }
         0
     })
+}
+
+/// How many small requests a thread that asks serves at a time: those that it finds when it waits, and those that have come together when it
+/// asks for another one.
+const TURN: usize = 16;
+
+/// Serves what waits in a line, on this thread, if all of it is small; whether there was anything.
+fn serve_small(line: &Line) -> bool {
+    let drawn = line.try_draw_small(TURN, |request| is_small(request));
+    let (begin, count) = (Instant::now(), drawn.len());
+    for mut one in drawn {
+        // what it held is the user's to drop, and a waker is the asker's code
+        let _ = catch_unwind(AssertUnwindSafe(|| {
+            if !one.is_cancelled() {
+                let result = eval_small(one.take_job().unwrap_or_default());
+                one.finish(result);
+            }
+        }));
+    }
+    if count > 0 {
+        line.ran(count, begin.elapsed());
+    }
+    count > 0
 }
 
 impl BatchExecutor {
@@ -127,7 +150,8 @@ impl BatchExecutor {
         Ok(Self(Arc::new(Running { line, thread: Mutex::new(Some(thread)) })))
     }
 
-    /// Asks for the value of `tensor`. Sleeps while the line is full.
+    /// Asks for the value of `tensor`. Sleeps while the line is full. Where requests take a few microseconds, which is less than handing them
+    /// to another thread takes, the calling thread serves those that wait once sixteen do.
     ///
     /// # Errors
     /// [`QueueError`](crate::error::QueueError) where it is not let in; the ticket's are those of [`LazyTensor::eval`].
@@ -153,7 +177,11 @@ impl BatchExecutor {
         if in_group() {
             return self.try_submit_all(tensors, how);
         }
-        Ok(SubmissionAll(self.0.line.submit(request(tensors), how)?))
+        let submission = SubmissionAll(self.0.line.submit(request(tensors), how)?);
+        if self.0.line.len() >= TURN {
+            serve_small(&self.0.line);
+        }
+        Ok(submission)
     }
 
     /// As [`BatchExecutor::submit_all`], if there is room.
@@ -204,7 +232,7 @@ fn request(tensors: &[&LazyTensor]) -> Request {
 /// Dropping it cancels what has not begun, and frees what it held.
 #[must_use = "a request that is dropped before it has begun never begins"]
 #[derive(Debug)]
-pub struct SubmissionAll(Ticket<Request, Vec<Tensor>>);
+pub struct SubmissionAll(Ticket<Request, Values>);
 
 /// A request for one tensor; made by [`BatchExecutor::submit`]. As [`SubmissionAll`].
 #[must_use = "a request that is dropped before it has begun never begins"]
@@ -212,19 +240,39 @@ pub struct SubmissionAll(Ticket<Request, Vec<Tensor>>);
 pub struct Submission(SubmissionAll);
 
 impl SubmissionAll {
-    /// The values, in the order of the tensors. Blocks.
+    /// The values, in the order of the tensors. Blocks; where requests take a few microseconds, the calling thread serves those that are due
+    /// until its own is.
     ///
     /// # Errors
     /// As [`eval_all`](crate::eval_all).
     pub fn wait(self) -> Result<Vec<Tensor>> {
+        Ok(self.values()?.into_vec())
+    }
+
+    fn values(self) -> Result<Values> {
         if let Some(result) = self.here() {
             return result;
         }
-        self.0.wait()
+        // to hand a small request to another thread takes longer than to do it
+        loop {
+            if let Some(result) = self.0.ready_now() {
+                return result;
+            }
+            if !(self.0.is_waiting() && serve_small(self.0.inbox())) {
+                return self.0.wait();
+            }
+        }
+    }
+
+    fn poll_values(&mut self, context: &mut Context<'_>) -> Poll<Result<Values>> {
+        match self.here() {
+            Some(result) => Poll::Ready(result),
+            None => Pin::new(&mut self.0).poll(context),
+        }
     }
 
     /// On a thread that evaluates for an executor: nobody else will evaluate this one meanwhile.
-    fn here(&self) -> Option<Result<Vec<Tensor>>> {
+    fn here(&self) -> Option<Result<Values>> {
         if !in_group() {
             return None;
         }
@@ -233,7 +281,7 @@ impl SubmissionAll {
                 Some(Err(Error::msg("an op that is being evaluated waits for a request of the same batch")))
             });
         };
-        Some(crate::run::eval_all(&job.iter().collect::<Vec<_>>()))
+        Some(crate::run::eval_all(&job.iter().collect::<Vec<_>>()).map(Values::from_vec))
     }
 }
 
@@ -243,11 +291,11 @@ impl Submission {
     /// # Errors
     /// As [`LazyTensor::eval`].
     pub fn wait(self) -> Result<Tensor> {
-        one(self.0.wait()?)
+        one(self.0.values()?)
     }
 }
 
-fn one(mut values: Vec<Tensor>) -> Result<Tensor> {
+fn one(mut values: Values) -> Result<Tensor> {
     values.pop().ok_or_else(|| Error::Internal("no result for a root".into()))
 }
 
@@ -256,10 +304,7 @@ impl Future for SubmissionAll {
 
     /// Ready once; an error after that.
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        if let Some(result) = self.here() {
-            return Poll::Ready(result);
-        }
-        Pin::new(&mut self.get_mut().0).poll(context)
+        self.get_mut().poll_values(context).map(|values| Ok(values?.into_vec()))
     }
 }
 
@@ -268,14 +313,14 @@ impl Future for Submission {
 
     /// Ready once; an error after that.
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.get_mut().0).poll(context).map(|values| one(values?))
+        self.get_mut().0.poll_values(context).map(|values| one(values?))
     }
 }
 
 /// A request on its way in; made by [`BatchExecutor::submit_async`].
 #[must_use = "a request that is not polled is not let in"]
 #[derive(Debug)]
-pub struct Submitting(std::result::Result<Entering<Request, Vec<Tensor>>, Option<Error>>);
+pub struct Submitting(std::result::Result<Entering<Request, Values>, Option<Error>>);
 
 impl Future for Submitting {
     type Output = Result<SubmissionAll>;

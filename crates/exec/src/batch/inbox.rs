@@ -2,7 +2,7 @@
 
 use super::line::{Line, Place, Refused, Started};
 use super::stats::Counters;
-use super::task::Task;
+use super::task::{Asker, Task};
 use super::window::{Pace, Window};
 use super::BatchStats;
 use crate::error::{Error, QueueError, Result};
@@ -180,7 +180,16 @@ impl<J, T> Inbox<J, T> {
     /// Takes what waits now, at most `most`.
     #[must_use]
     pub fn try_draw(&self, most: usize) -> Vec<Drawn<J, T>> {
-        self.begin(self.0.line.try_draw(most))
+        self.begin(self.0.line.try_draw(most, |_| true))
+    }
+
+    /// The same of jobs that fit, up to the first that does not, where jobs take so little that who waits for one does it. `fits` is asked
+    /// under locks.
+    pub(super) fn try_draw_small(&self, most: usize, fits: impl Fn(&J) -> bool) -> Vec<Drawn<J, T>> {
+        match self.0.pace.is_small() {
+            true => self.begin(self.0.line.try_draw(most, fits)),
+            false => Vec::new(),
+        }
     }
 
     /// Tells adaptive waiting that a batch of `drawn` jobs took `run`.
@@ -246,6 +255,9 @@ impl<J, T> Ticket<J, T> {
     /// # Errors
     /// The answer's own, [`QueueError`] where there is none.
     pub fn wait(self) -> Result<T> {
+        if self.is_waiting() {
+            self.inbox.0.line.hurry();
+        }
         let begin = Instant::now();
         let hot = loop {
             if let Some(result) = self.task.ready() {
@@ -274,6 +286,16 @@ impl<J, T> Ticket<J, T> {
                 None => self.task.sleep(),
             },
         })
+    }
+
+    /// Whether the job was not drawn yet.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.task.is_waiting()
+    }
+
+    /// The line that the job is in.
+    pub(super) fn inbox(&self) -> &Inbox<J, T> {
+        &self.inbox
     }
 
     /// The answer, if it is there.
@@ -313,7 +335,11 @@ impl<J, T> Future for Ticket<J, T> {
 
     /// Ready once; an error after that.
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        self.task.poll(context.waker()).map(taken)
+        let polled = self.task.poll(context.waker());
+        if polled.is_pending() && self.is_waiting() {
+            self.inbox.0.line.hurry();
+        }
+        polled.map(taken)
     }
 }
 
@@ -421,8 +447,10 @@ impl<J, T> Drawn<J, T> {
         let wanted = self.task.is_wanted();
         self.inbox.0.counters.answered(wanted, answer.as_ref().err());
         // an answer that nobody wants is dropped in there; a waker is the asker's code
-        let waker = self.task.end(answer);
-        self.task.tell();
+        let Asker { waker, asleep } = self.task.end(answer);
+        if asleep {
+            self.task.tell();
+        }
         if let Some(waker) = waker {
             waker.wake();
         }

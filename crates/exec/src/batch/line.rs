@@ -10,8 +10,9 @@
 
 use super::sync::{nap, wait_until, Arc, Condvar, Mutex, MutexGuard};
 use super::task::{held, Task};
+use candle_lazy_graph::FastMap;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, HashMap};
+use std::collections::{BTreeMap, BinaryHeap};
 use std::task::Waker;
 use std::time::Instant;
 
@@ -29,6 +30,17 @@ pub(super) struct Place {
     pub(super) arrived: Instant,
     /// When it must have begun.
     pub(super) deadline: Option<Instant>,
+}
+
+/// For what who draws sleeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Wanted {
+    /// Until so many jobs wait,
+    pub(super) enough: usize,
+    /// or until then,
+    pub(super) until: Instant,
+    /// or until somebody waits for an answer.
+    pub(super) leisurely: bool,
 }
 
 struct Entry<J, T> {
@@ -74,12 +86,14 @@ struct State<J, T> {
     /// How many were ever put in.
     number: u64,
     /// The last turn of each lane at each step.
-    lanes: HashMap<(u64, u64), u64>,
+    lanes: FastMap<(u64, u64), u64>,
     /// The nearest deadline, or an earlier one whose job is gone.
     nearest: Option<Instant>,
     closed: bool,
     /// For how many jobs a drawer sleeps.
     sleeps_for: Option<usize>,
+    /// Whether somebody waits for the answer to a job that was not drawn yet.
+    hurried: bool,
     /// Who waits for room without a thread, by a number of its own.
     knocking: BTreeMap<u64, Waker>,
     /// How many threads wait for room.
@@ -119,10 +133,11 @@ impl<J, T> Line<J, T> {
             live: 0,
             clock: 0,
             number: 0,
-            lanes: HashMap::new(),
+            lanes: FastMap::default(),
             nearest: None,
             closed: false,
             sleeps_for: None,
+            hurried: false,
             knocking: BTreeMap::new(),
             standing: 0,
         };
@@ -175,6 +190,9 @@ impl<J, T> Line<J, T> {
                 if over {
                     return Err(Refused::Full(job));
                 }
+                // a drawer at leisure would not come for it
+                state.hurried = true;
+                self.news.notify_one();
                 state.standing += 1;
                 state = match place.deadline {
                     Some(end) => wait_until(&self.room, state, end),
@@ -221,19 +239,31 @@ impl<J, T> Line<J, T> {
         self.tell_room(freed);
     }
 
+    /// Somebody waits for the answer to a job that was not drawn yet: a drawer at leisure comes for it.
+    pub(super) fn hurry(&self) {
+        let calls = {
+            let mut state = held(self.state.lock());
+            state.hurried = state.live > 0;
+            state.hurried && state.sleeps_for.is_some()
+        };
+        if calls {
+            self.news.notify_one();
+        }
+    }
+
     /// Sleeps until a job waits, then for as many of them and as long as `more` says, but not beyond a deadline, and takes at most `most`.
     /// `more` is asked with how many wait and since when the one that is due does. While none waits, it may ask to be left asleep until
     /// several do: who submits then need not call for each. `None` where the line is closed and empty.
     pub(super) fn draw(
         &self,
         most: usize,
-        more: impl Fn(usize, Instant) -> Option<(usize, Instant)>,
+        more: impl Fn(usize, Instant) -> Option<Wanted>,
     ) -> Option<Vec<Started<J, T>>> {
         let most = most.max(1);
         loop {
             let mut state = held(self.state.lock());
             if state.live == 0 {
-                state = self.wait_for(state, most, more(0, Instant::now()));
+                state = self.wait_for(state, more(0, Instant::now()));
             }
             while state.live == 0 {
                 if state.closed {
@@ -245,8 +275,8 @@ impl<J, T> Line<J, T> {
             }
             let since = state.waiting.peek().map_or_else(Instant::now, |Reverse(entry)| entry.arrived);
             let wanted = if state.live < most { more(state.live, since) } else { None };
-            let state = self.wait_for(state, most, wanted);
-            let started = self.take(state, most);
+            let state = self.wait_for(state, wanted);
+            let started = self.take(state, most, |_| true);
             if !started.is_empty() {
                 return Some(started);
             }
@@ -259,12 +289,11 @@ impl<J, T> Line<J, T> {
     fn wait_for<'a>(
         &'a self,
         mut state: MutexGuard<'a, State<J, T>>,
-        most: usize,
-        wanted: Option<(usize, Instant)>,
+        wanted: Option<Wanted>,
     ) -> MutexGuard<'a, State<J, T>> {
-        let Some((enough, until)) = wanted else { return state };
-        let enough = enough.min(most);
-        while state.live < enough && !state.closed {
+        let Some(Wanted { enough, until, leisurely }) = wanted else { return state };
+        let enough = enough.min(self.capacity);
+        while state.live < enough && !state.closed && !(leisurely && state.hurried) {
             let end = state.nearest.map_or(until, |nearest| nearest.min(until));
             if Instant::now() >= end {
                 break;
@@ -276,15 +305,25 @@ impl<J, T> Line<J, T> {
         state
     }
 
-    /// Takes what waits now, at most `most`.
-    pub(super) fn try_draw(&self, most: usize) -> Vec<Started<J, T>> {
-        self.take(held(self.state.lock()), most)
+    /// Takes what waits now, at most `most`, and nothing from the first on that does not fit: that is asked under locks.
+    pub(super) fn try_draw(&self, most: usize, fits: impl Fn(&J) -> bool) -> Vec<Started<J, T>> {
+        self.take(held(self.state.lock()), most, fits)
     }
 
-    fn take(&self, mut state: MutexGuard<'_, State<J, T>>, most: usize) -> Vec<Started<J, T>> {
+    fn take(
+        &self,
+        mut state: MutexGuard<'_, State<J, T>>,
+        most: usize,
+        fits: impl Fn(&J) -> bool,
+    ) -> Vec<Started<J, T>> {
         let mut started = Vec::with_capacity(most.min(state.live));
         let now = state.nearest.map(|_| Instant::now());
+        state.hurried = false;
         while started.len() < most {
+            let stays = |entry: &Entry<J, T>| entry.task.waits_and(|job| !fits(job));
+            if state.waiting.peek().is_none_or(|Reverse(entry)| stays(entry)) {
+                break;
+            }
             let Some(Reverse(entry)) = state.waiting.pop() else { break };
             let late = entry.deadline.zip(now).is_some_and(|(end, now)| now > end);
             let Some(job) = entry.task.start() else { continue };
@@ -307,7 +346,7 @@ impl<J, T> Line<J, T> {
         state.closed = true;
         let freed = state.freed();
         let waiting = if cancel {
-            self.take(state, usize::MAX)
+            self.take(state, usize::MAX, |_| true)
         } else {
             drop(state);
             Vec::new()

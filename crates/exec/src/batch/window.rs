@@ -1,5 +1,6 @@
 //! For how long a batch waits for more.
 
+use super::line::Wanted;
 use parking_lot::Mutex;
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,8 @@ use std::time::{Duration, Instant};
 pub enum MaxWait {
     /// As long as it pays: not at all while one caller at a time asks, since whatever arrives while a batch runs is the next one anyway;
     /// where several have asked at once, until as many (at most 16) have come again, for at most an eighth of the time that a batch takes,
-    /// never more than a millisecond, nor less than 20 µs, so that small requests are not called for one by one.
+    /// never more than a millisecond, nor less than 20 µs, so that small requests are not called for one by one. Requests of a few
+    /// microseconds, which cost less than handing them to another thread, wait for who asks for their answer first, at most a millisecond.
     #[default]
     Adaptive,
     /// So long, counted from the arrival of the first. Zero takes what is there.
@@ -35,6 +37,8 @@ impl Default for Window {
 const LONGEST: Duration = Duration::from_millis(1);
 /// The shortest one: to be called for every request takes longer than a small request does.
 const SHORTEST: Duration = Duration::from_micros(20);
+/// A request that takes less is done sooner by who waits for it than by another thread.
+const SMALL: Duration = Duration::from_micros(8);
 /// How long the thread sleeps through single requests where several were there at once lately.
 const NAP: Duration = Duration::from_micros(50);
 /// As many make a batch that gains nearly all there is to gain.
@@ -50,17 +54,20 @@ pub(super) struct Pace(Mutex<Seen>);
 struct Seen {
     /// How long a batch takes, smoothed.
     run: Duration,
+    /// How long each of its requests takes, likewise; none was seen yet while it is zero.
+    each: Duration,
     /// How many requests were there at once, lately.
     expected: usize,
 }
 
 impl Pace {
     /// For how many a batch waits that has `waiting` requests, the first since `since`, and until when.
-    pub(super) fn more(&self, window: &Window, waiting: usize, since: Instant) -> Option<(usize, Instant)> {
-        let (enough, wait) = match window.max_wait {
+    pub(super) fn more(&self, window: &Window, waiting: usize, since: Instant) -> Option<Wanted> {
+        let (enough, wait, leisurely) = match window.max_wait {
             // the time begins with the first
             MaxWait::Fixed(_) if waiting == 0 => return None,
-            MaxWait::Fixed(wait) => (window.max_batch, wait),
+            MaxWait::Fixed(wait) => (window.max_batch, wait, false),
+            MaxWait::Adaptive if self.is_small() => (usize::MAX, LONGEST, true),
             // more than were there lately would not come
             MaxWait::Adaptive => {
                 let seen = self.0.lock();
@@ -69,17 +76,25 @@ impl Pace {
                     return None;
                 }
                 let wait = if waiting == 0 { NAP } else { (seen.run / PART).clamp(SHORTEST, LONGEST) };
-                (enough, wait)
+                (enough, wait, false)
             }
         };
         let until = since.checked_add(wait)?;
-        (waiting < enough && until > Instant::now()).then_some((enough, until))
+        (waiting < enough && until > Instant::now()).then_some(Wanted { enough, until, leisurely })
+    }
+
+    /// Whether a request takes so little lately that who waits for one does it.
+    pub(super) fn is_small(&self) -> bool {
+        let each = self.0.lock().each;
+        !each.is_zero() && each < SMALL
     }
 
     /// A batch of `drawn` took `run`, and at its end `waiting` more were there.
     pub(super) fn ran(&self, drawn: usize, waiting: usize, run: Duration) {
         let mut seen = self.0.lock();
         seen.run = (seen.run * 3 + run) / 4;
+        let each = run / u32::try_from(drawn.max(1)).unwrap_or(u32::MAX);
+        seen.each = if seen.each.is_zero() { each } else { (seen.each * 3 + each) / 4 };
         let now = drawn + waiting;
         // up at once, down by half of what is missing
         seen.expected = if now >= seen.expected { now } else { now.max((seen.expected + now) / 2) };
@@ -100,12 +115,12 @@ mod tests {
         assert_eq!(pace.more(&window, 1, now), None, "one at a time");
         pace.ran(1, 1, ms);
         assert!(
-            pace.more(&window, 1, now).is_some_and(|(n, until)| n == 2 && until <= now + LONGEST),
+            pace.more(&window, 1, now).is_some_and(|w| w.enough == 2 && w.until <= now + LONGEST && !w.leisurely),
             "two were there"
         );
         assert_eq!(pace.more(&window, 2, now), None, "both are there again");
         assert!(
-            pace.more(&window, 0, now).is_some_and(|(n, until)| n == 2 && until == now + NAP),
+            pace.more(&window, 0, now).is_some_and(|w| w.enough == 2 && w.until == now + NAP),
             "they may come together"
         );
         for _ in 0..3 {
@@ -115,11 +130,27 @@ mod tests {
     }
 
     #[test]
+    fn small_requests_are_left_to_who_waits_for_them() {
+        let (pace, window) = (Pace::default(), Window::default());
+        assert!(!pace.is_small(), "nothing was seen");
+        pace.ran(16, 0, SMALL * 8);
+        let now = Instant::now() + Duration::from_secs(1);
+        let wanted = Wanted { enough: usize::MAX, until: now + LONGEST, leisurely: true };
+        assert!(pace.is_small());
+        assert_eq!((pace.more(&window, 0, now), pace.more(&window, 1, now)), (Some(wanted), Some(wanted)));
+        for _ in 0..3 {
+            pace.ran(1, 0, SMALL * 2);
+        }
+        assert!(!pace.is_small());
+    }
+
+    #[test]
     fn a_fixed_wait_counts_from_the_arrival() {
         let pace = Pace::default();
         let window = Window { max_batch: 3, max_wait: MaxWait::Fixed(Duration::from_secs(5)) };
         let arrived = Instant::now();
-        assert_eq!(pace.more(&window, 1, arrived), Some((3, arrived + Duration::from_secs(5))));
+        let wanted = Wanted { enough: 3, until: arrived + Duration::from_secs(5), leisurely: false };
+        assert_eq!(pace.more(&window, 1, arrived), Some(wanted));
         assert_eq!((pace.more(&window, 3, arrived), pace.more(&window, 0, arrived)), (None, None));
         let zero = Window { max_wait: MaxWait::Fixed(Duration::ZERO), ..window };
         assert_eq!(pace.more(&zero, 1, arrived), None);

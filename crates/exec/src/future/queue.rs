@@ -6,6 +6,7 @@
 
 use super::sync::{nap, Arc, Condvar, Mutex};
 use super::task::held;
+use super::task::Asker;
 pub(super) use super::task::Task;
 use std::collections::VecDeque;
 use std::task::Waker;
@@ -103,9 +104,11 @@ impl<J, T> Queue<J, T> {
     pub(super) fn finish(&self, task: &Task<J, T>, result: T) -> Option<Waker> {
         // what nobody wants is dropped before the next one may run, and where that panics the next one may run all the same
         let release = Release(self);
-        let waker = task.end(result);
+        let Asker { waker, asleep } = task.end(result);
         drop(release);
-        task.tell();
+        if asleep {
+            task.tell();
+        }
         waker
     }
 }

@@ -22,9 +22,21 @@ enum Stage<J, T> {
     Over,
 }
 
+/// Who is to be told that a task has ended.
+#[derive(Debug)]
+#[must_use = "somebody may wait for it"]
+pub(crate) struct Asker {
+    /// To be woken.
+    pub(crate) waker: Option<Waker>,
+    /// Whether threads sleep, for [`Task::tell`]: nobody lies down any more where the result is there already.
+    pub(crate) asleep: bool,
+}
+
 struct Cell<J, T> {
     stage: Stage<J, T>,
     waker: Option<Waker>,
+    /// How many threads sleep until it has ended: to call for nobody takes longer than a small job.
+    asleep: usize,
 }
 
 /// A job that was submitted, and its result.
@@ -36,7 +48,7 @@ pub(crate) struct Task<J, T> {
 
 impl<J, T> Task<J, T> {
     pub(crate) fn new(job: J) -> Self {
-        Self { cell: Mutex::new(Cell { stage: Stage::Waiting(job), waker: None }), ended: Condvar::new() }
+        Self { cell: Mutex::new(Cell { stage: Stage::Waiting(job), waker: None, asleep: 0 }), ended: Condvar::new() }
     }
 
     /// Takes the job out, to run it: one caller gets it, and none after [`Task::abandon`].
@@ -52,7 +64,15 @@ impl<J, T> Task<J, T> {
     }
 
     pub(crate) fn is_waiting(&self) -> bool {
-        matches!(held(self.cell.lock()).stage, Stage::Waiting(_))
+        self.waits_and(|_| true)
+    }
+
+    /// Whether the job waits, and `f` says so of it. It must neither run, drop nor wake anything.
+    pub(crate) fn waits_and(&self, f: impl FnOnce(&J) -> bool) -> bool {
+        match &held(self.cell.lock()).stage {
+            Stage::Waiting(job) => f(job),
+            Stage::Running | Stage::Ended(_) | Stage::Over => false,
+        }
     }
 
     /// The result, once; `Some(None)` where it was taken before.
@@ -93,7 +113,11 @@ impl<J, T> Task<J, T> {
         loop {
             match Self::take(&mut cell) {
                 Some(result) => return result,
-                None => cell = held(self.ended.wait(cell)),
+                None => {
+                    cell.asleep += 1;
+                    cell = held(self.ended.wait(cell));
+                    cell.asleep -= 1;
+                }
             }
         }
     }
@@ -109,7 +133,9 @@ impl<J, T> Task<J, T> {
             if left.is_zero() {
                 return None;
             }
+            cell.asleep += 1;
             cell = held(self.ended.wait_timeout(cell, left)).0;
+            cell.asleep -= 1;
         }
     }
 
@@ -135,9 +161,9 @@ impl<J, T> Task<J, T> {
         self.ended.notify_all();
     }
 
-    /// The job has run. Gives who is to be woken; a result that nobody wants is dropped.
-    pub(crate) fn end(&self, result: T) -> Option<Waker> {
-        let (unwanted, waker) = {
+    /// The job has run. Says who is to be told; a result that nobody wants is dropped.
+    pub(crate) fn end(&self, result: T) -> Asker {
+        let (unwanted, asker) = {
             let mut cell = held(self.cell.lock());
             let unwanted = match cell.stage {
                 Stage::Running => {
@@ -146,9 +172,9 @@ impl<J, T> Task<J, T> {
                 }
                 Stage::Waiting(_) | Stage::Ended(_) | Stage::Over => Some(result),
             };
-            (unwanted, cell.waker.take())
+            (unwanted, Asker { waker: cell.waker.take(), asleep: cell.asleep > 0 })
         };
         drop(unwanted);
-        waker
+        asker
     }
 }

@@ -56,6 +56,13 @@ impl Function {
     }
 }
 
+/// Whether [`eval_direct`] takes the node, as far as can be seen without a lock: one pending op of few elements, or what looks like it.
+pub(crate) fn is_direct(node: &Node) -> bool {
+    let plain = node.dtype() == DType::F32 && !node.tracked() && matches!(node.device(), Device::Cpu);
+    let known = || node.recorded().is_some_and(|(op, params)| Function::of(node, op, params).is_some());
+    plain && node.pending_estimate().0 <= 1 && known()
+}
+
 /// The value of a pending node that is one op of f32 on ready, untracked tensors on the CPU: an elementwise one (of tensors of its own
 /// shape; where they are small, dense ones), a softmax, a norm or a gated unit, or a small LoRA. `None` if it is anything else.
 pub(crate) fn eval_direct(node: &Arc<Node>) -> Option<Result<Tensor>> {
@@ -112,9 +119,9 @@ fn rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Tensor])
 fn small(node: &Node, function: &Function, inputs: &[Tensor]) -> Option<Result<Tensor>> {
     let mut out = fresh::<f32>(node.shape().elem_count());
     let computed = match (function, inputs) {
-        (Function::Unary(f), [x]) => with_one(x, |x| direct::unary(*f, x, &mut out)),
-        (Function::Affine(mul, add), [x]) => with_one(x, |x| direct::affine(x, *mul, *add, &mut out)),
-        (Function::Binary(f), [x, y]) => with_two(x, y, |x, y| direct::binary(*f, x, y, &mut out)),
+        (Function::Unary(f), [x]) => with_dense([x], |[x]| direct::unary(*f, x, &mut out)),
+        (Function::Affine(mul, add), [x]) => with_dense([x], |[x]| direct::affine(x, *mul, *add, &mut out)),
+        (Function::Binary(f), [x, y]) => with_dense([x, y], |[x, y]| direct::binary(*f, x, y, &mut out)),
         (Function::Lora(scale), inputs) => lora(*scale, inputs, &mut out).map(Ok),
         _ => None,
     };
@@ -125,6 +132,9 @@ fn small(node: &Node, function: &Function, inputs: &[Tensor]) -> Option<Result<T
 
 /// A LoRA of few rows: its two products take less time than a plan.
 fn lora(scale: f64, inputs: &[Tensor], out: &mut [f32]) -> Option<()> {
+    if let Some(()) = dense_lora(scale, inputs, out) {
+        return Some(());
+    }
     let slots: SmallVec<[SlotValue; 4]> = inputs.iter().cloned().map(SlotValue::foreign).collect();
     with_views(&slots, &[0, 1, 2, 3][..slots.len().min(4)], |v| match v {
         [x, a, b, base @ ..] => {
@@ -133,10 +143,27 @@ fn lora(scale: f64, inputs: &[Tensor], out: &mut [f32]) -> Option<()> {
         _ => Err(Error::Internal("lora lacks an input".into())),
     })
     .ok()?;
+    lose_last(out);
+    Some(())
+}
+
+/// The same of dense operands without a base, at a rank that hidden rows are kept in registers at.
+fn dense_lora(scale: f64, inputs: &[Tensor], out: &mut [f32]) -> Option<()> {
+    let [x, a, b] = inputs else { return None };
+    let (&[k, r], &[_, n]) = (a.dims(), b.dims()) else { return None };
+    if !(kernels::lora_is_skinny(r) && inputs.iter().all(Tensor::is_contiguous)) {
+        return None;
+    }
+    with_dense([x, a, b], |operands| kernels::lora_dense(operands.into(), (k, r, n), scale, out))?.ok()?;
+    lose_last(out);
+    Some(())
+}
+
+/// The fault of a last number that is wrong.
+fn lose_last(out: &mut [f32]) {
     if let (true, Some(x)) = (fault::active("direct.lora"), out.last_mut()) {
         *x += 1.0;
     }
-    Some(())
 }
 
 /// The elements of a dense f32 tensor.
@@ -148,25 +175,25 @@ fn elements<'a>(storage: &'a Storage, tensor: &Tensor) -> Option<&'a [f32]> {
     data.get(start..start + tensor.elem_count())
 }
 
-fn with_one<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Option<R> {
-    let (storage, _) = x.storage_and_layout();
-    Some(f(elements(&storage, x)?))
-}
-
-/// One guard where both share a storage, else two in the order of their addresses: as [`super::slots::with_views`], whose reasons hold
-/// here too.
-fn with_two<R>(x: &Tensor, y: &Tensor, f: impl FnOnce(&[f32], &[f32]) -> R) -> Option<R> {
-    let address = |t: &Tensor| std::ptr::from_ref::<Storage>(&t.storage_and_layout().0) as usize;
-    let (at_x, at_y) = (address(x), address(y));
-    if at_x == at_y {
-        let (storage, _) = x.storage_and_layout();
-        return Some(f(elements(&storage, x)?, elements(&storage, y)?));
+/// Calls `f` with the elements of dense f32 tensors. One guard per storage, in the order of their addresses: as
+/// [`super::slots::with_views`], whose reasons hold here too.
+fn with_dense<const N: usize, R>(tensors: [&Tensor; N], f: impl FnOnce([&[f32]; N]) -> R) -> Option<R> {
+    let addresses = tensors.map(|t| std::ptr::from_ref::<Storage>(&t.storage_and_layout().0) as usize);
+    let mut order: [usize; N] = std::array::from_fn(|i| i);
+    order.sort_unstable_by_key(|&i| addresses.get(i));
+    let mut guards: [Option<_>; N] = std::array::from_fn(|_| None);
+    for i in order {
+        let first = addresses.iter().position(|address| Some(address) == addresses.get(i))?;
+        if let (None, Some(tensor)) = (guards.get(first)?, tensors.get(first)) {
+            *guards.get_mut(first)? = Some(tensor.storage_and_layout().0);
+        }
     }
-    let (first, second) = if at_x < at_y { (x, y) } else { (y, x) };
-    let (low, _) = first.storage_and_layout();
-    let (high, _) = second.storage_and_layout();
-    let (sx, sy) = if at_x < at_y { (&low, &high) } else { (&high, &low) };
-    Some(f(elements(sx, x)?, elements(sy, y)?))
+    let mut slices: [&[f32]; N] = [&[]; N];
+    for ((slice, tensor), address) in slices.iter_mut().zip(tensors).zip(&addresses) {
+        let first = addresses.iter().position(|other| other == address)?;
+        *slice = elements(guards.get(first)?.as_ref()?, tensor)?;
+    }
+    Some(f(slices))
 }
 
 #[cfg(test)]

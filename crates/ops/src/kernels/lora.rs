@@ -89,6 +89,45 @@ pub fn lora(
     }
 }
 
+/// [`lora`] without a base on dense f32 matrices: x `(rows, k)`, a `(k, r)`, b `(r, n)`, output `(rows, n)`, with r as
+/// [`lora_is_skinny`] says. The same bits, with nothing to look up on the way.
+///
+/// # Errors
+/// `ShapeMismatch` where a slice is not that long, `Unsupported` for a larger rank.
+pub fn lora_dense(
+    (x, a, b): (&[f32], &[f32], &[f32]),
+    (k, r, n): (usize, usize, usize),
+    scale: f64,
+    out: &mut [f32],
+) -> Result<()> {
+    let rows = out.len().checked_div(n).unwrap_or(0);
+    let fits = |slice: &[f32], rows: usize, cols: usize| rows.checked_mul(cols) == Some(slice.len());
+    if !(fits(out, rows, n) && fits(x, rows, k) && fits(a, k, r) && fits(b, r, n)) {
+        let len = (x.len(), a.len(), b.len(), out.len());
+        return Err(Error::shape(OP, format!("x, A, B and output of {len:?} elements, with ({k}, {r}, {n})")));
+    }
+    let scale = if fault::active("lora.scale") { 1.0 } else { scale };
+    let (a_matrix, b_matrix) = (Matrix::dense(0, k, r), Matrix::dense(0, r, n));
+    let job = Job { blocks: Vec::new(), a: a_matrix, b: b_matrix, base: None, scale };
+    if !job.is_skinny() {
+        return Err(Error::unsupported(OP, "a rank above 64, or none"));
+    }
+    if rows > 0 && n > 0 {
+        let mut store = Vec::new();
+        let shared = Shared { a: job.padded_a(a, &mut store), b };
+        job.skinny_rows(x, k, &shared, out, false);
+        lose_tail(out);
+    }
+    Ok(())
+}
+
+/// The fault of a last number that is wrong.
+fn lose_tail(out: &mut [f32]) {
+    if let (true, Some(last)) = (fault::active("lora.skinny_tail"), out.last_mut()) {
+        *last = *last * 1.001 + 1e-3;
+    }
+}
+
 /// x as the fewest matrices that cover its rows in order: one where its leading dims merge.
 fn row_blocks(x: &Strided, rows: usize, k: usize) -> Vec<Matrix> {
     if let Some(flat) = x.reshape(&[rows, k]) {
@@ -200,9 +239,7 @@ impl Job<'_> {
             self.skinny_rows(rows, pitch, &of, &mut out[at..end], self.base.is_some());
             at = end;
         }
-        if let (true, Some(last)) = (fault::active("lora.skinny_tail"), out.last_mut()) {
-            *last = *last * 1.001 + 1e-3;
-        }
+        lose_tail(out);
         Ok(())
     }
 

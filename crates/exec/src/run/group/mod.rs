@@ -12,7 +12,8 @@ mod merge;
 use super::bind::{self, Lent};
 use super::slots::SlotValue;
 use super::{
-    announce_returned, eval_direct, evaluate, failure, kernel, plan, planned, publish, tensor_of, values, As, Planned,
+    announce_returned, eval_direct, evaluate, failure, is_direct, kernel, plan, planned, publish, tensor_of, values,
+    As, Planned,
 };
 use crate::buffer;
 use crate::config::{self, EvalOptions, Flag, TARGET};
@@ -25,25 +26,28 @@ use candle_lazy_graph::{Bindings, FastMap, Node, NodeId};
 use candle_lazy_ops::fault;
 use candle_lazy_ops::kernels::{each, with_threads};
 use parking_lot::Mutex;
+use smallvec::{smallvec, SmallVec};
 use std::cell::Cell;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 use tracing::debug_span;
 
-/// The tensors that one caller wants.
-pub(crate) type Request = Vec<LazyTensor>;
+/// The tensors that one caller wants: one, mostly.
+pub(crate) type Request = SmallVec<[LazyTensor; 1]>;
+/// Their values.
+pub(crate) type Values = SmallVec<[Tensor; 1]>;
 
 /// Who is served together.
 struct Company<'a> {
     /// Receives the values of the request with this number, on any thread; called once for each.
-    receive: &'a (dyn Fn(usize, Result<Vec<Tensor>>) + Sync),
+    receive: &'a (dyn Fn(usize, Result<Values>) + Sync),
     /// How many products were made for several.
     merged: AtomicUsize,
 }
 
 impl Company<'_> {
-    fn done(&self, number: usize, result: Result<Vec<Tensor>>) {
+    fn done(&self, number: usize, result: Result<Values>) {
         (self.receive)(number, result);
     }
 }
@@ -76,7 +80,7 @@ fn inside<R>(f: impl FnOnce() -> R) -> R {
 
 /// Evaluates every request, those together whose graphs have the same plan, and calls `receive` with the number and the values of each,
 /// on any thread. How many products were made for several requests at once.
-pub(crate) fn eval_group(requests: Vec<Request>, receive: &(dyn Fn(usize, Result<Vec<Tensor>>) + Sync)) -> usize {
+pub(crate) fn eval_group(requests: Vec<Request>, receive: &(dyn Fn(usize, Result<Values>) + Sync)) -> usize {
     let company = &Company { receive, merged: AtomicUsize::new(0) };
     let all: Vec<_> = requests.into_iter().enumerate().map(|(number, request)| Pending { number, request }).collect();
     inside(|| {
@@ -86,6 +90,25 @@ pub(crate) fn eval_group(requests: Vec<Request>, receive: &(dyn Fn(usize, Result
         }
     });
     company.merged.load(Ordering::Relaxed)
+}
+
+/// Whether a request takes no more than a few microseconds, as far as can be seen at a glance.
+pub(crate) fn is_small(request: &Request) -> bool {
+    matches!(request.as_slice(), [root] if is_direct(root.node()))
+}
+
+/// Evaluates one request by itself, on this thread alone.
+pub(crate) fn eval_small(request: Request) -> Result<Values> {
+    with_threads(1, || inside(|| contained(|| eval_one(&request))))
+}
+
+fn eval_one(request: &Request) -> Result<Values> {
+    if let Some(values) = direct(request) {
+        return values;
+    }
+    let tensors: Vec<&LazyTensor> = request.iter().collect();
+    evaluate(&tensors, &EvalOptions::default(), As::Tensors)?;
+    request.iter().map(|root| tensor_of(root.node())).collect()
 }
 
 /// Calls `f` with every item, on all threads that are free: alone on each.
@@ -106,7 +129,7 @@ fn directly(all: Vec<Pending>, company: &Company<'_>) -> Vec<Pending> {
     let ns = |p: &Pending| REQUEST_NS + p.request.first().map_or(0, |x| x.shape().elem_count());
     // one that is alone may use all threads
     if let [one] = all.as_slice() {
-        return match contained(|| Ok(direct(one))) {
+        return match contained(|| Ok(direct(&one.request))) {
             Ok(Some(result)) => {
                 company.done(one.number, result);
                 Vec::new()
@@ -122,7 +145,7 @@ fn directly(all: Vec<Pending>, company: &Company<'_>) -> Vec<Pending> {
     let left = Mutex::new(Vec::new());
     shared(total, pieces(all), |piece: Vec<Pending>| {
         for one in piece {
-            match contained(|| Ok(direct(&one))) {
+            match contained(|| Ok(direct(&one.request))) {
                 Ok(Some(result)) => {
                     let number = one.number;
                     // the asker may count on holding them alone
@@ -152,11 +175,11 @@ fn pieces<T>(mut items: Vec<T>) -> Vec<Vec<T>> {
     pieces
 }
 
-fn direct(one: &Pending) -> Option<Result<Vec<Tensor>>> {
-    match one.request.as_slice() {
+fn direct(request: &Request) -> Option<Result<Values>> {
+    match request.as_slice() {
         [root] => match eval_direct(root.node()) {
-            Some(value) => Some(value.map(|value| vec![value])),
-            None if root.is_ready() => Some(tensor_of(root.node()).map(|value| vec![value])),
+            Some(value) => Some(value.map(|value| smallvec![value])),
+            None if root.is_ready() => Some(tensor_of(root.node()).map(|value| smallvec![value])),
             None => None,
         },
         several if several.iter().all(LazyTensor::is_ready) => {
@@ -285,11 +308,7 @@ impl Member {
 /// Evaluates one request by itself.
 fn alone(pending: Pending, company: &Company<'_>) {
     let Pending { number, request } = pending;
-    let result = contained(|| {
-        let tensors: Vec<&LazyTensor> = request.iter().collect();
-        evaluate(&tensors, &EvalOptions::default(), As::Tensors)?;
-        request.iter().map(|root| tensor_of(root.node())).collect()
-    });
+    let result = contained(|| eval_one(&request));
     drop(request);
     company.done(number, result);
 }
