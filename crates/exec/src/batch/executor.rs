@@ -336,3 +336,90 @@ impl Future for Submitting {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::EvalOptions;
+    use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape};
+    use std::sync::mpsc::{channel, Receiver, Sender};
+    use std::time::Duration;
+
+    /// Says that it runs, and goes on when it is told to.
+    struct Slow {
+        runs: Sender<()>,
+        end: Mutex<Receiver<()>>,
+    }
+
+    impl CustomOp1 for Slow {
+        fn name(&self) -> &'static str {
+            "slow"
+        }
+        fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+            self.runs.send(()).map_err(candle_core::Error::wrap)?;
+            self.end.lock().recv().map_err(candle_core::Error::wrap)?;
+            Ok((storage.clone(), layout.shape().clone()))
+        }
+    }
+
+    /// Requests take a microsecond, whatever this machine says.
+    fn as_if_small(executor: &BatchExecutor) {
+        (0..64).for_each(|_| executor.0.line.ran(1, Duration::from_micros(1)));
+    }
+
+    #[test]
+    fn small_requests_are_served_by_who_asks_while_the_executor_is_busy() {
+        let executor = BatchExecutor::new().unwrap();
+        let ((runs, started), (go, end)) = (channel(), channel());
+        let x = LazyTensor::new(&[1f32, 2., 3.], &Device::Cpu).unwrap();
+        let slow = x.custom_op1(Slow { runs, end: Mutex::new(end) }, 3, candle_core::DType::F32).unwrap();
+        let slow = executor.submit(&slow).unwrap();
+        started.recv().unwrap();
+        // the executor's thread does nothing else until it is told
+        let ones: Vec<_> = (0..3 * TURN + 5).map(|i| x.affine(i as f64, 1.0).unwrap()).collect();
+        let asked: Vec<_> = ones
+            .iter()
+            .map(|one| {
+                as_if_small(&executor);
+                executor.submit(one).unwrap()
+            })
+            .collect();
+        assert!(executor.0.line.len() < TURN, "who asks served what had come together");
+        for (i, one) in asked.into_iter().enumerate() {
+            as_if_small(&executor);
+            assert_eq!(one.wait().unwrap().to_vec1::<f32>().unwrap(), [1, 2, 3].map(|x| (x * i + 1) as f32));
+        }
+        // one that is not small is not taken, and nor is what is behind it
+        let large = x.softmax(0).and_then(|y| y.sum_keepdim(0)).unwrap();
+        let (large, one) = (executor.submit(&large).unwrap(), executor.submit(&ones[0]).unwrap());
+        as_if_small(&executor);
+        assert!(!serve_small(&executor.0.line));
+        assert_eq!(executor.stats().queued, 2);
+        go.send(()).unwrap();
+        assert_eq!(slow.wait().unwrap().to_vec1::<f32>().unwrap(), [1., 2., 3.]);
+        assert_eq!((large.wait().unwrap().dims(), one.wait().unwrap().dims()), (&[1][..], &[3][..]));
+    }
+
+    #[test]
+    fn cancelled_requests_beside_wanted_ones_are_left_out() {
+        let executor = BatchExecutor::new().unwrap();
+        let x = LazyTensor::new(&[1f32, 2., 3.], &Device::Cpu).unwrap();
+        as_if_small(&executor);
+        // cancelled requests beside wanted ones
+        let mut kept = Vec::new();
+        for i in 0..TURN - 1 {
+            let one = executor.submit(&x.affine(2.0, i as f64).unwrap()).unwrap();
+            if i % 2 == 0 {
+                kept.push((i, one));
+            }
+        }
+        for (i, one) in kept {
+            assert_eq!(one.wait().unwrap().to_vec1::<f32>().unwrap()[0], 2.0 + i as f32);
+        }
+        let (values, _) = crate::eval_all_with(&[&x.exp().unwrap()], &EvalOptions::default()).unwrap();
+        assert_eq!(
+            executor.submit(&x.exp().unwrap()).unwrap().wait().unwrap().to_vec1::<f32>().unwrap(),
+            values[0].to_vec1::<f32>().unwrap()
+        );
+    }
+}

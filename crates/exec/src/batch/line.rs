@@ -219,6 +219,9 @@ impl<J, T> Line<J, T> {
             }
         };
         drop(old);
+        if !now {
+            self.hurry();
+        }
         now
     }
 
@@ -318,7 +321,6 @@ impl<J, T> Line<J, T> {
     ) -> Vec<Started<J, T>> {
         let mut started = Vec::with_capacity(most.min(state.live));
         let now = state.nearest.map(|_| Instant::now());
-        state.hurried = false;
         while started.len() < most {
             let stays = |entry: &Entry<J, T>| entry.task.waits_and(|job| !fits(job));
             if state.waiting.peek().is_none_or(|Reverse(entry)| stays(entry)) {
@@ -331,6 +333,8 @@ impl<J, T> Line<J, T> {
             state.clock = state.clock.max(entry.turn);
             started.push(Started { task: entry.task, job, arrived: entry.arrived, late });
         }
+        // who hurried may wait for one that is left
+        state.hurried &= state.live > 0;
         if state.nearest.is_some() {
             state.nearest = state.waiting.iter().filter_map(|Reverse(entry)| entry.deadline).min();
         }

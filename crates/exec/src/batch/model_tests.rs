@@ -28,7 +28,7 @@ mod sync {
     }
 }
 
-use line::{Line, Place, Refused};
+use line::{Line, Place, Refused, Wanted};
 use sync::{Arc, Condvar, Mutex};
 
 type Jobs = Arc<Line<usize, usize>>;
@@ -39,10 +39,18 @@ fn place() -> Place {
 
 /// Answers everything with ten times itself until the line is closed; how much that was.
 fn serve(line: &Jobs, most: usize) -> thread::JoinHandle<usize> {
+    serve_when(line, most, |_, _| None)
+}
+
+fn serve_when(
+    line: &Jobs,
+    most: usize,
+    more: impl Fn(usize, Instant) -> Option<Wanted> + Send + 'static,
+) -> thread::JoinHandle<usize> {
     let line = line.clone();
     thread::spawn(move || {
         let mut served = 0;
-        while let Some(started) = line.draw(most, |_, _| None) {
+        while let Some(started) = line.draw(most, &more) {
             for one in started {
                 served += 1;
                 let asker = one.task.end(one.job * 10);
@@ -81,6 +89,38 @@ fn every_job_is_answered_once_and_a_closed_line_is_drained() {
         assert!(line.close(false).is_empty());
         assert_eq!(server.join().unwrap(), 2);
         assert!(matches!(line.push(3, place()), Err(Refused::Closed(3))));
+    });
+}
+
+#[test]
+fn a_drawer_at_leisure_comes_when_somebody_waits_and_leaves_alone_what_others_drew() {
+    model(3, |line| {
+        let far = Instant::now() + std::time::Duration::from_secs(1 << 20);
+        let server = serve_when(&line, 2, move |_, _| Some(Wanted { enough: usize::MAX, until: far, leisurely: true }));
+        let other = {
+            let line = line.clone();
+            thread::spawn(move || {
+                let task = line.push(2, place()).ok().unwrap();
+                line.hurry();
+                assert_eq!(task.sleep(), Some(20));
+            })
+        };
+        // this one serves itself, unless it was drawn on the way
+        let mine = line.push(1, place()).ok().unwrap();
+        let drawn = line.try_draw(1, |&job| job == 1);
+        for started in &drawn {
+            assert_eq!(started.job, 1);
+            if started.task.end(10).asleep {
+                started.task.tell();
+            }
+        }
+        if drawn.is_empty() {
+            line.hurry();
+        }
+        assert_eq!(mine.sleep(), Some(10));
+        other.join().unwrap();
+        line.close(false);
+        assert_eq!(server.join().unwrap() + drawn.len(), 2);
     });
 }
 

@@ -155,6 +155,21 @@ fn a_window_collects_what_arrives_and_closes_when_it_is_full() {
 }
 
 #[test]
+fn what_fits_is_drawn_up_to_the_first_that_does_not() {
+    let inbox = Jobs::new(10);
+    let tickets: Vec<_> = [2, 4, 5, 6].map(|i| inbox.submit(i, &SubmitOptions::default()).unwrap()).into();
+    let draw = || -> Vec<u32> {
+        inbox.try_draw_small(3, |job| job % 2 == 0).iter_mut().map(|one| one.take_job().unwrap()).collect()
+    };
+    assert!(draw().is_empty(), "nobody knows yet how long they take");
+    inbox.ran(1, Duration::from_micros(1));
+    assert_eq!(draw(), [2, 4]);
+    assert!(draw().is_empty());
+    assert_eq!(order(&inbox), [5, 6]);
+    drop(tickets);
+}
+
+#[test]
 fn who_serves_sees_that_nobody_wants_it() {
     let inbox = Jobs::new(4);
     let ticket = inbox.submit(1, &SubmitOptions::default()).unwrap();
