@@ -37,7 +37,7 @@ pub(crate) struct Arguments {
     /// New tokens at most.
     #[arg(long, default_value_t = 64)]
     max_new_tokens: usize,
-    /// Write the prompt as the user's message, in the model's chat template.
+    /// Write the prompt as the user's message in ChatML, without the system message that a model's own template may put in front.
     #[arg(long)]
     chat: bool,
     /// Print one line: prompt ids, new ids and the text.

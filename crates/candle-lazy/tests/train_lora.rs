@@ -202,12 +202,28 @@ fn what_was_interrupted_goes_on() -> TestResult {
     assert_eq!(bench.bytes("part/loss.csv")?, bench.bytes("whole/loss.csv")?);
     let weights = "adapter_model.safetensors";
     assert_eq!(bench.bytes(&format!("part/{weights}"))?, bench.bytes(&format!("whole/{weights}"))?);
-    // it is of this model, this text and these options
+    // it is of this model, this text and these options: other weights of the same shapes, another text of as many rows
+    let (text, alike) = (bench.model.path().join("text.txt"), tempfile::tempdir()?);
+    write_model(alike.path(), 8)?;
+    let weights = alike.path().join("model.safetensors");
+    let mut changed = candle_core::safetensors::load(&weights, &Device::Cpu)?;
+    for tensor in changed.values_mut() {
+        *tensor = tensor.affine(0.5, 0.25)?;
+    }
+    candle_core::safetensors::save(&changed, &weights)?;
+    let alike = alike.path().display().to_string();
+    let error = bench.refused(&[&arguments[..], &["--resume", &resume, "--model-dir", &alike]].concat());
+    assert!(error.contains("it is of another training"), "{error}");
+    let kept = std::fs::read_to_string(&text)?;
+    bench.write(&kept.replace("A: eat eat", "A: eat food"))?;
+    let error = bench.refused(&[&arguments[..], &["--resume", &resume]].concat());
+    assert!(error.contains("it is of another training"), "{error}");
+    bench.write(&kept)?;
     let other = tempfile::tempdir()?;
     write_model(other.path(), 12)?;
     let other = other.path().display().to_string();
     let error = bench.refused(&[&arguments[..], &["--resume", &resume, "--model-dir", &other]].concat());
-    assert!(error.contains("params.safetensors") && error.contains("expected shape"), "{error}");
+    assert!(error.contains("it is of another training"), "{error}");
     let error = bench.refused(&[&arguments[..], &["--resume", &resume, "--seed", "9"]].concat());
     assert!(error.contains("it is of another training"), "{error}");
     for other in [&["--alpha", "3"][..], &["--rslora"], &["--base", "bf16"], &["--label-smoothing", "0.1"]] {
@@ -215,6 +231,25 @@ fn what_was_interrupted_goes_on() -> TestResult {
         assert!(error.contains("it is of another training"), "{other:?}: {error}");
     }
     assert!(bench.refused(&["--resume", "no/such/checkpoint"]).contains("no/such/checkpoint"));
+    Ok(())
+}
+
+#[test]
+fn what_ends_in_a_number_that_is_none_can_be_looked_at() -> TestResult {
+    let bench = Bench::new()?;
+    let error = bench.run("out", &["--lr", "1e38", "--steps", "9", "--held-out", "0.25", "--clip", "1e30"]).err();
+    let error = error.map(|e| e.to_string()).unwrap_or_default();
+    assert!(error.contains("is not finite"), "{error}");
+    // the curve and a checkpoint of before, and no adapter
+    assert!(String::from_utf8(bench.bytes("out/loss.csv")?)?.contains(",train,"));
+    let left = std::fs::read_dir(bench.output.path().join("out"))?.filter_map(Result::ok);
+    assert!(left.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with("checkpoint-")));
+    assert!(bench.bytes("out/adapter_config.json").is_err());
+    // what is none of ours stays
+    std::fs::write(bench.output.path().join("out/loss.csv"), "mine\n")?;
+    let error = bench.run("out", &LEARN).err().map(|e| e.to_string()).unwrap_or_default();
+    assert!(error.contains("loss.csv is no table"), "{error}");
+    assert_eq!(bench.bytes("out/loss.csv")?, b"mine\n");
     Ok(())
 }
 
@@ -230,6 +265,8 @@ fn bad_input_is_refused_and_leaves_no_adapter() -> TestResult {
         (&["--batch", "0"], "batches of 0"),
         (&["--accumulate", "0"], "a step of no batches"),
         (&["--clip", "0"], "the largest norm must be"),
+        (&["--lr", "nan"], "NaN"),
+        (&["--label-smoothing", "1"], "--label-smoothing 1: needs"),
         (&["--text", "no/such/text"], "no/such/text"),
         (&["--model-dir", "no/such/model"], "no/such/model"),
     ] {

@@ -24,7 +24,7 @@ pub use id::{live_nodes, NodeId};
 pub use no_grad::{is_grad_enabled, no_grad, without_grad, WithoutGrad};
 use parking_lot::Mutex;
 use pending::Pending;
-use smallvec::SmallVec;
+use smallvec::{smallvec, SmallVec};
 use std::borrow::Borrow;
 use std::sync::{Arc, OnceLock};
 pub use value::{EngineValue, Expr, Look, Value};
@@ -143,8 +143,19 @@ impl Node {
         site: BuildSite,
     ) -> Result<Arc<Self>> {
         let meta = {
-            let metas: SmallVec<[Meta<'_>; 4]> = inputs.iter().map(|n| n.borrow().meta()).collect();
-            infer(&op, &metas).map_err(|e| e.at(&site))?
+            let mut few = [Meta { dims: &[], dtype: DType::U8 }; 4];
+            let many: Vec<Meta<'_>>;
+            let metas = match few.get_mut(..inputs.len()) {
+                Some(few) => {
+                    few.iter_mut().zip(inputs).for_each(|(meta, n)| *meta = n.borrow().meta());
+                    &*few
+                }
+                None => {
+                    many = inputs.iter().map(|n| n.borrow().meta()).collect();
+                    &many
+                }
+            };
+            infer(&op, metas).map_err(|e| e.at(&site))?
         };
         if scalars.len() != op.scalar_count() {
             let detail = format!("takes {} scalars, got {}", op.scalar_count(), scalars.len());
@@ -193,10 +204,7 @@ impl Node {
             recorded: Some((op, Scalars::from_slice(scalars))),
             history: OnceLock::new(),
             pending,
-            state: Mutex::new(State::Pending(Waiting {
-                inputs: inputs.iter().map(|n| n.borrow().clone()).collect(),
-                custom,
-            })),
+            state: Mutex::new(State::Pending(Waiting { inputs: shared(inputs), custom })),
         }))
     }
 
@@ -547,6 +555,17 @@ impl Node {
         }
         self.pending.set(nodes, bytes);
         (nodes, bytes)
+    }
+}
+
+/// Handles on the nodes: a few are written one by one, without a loop that makes room.
+fn shared<N: Borrow<Arc<Node>>>(inputs: &[N]) -> SmallVec<[Arc<Node>; 3]> {
+    let of = |n: &N| n.borrow().clone();
+    match inputs {
+        [a] => smallvec![of(a)],
+        [a, b] => smallvec![of(a), of(b)],
+        [a, b, c] => smallvec![of(a), of(b), of(c)],
+        _ => inputs.iter().map(of).collect(),
     }
 }
 

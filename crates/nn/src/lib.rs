@@ -24,6 +24,7 @@ mod activation;
 mod attention;
 mod embedding;
 mod error;
+mod fingerprint;
 mod kv_cache;
 mod linear;
 mod lora;

@@ -66,7 +66,7 @@ struct Progress {
     batch: usize,
     accumulate: usize,
     seed: u64,
-    /// The adapter's numbers, the dtype of the base and what the loss is: what no tensor of the checkpoint shows.
+    /// What no tensor of the checkpoint shows: the adapter's numbers, the base and its dtype, the rows, what the loss is.
     of: String,
 }
 
@@ -105,9 +105,11 @@ impl<'a> Trainer<'a> {
         let at = model.positions(rows.row_len())?;
         let LoraConfig { rank, alpha, dropout, rank_stabilized, .. } = adapter.config();
         let of = format!(
-            "rank {rank}, alpha {alpha:?}, rank-stabilised {rank_stabilized}, dropout {dropout:?}, base {}, {:?}",
+            "rank {rank}, alpha {alpha:?}, rank-stabilised {rank_stabilized}, dropout {dropout:?}, {:?}, base {} {:016x}, rows {:016x}",
+            options.loss,
             model.dtype().as_str(),
-            options.loss
+            model.fingerprint()?,
+            rows.fingerprint()
         );
         let progress = Progress { batches: 0, rows: rows.count(), batch, accumulate, seed, of };
         Ok(Self { model, adapter, rows, optimizer, options, order, at, progress })
@@ -135,7 +137,7 @@ impl<'a> Trainer<'a> {
     ///
     /// # Errors
     /// [`Error::NonFiniteStep`] where the loss or a gradient is not finite and the optimiser is to stop there, naming the first op or leaf of the loss
-    /// with such a number and its line; as [`Optimizer::step`]; [`Error::Data`] where the step's rows have nothing to learn. Adapter and
+    /// with a NaN, or else an infinity, and its line; as [`Optimizer::step`]; [`Error::Data`] where the step's rows have nothing to learn. Adapter and
     /// optimiser are as before the step then, and the step's batches count as taken.
     #[track_caller]
     pub fn step(&mut self) -> Result<TrainStep> {
@@ -257,7 +259,7 @@ impl<'a> Trainer<'a> {
     ///
     /// # Errors
     /// [`Error::Io`] where a file is not there; [`Error::Config`] where it is of other rows, another size of batches, another seed, other
-    /// numbers of the adapter, a base of another dtype or another loss; as
+    /// numbers of the adapter, another base or one of another dtype, or another loss; as
     /// [`Params::load`](crate::params::Params::load) and [`Optimizer::load`] where it is of another model, adapter or rule. Everything is as
     /// it was then.
     pub fn resume(&mut self, dir: impl AsRef<Path>) -> Result<()> {

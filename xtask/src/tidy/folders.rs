@@ -56,7 +56,17 @@ const ALLOWED: &[(&str, &str, What)] = &[
     (
         "batch",
         "run",
-        What::Only(&["eval_all", "eval_group", "in_group", "message_of", "refuse_while_recording", "Request"]),
+        What::Only(&[
+            "eval_all",
+            "eval_group",
+            "eval_small",
+            "in_group",
+            "is_small",
+            "message_of",
+            "refuse_while_recording",
+            "Request",
+            "Values",
+        ]),
     ),
     ("batch", "tensor", What::Only(&["LazyTensor"])),
     // of its spans

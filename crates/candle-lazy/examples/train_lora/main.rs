@@ -17,12 +17,13 @@ mod losses;
 pub(crate) mod shared;
 mod text;
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use candle_lazy::nn::data::{self, Packing, Rows};
 use candle_lazy::nn::hub::{self, SMOLLM2_135M_INSTRUCT};
 use candle_lazy::nn::loss::TokenLossOptions;
 use candle_lazy::nn::models::{CausalLm, GenerateOptions, StopReason};
 use candle_lazy::nn::optim::{LrSchedule, OnNonFinite, Optimizer, OptimizerOptions, ParamsAdamW, Rule};
+use candle_lazy::nn::params::Params;
 use candle_lazy::nn::tokenizer::Tokenizer;
 use candle_lazy::nn::train::{Trainer, TrainerOptions};
 use candle_lazy::nn::weights::write_whole;
@@ -37,7 +38,6 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
 use std::time::Instant;
 use text::Reply;
 
@@ -111,7 +111,7 @@ pub(crate) struct Arguments {
     /// The probability that is spread over all tokens.
     #[arg(long, default_value_t = 0.0)]
     label_smoothing: f64,
-    /// Where a gradient is no number, the step is skipped instead of ending the training.
+    /// Where the loss or a gradient is not finite, the step is skipped instead of ending the training.
     #[arg(long)]
     skip_non_finite: bool,
     /// A block's inner values are computed again for the backward pass instead of being kept: less memory, more time, the same losses.
@@ -123,7 +123,8 @@ pub(crate) struct Arguments {
     /// The held-out loss is taken after so many steps.
     #[arg(long, default_value_t = 20)]
     eval_every: u64,
-    /// A checkpoint to go on from.
+    /// A checkpoint to go on from: with the same model, text and options, and, for the curve to go on, the same output. The rate, the
+    /// clipping and the decay may be others.
     #[arg(long)]
     resume: Option<PathBuf>,
     /// Of the split, the order, the first factors and dropout.
@@ -134,17 +135,24 @@ pub(crate) struct Arguments {
     ask: Vec<String>,
 }
 
+/// Whether steps are being made.
+static TRAINS: AtomicBool = AtomicBool::new(false);
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
 fn main() -> ExitCode {
-    let interrupted = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&interrupted);
-    let stop = move || {
-        flag.store(true, Ordering::Relaxed);
-        say(format_args!("interrupted: the training ends with a checkpoint, after the step that runs if one does"));
+    let stop = || {
+        // before the first step there is nothing to save; and who asks again does not want to wait
+        if !TRAINS.load(Ordering::Relaxed) || INTERRUPTED.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        say(format_args!(
+            "interrupted: the training ends with a checkpoint after the step that runs; again, and it ends now"
+        ));
     };
     if let Err(error) = ctrlc::set_handler(stop) {
         say(format_args!("Ctrl-C ends without a checkpoint: {error}"));
     }
-    let interrupted = || interrupted.load(Ordering::Relaxed);
+    let interrupted = || INTERRUPTED.load(Ordering::Relaxed);
     status(run(&Arguments::parse(), &interrupted, &mut std::io::stdout().lock()))
 }
 
@@ -170,12 +178,18 @@ pub(crate) fn run(
     if !(arguments.held_out > 0.0 && arguments.held_out < 1.0) {
         return Err(format!("--held-out {}: needs a share between 0 and 1", arguments.held_out).into());
     }
-    // the curve goes on where the files of the first part lie
-    let curve = arguments.output.join("loss.csv");
-    let earlier = match &arguments.resume {
-        Some(_) => Losses::read(&curve)?,
-        None => Losses::default(),
-    };
+    // an optimizer of something refuses what it would refuse later
+    let mut some = Params::new();
+    some.insert("some", Tensor::zeros(1, DType::F32, &Device::Cpu)?)?;
+    Optimizer::new(&some, rule(arguments), optimizer_options(arguments))?;
+    if !(0.0..1.0).contains(&arguments.label_smoothing) {
+        return Err(format!("--label-smoothing {}: needs 0 <= s < 1", arguments.label_smoothing).into());
+    }
+    if let Some(dir) = arguments.resume.as_ref().filter(|dir| !dir.is_dir()) {
+        return Err(format!("{}: there is no such checkpoint", dir.display()).into());
+    }
+    // the curve goes on where the files of the first part lie; what is none of ours is not written over
+    let earlier = Losses::read(&arguments.output.join("loss.csv"))?;
     std::fs::create_dir_all(&arguments.output).map_err(|e| format!("{}: {e}", arguments.output.display()))?;
     let files = hub::open_or_fetch(arguments.model_dir.as_deref(), &SMOLLM2_135M_INSTRUCT, &Bars::default())?;
     let tokenizer = files.tokenizer()?;
@@ -221,13 +235,18 @@ pub(crate) fn run(
         let (steps, lr) = (trainer.optimizer().steps(), trainer.optimizer().lr());
         say(format_args!("going on after step {steps}, at a rate of {lr:.1e}"));
     }
-    let mut losses = earlier.until(trainer.optimizer().steps());
+    let mut losses = match &arguments.resume {
+        Some(_) => earlier.until(trainer.optimizer().steps()),
+        None => Losses::default(),
+    };
     losses.held_out.retain(|(step, _)| *step > 0);
     losses.held_out.insert(0, (0, first));
-    let trained = train(arguments, &mut trainer, &held, interrupted, &mut losses)?;
+    TRAINS.store(true, Ordering::Relaxed);
+    let trained = train(arguments, &mut trainer, &held, interrupted, &mut losses);
     let dir = &arguments.output;
+    // where it fails too: what was learned so far is not lost
     losses.write(dir)?;
-    if !trained {
+    if !trained? {
         return Err("interrupted: go on with --resume".into());
     }
     let last = match losses.held_out.last() {
@@ -235,7 +254,8 @@ pub(crate) fn run(
         _ => trainer.evaluate(&held)?,
     };
     drop(trainer);
-    adapter.save(dir, Some("HuggingFaceTB/SmolLM2-135M-Instruct"))?;
+    let base = arguments.model_dir.as_ref().map(|dir| dir.display().to_string());
+    adapter.save(dir, Some(base.as_deref().unwrap_or("HuggingFaceTB/SmolLM2-135M-Instruct")))?;
     writeln!(out, "loss {}", curve::text(&losses.trained.iter().map(|(_, loss)| *loss).collect::<Vec<_>>(), 60))?;
     let after = answers(&model, &tokenizer, &arguments.ask)?;
     let mut asked = Vec::new();
@@ -307,7 +327,14 @@ fn train(
             say(format_args!("checkpoint in {}", save(trainer, &arguments.output)?.display()));
             return Ok(false);
         }
-        let step = trainer.step()?;
+        let step = match trainer.step() {
+            Ok(step) => step,
+            Err(error) => {
+                bar.finish();
+                say(format_args!("checkpoint in {}", save(trainer, &arguments.output)?.display()));
+                return Err(error.into());
+            }
+        };
         positions += step.positions;
         if let Some(what) = &step.skipped {
             say(format_args!("step skipped: {what} is not finite"));

@@ -70,7 +70,8 @@ pub(crate) fn read(path: Option<&Path>) -> Result<Vec<Text>, Box<dyn Error>> {
     Ok(read)
 }
 
-/// What a model is given for a question: the user's message in its chat template, or `Q: …\nA:` where it has none.
+/// What a model is given for a question: the user's message in ChatML, without the system message that the model's own template may put in
+/// front, or `Q: …\nA:` where it knows no such messages.
 pub(crate) fn prompt(tokenizer: &Tokenizer, question: &str) -> Result<Vec<u32>, Box<dyn Error>> {
     Ok(match tokenizer.chat_template() {
         Some(_) => tokenizer.encode_chat(&[ChatMessage::user(question)])?,

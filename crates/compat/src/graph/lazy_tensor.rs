@@ -4,6 +4,7 @@ use super::{ComputationGraph, NodeId, Operation};
 use crate::error::TrainingError;
 use candle_core::{DType, Device, Error, Result as CandleResult, Shape, Tensor};
 use candle_lazy_exec::LazyTensor as Recorded;
+use std::panic::Location;
 use std::sync::{Arc, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// A tensor that is computed when [`LazyTensor::eval`] asks for it.
@@ -165,7 +166,8 @@ impl LazyTensor {
             shapes.push(&other.shape);
         }
         // refused before anything is copied: a call that fails leaves the graph as it was
-        operation(&[]).output_shape(&shapes).map_err(Error::Msg)?;
+        let line = Location::caller();
+        operation(&[]).output_shape(&shapes).map_err(|e| Error::Msg(format!("{e}, at {line}")))?;
         let recorded = operation(&[]).record(&handles)?;
         let mut inputs = vec![self.id];
         for (other, handle) in others.iter().zip(handles.iter().skip(1)) {

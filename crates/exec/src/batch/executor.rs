@@ -112,7 +112,7 @@ const TURN: usize = 16;
 
 /// Serves what waits in a line, on this thread, if all of it is small; whether there was anything.
 fn serve_small(line: &Line) -> bool {
-    let drawn = line.try_draw_small(TURN, |request| is_small(request));
+    let drawn = line.try_draw_small(TURN, is_small);
     let (begin, count) = (Instant::now(), drawn.len());
     for mut one in drawn {
         // what it held is the user's to drop, and a waker is the asker's code

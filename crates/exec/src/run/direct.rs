@@ -8,6 +8,7 @@ use super::slots::{kernel_error, with_views, SlotValue};
 use crate::buffer::Buffer;
 use crate::error::{Error, Result};
 use crate::lower::{binary, unary};
+use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use candle_lazy_graph::{Node, Op, Value};
 use candle_lazy_ops::fault;
@@ -127,7 +128,8 @@ fn small(node: &Node, function: &Function, inputs: &[Tensor]) -> Option<Result<T
     };
     // what fails here fails again with a plan, which knows how to say it
     computed?.ok()?;
-    Some(Tensor::from_vec(out, node.shape(), &Device::Cpu).map_err(Into::into))
+    let storage = Storage::Cpu(CpuStorage::F32(out));
+    Some(Ok(Tensor::from_storage(storage, node.shape().clone(), BackpropOp::none(), false)))
 }
 
 /// A LoRA of few rows: its two products take less time than a plan.

@@ -30,6 +30,7 @@ use crate::error::Result;
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_lazy_graph::{BuildSite, Node, Op};
 use smallvec::SmallVec;
+use std::borrow::Borrow;
 use std::sync::Arc;
 
 /// A tensor that is computed when its value is asked for.
@@ -84,6 +85,12 @@ impl From<&Tensor> for LazyTensor {
 impl AsRef<LazyTensor> for LazyTensor {
     fn as_ref(&self) -> &LazyTensor {
         self
+    }
+}
+
+impl Borrow<Arc<Node>> for &LazyTensor {
+    fn borrow(&self) -> &Arc<Node> {
+        &self.node
     }
 }
 
@@ -180,8 +187,7 @@ impl LazyTensor {
     #[track_caller]
     pub(crate) fn record_on(op: Op, scalars: &[f64], inputs: &[&LazyTensor], device: Option<&Device>) -> Result<Self> {
         let site = BuildSite::here();
-        let inputs: SmallVec<[&Arc<Node>; 4]> = inputs.iter().map(|t| &t.node).collect();
-        Self::record_nodes(op, scalars, &inputs, device, site)
+        Self::within_budget(Node::record(op, scalars, inputs, device, site)?)
     }
 
     pub(crate) fn record_nodes(

@@ -2,6 +2,7 @@
 
 use super::{Document, IGNORE_INDEX};
 use crate::error::{Error, Result};
+use crate::fingerprint::Fingerprint;
 use candle_core::Device;
 use candle_lazy_exec::LazyTensor;
 
@@ -52,6 +53,19 @@ pub struct Rows {
     positions: Vec<Position>,
     /// The largest id among tokens and targets.
     largest: u32,
+}
+
+impl Rows {
+    /// A number that other rows do not have, but by chance.
+    pub(crate) fn fingerprint(&self) -> u64 {
+        let mut print = Fingerprint::default();
+        print.add(self.len as u64);
+        for &Position { token, target } in &self.positions {
+            print.add(u64::from(token));
+            print.add(target as u64);
+        }
+        print.value()
+    }
 }
 
 /// Some rows as tensors.

@@ -8,6 +8,7 @@ use super::decoder_block::{DecoderBlock, PROJECTIONS};
 use crate::attention::Positions;
 use crate::embedding::{embedding, Embedding};
 use crate::error::{Error, Result};
+use crate::fingerprint::Fingerprint;
 use crate::kv_cache::KvCache;
 use crate::linear::{linear_no_bias, Linear};
 use crate::lora::{LoraLinear, LoraWeights};
@@ -17,7 +18,7 @@ use crate::norm::{rms_norm, RmsNorm};
 use crate::rope::{RopeScaling, RopeTable};
 use crate::scope;
 use candle_core::{DType, Device};
-use candle_lazy_exec::{CheckpointRegion, LazyTensor};
+use candle_lazy_exec::{eval_all, CheckpointRegion, LazyTensor};
 use candle_nn::VarBuilder;
 
 /// The state of one sequence (or one batch of equally long ones): keys and values of all blocks, and the rotary table.
@@ -346,6 +347,23 @@ impl CausalLm {
         let of_block =
             |index| PROJECTIONS.iter().map(move |(part, name)| format!("model.layers.{index}.{part}.{name}"));
         (0..self.blocks.len()).flat_map(of_block).collect()
+    }
+
+    /// A number that models of other weights do not have, but by chance: of the first rows of the embeddings and of each linear map.
+    pub(crate) fn fingerprint(&self) -> Result<u64> {
+        let maps = self.blocks.iter().flat_map(DecoderBlock::projections).map(|map| map.base().weight());
+        let mut rows = Vec::new();
+        for weight in std::iter::once(self.embed.embeddings()).chain(maps) {
+            if !weight.node().is_quantized() && weight.elem_count() > 0 {
+                rows.push(weight.narrow(0, 0, 1)?.to_dtype(DType::F64)?.detach());
+            }
+        }
+        let mut print = Fingerprint::default();
+        for row in eval_all(&rows.iter().collect::<Vec<_>>())? {
+            let numbers = row.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f64>()?;
+            numbers.into_iter().for_each(|x| print.add(x.to_bits()));
+        }
+        Ok(print.value())
     }
 
     /// The blocks, first to last.

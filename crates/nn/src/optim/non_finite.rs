@@ -1,7 +1,7 @@
 //! Steps whose numbers are none.
 
 use crate::error::Result;
-use candle_lazy_exec::{first_nonfinite, LazyTensor, NonFinite};
+use candle_lazy_exec::{first_nan, first_nonfinite, LazyTensor, NonFinite};
 use std::fmt;
 
 /// What is not finite in a step that was not taken.
@@ -10,15 +10,16 @@ use std::fmt;
 pub enum NonFinitePart {
     /// The gradient of the parameter of this name, and of no parameter before it.
     Gradient(String),
-    /// The loss, though every gradient is finite.
-    Loss,
+    /// A loss, though every gradient is finite: its index among what the step was given to evaluate along.
+    Loss(usize),
 }
 
 impl fmt::Display for NonFinitePart {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Gradient(name) => write!(f, "the gradient of `{name}`"),
-            Self::Loss => f.write_str("the loss"),
+            Self::Loss(0) => f.write_str("the loss"),
+            Self::Loss(index) => write!(f, "the loss `also[{index}]`"),
         }
     }
 }
@@ -48,17 +49,23 @@ impl fmt::Display for NonFiniteOrigin {
 }
 
 impl NonFiniteOrigin {
-    /// In the losses that keep what they were made of, whether evaluated or not.
+    /// In the losses that keep what they were made of, whether evaluated or not: the first NaN, where there is one, since an infinity may
+    /// be meant, as a mask's is.
     pub(crate) fn of(losses: &[&LazyTensor]) -> Result<Self> {
         let traced: Vec<&LazyTensor> = losses.iter().copied().filter(|loss| loss.is_traced()).collect();
         if traced.is_empty() {
             return Ok(Self::Unknown);
         }
-        Ok(first_nonfinite(&traced)?.map_or(Self::InBackward, |first| Self::InLoss(Box::new(first))))
+        let first = match first_nan(&traced)? {
+            Some(first) => Some(first),
+            None => first_nonfinite(&traced)?,
+        };
+        Ok(first.map_or(Self::InBackward, |first| Self::InLoss(Box::new(first))))
     }
 }
 
-/// The scalars of floats among what a step evaluates along: its losses.
-pub(super) fn losses<'a>(also: &[&'a LazyTensor]) -> Vec<&'a LazyTensor> {
-    also.iter().copied().filter(|value| value.dtype().is_float() && value.elem_count() == 1).collect()
+/// The scalars of floats among what a step evaluates along: its losses, with their indices.
+pub(super) fn losses<'a>(also: &[&'a LazyTensor]) -> Vec<(usize, &'a LazyTensor)> {
+    let is_loss = |value: &LazyTensor| value.dtype().is_float() && value.elem_count() == 1;
+    also.iter().copied().enumerate().filter(|(_, value)| is_loss(value)).collect()
 }

@@ -29,7 +29,7 @@ impl ParamGroup {
     }
 }
 
-/// What a step does where the gradients' norm is NaN or infinite.
+/// What a step does where the gradients' norm or a loss is NaN or infinite.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum OnNonFinite {
     /// It is an error; everything is as before the step.
@@ -37,7 +37,7 @@ pub enum OnNonFinite {
     Stop,
     /// Everything is as before the step, which does not count; the report says so.
     Skip,
-    /// It is not looked at, which saves the norm where nothing is clipped.
+    /// Neither is looked at, which saves the norm where nothing is clipped.
     Apply,
 }
 
@@ -49,7 +49,7 @@ pub struct OptimizerOptions {
     /// The largest norm of all gradients together; larger ones are scaled by max/(norm + 1e-6), as PyTorch's `clip_grad_norm_` does
     /// (Pascanu et al. 2013, arXiv:1211.5063).
     pub clip_norm: Option<f64>,
-    /// What happens where the norm is no number.
+    /// What happens where a gradient or a loss is not finite.
     pub on_non_finite: OnNonFinite,
     /// The learning rate by the steps taken, instead of the rule's.
     pub schedule: Option<LrSchedule>,
@@ -98,7 +98,7 @@ pub struct StepReport {
 /// ```
 /// use candle_core::{Device, Tensor};
 /// use candle_lazy_nn::optim::{Optimizer, OptimizerOptions, Rule, Sgd};
-/// use candle_lazy_nn::params::{Gradients, Params};
+/// use candle_lazy_nn::params::Params;
 ///
 /// # fn main() -> candle_lazy_nn::Result<()> {
 /// let mut params = Params::new();
@@ -106,8 +106,11 @@ pub struct StepReport {
 /// let rule = Rule::Sgd(Sgd { lr: 0.25, ..Sgd::default() });
 /// let mut optimizer = Optimizer::new(&params, rule, OptimizerOptions::default())?;
 /// for _ in 0..2 {
-///     let grad = x.value().affine(2.0, 0.0)?; // of x²
-///     optimizer.step(Gradients::of(&params, [grad])?, &[])?;
+///     let loss = x.value().sqr()?.sum_all()?;
+///     // a loss that keeps what it was made of lets a step that fails name where it became a NaN; with `loss.detach()` instead, and `loss`
+///     // dropped, the parameters are written in place
+///     optimizer.step(params.grad(&loss)?, &[&loss])?;
+///     assert!(loss.eval()?.to_scalar::<f32>()? > 0.0);
 /// }
 /// assert_eq!(x.value().to_vec1::<f32>()?, [1.0]);
 /// # Ok(())
@@ -231,7 +234,9 @@ impl Optimizer {
         };
         match (broken, norm, self.on_non_finite) {
             (Some(what), Some(norm), OnNonFinite::Stop) => {
-                Err(Error::non_finite_step(self.steps, what, norm, NonFiniteOrigin::of(&losses)?))
+                let of = |(index, _): &&(usize, _)| !matches!(what, NonFinitePart::Loss(at) if at != *index);
+                let looked: Vec<&LazyTensor> = losses.iter().filter(of).map(|(_, loss)| *loss).collect();
+                Err(Error::non_finite_step(self.steps, what, norm, NonFiniteOrigin::of(&looked)?))
             }
             (Some(what), _, OnNonFinite::Skip) => {
                 Ok(StepReport { step: self.steps, lr, norm, skipped: Some(what), eval })
@@ -250,7 +255,12 @@ impl Optimizer {
 
     /// What a step changes, and the norm of the gradients if it is asked for.
     #[track_caller]
-    fn record(&self, mut grads: Gradients, losses: &[&LazyTensor], lr: f64) -> Result<(Vec<Move>, Option<Norm>)> {
+    fn record(
+        &self,
+        mut grads: Gradients,
+        losses: &[(usize, &LazyTensor)],
+        lr: f64,
+    ) -> Result<(Vec<Move>, Option<Norm>)> {
         let norm = match self.clip_norm.is_some() || self.on_non_finite != OnNonFinite::Apply {
             true => Some(Norm::record(&grads)?),
             false => None,
@@ -444,9 +454,9 @@ impl Norm {
 
     /// Whether the norm and all losses are finite.
     #[track_caller]
-    fn is_finite(&self, losses: &[&LazyTensor]) -> Result<LazyTensor> {
+    fn is_finite(&self, losses: &[(usize, &LazyTensor)]) -> Result<LazyTensor> {
         let mut all = self.all.clone();
-        for loss in losses {
+        for (_, loss) in losses {
             // 0·x is a NaN where x is no number or infinite, and a NaN is not below ∞
             let zero = loss.reshape(())?.affine(0.0, 0.0)?;
             all = all.add(&zero.to_device(all.device())?.to_dtype(all.dtype())?)?;
@@ -455,16 +465,16 @@ impl Norm {
     }
 
     /// The norm, and what is not finite: the first such gradient, or a loss.
-    fn values(&self, losses: &[&LazyTensor]) -> Result<(Option<f64>, Option<NonFinitePart>)> {
+    fn values(&self, losses: &[(usize, &LazyTensor)]) -> Result<(Option<f64>, Option<NonFinitePart>)> {
         let read = |scalar: &LazyTensor| -> Result<f64> {
             let value = scalar.eval()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
             Ok(value.reshape(())?.to_scalar::<f64>()?)
         };
         let norm = read(&self.all)?;
         if norm.is_finite() {
-            for loss in losses {
+            for (index, loss) in losses {
                 if !read(loss)?.is_finite() {
-                    return Ok((Some(norm), Some(NonFinitePart::Loss)));
+                    return Ok((Some(norm), Some(NonFinitePart::Loss(*index))));
                 }
             }
             return Ok((Some(norm), None));

@@ -62,7 +62,7 @@ impl Params {
     ///
     /// # Errors
     /// As [`candle_lazy_exec::grad()`]: where the loss does not reach a trainable parameter, the op and the line are named that cut it off.
-    /// [`Error::Params`] where a parameter has got another value since the loss was recorded.
+    /// [`Error::Params`] where a parameter is new, or has got another value, since the loss was recorded.
     #[track_caller]
     pub fn grad(&self, loss: &LazyTensor) -> Result<Gradients> {
         let values: Vec<LazyTensor> = self.trainable().map(|param| param.value()).collect();
@@ -72,7 +72,7 @@ impl Params {
         if !younger.is_empty() {
             let names = quoted(younger);
             let what =
-                "got another value after the loss was recorded, by a new optimizer, a step or a file: record it again";
+                "are new, or got another value, since the loss was recorded (an optimizer, a step and a file give one): record it again";
             return Err(Error::params(format_args!("{names} {what}")));
         }
         let gradients = grad(loss, &values.iter().collect::<Vec<_>>())?;

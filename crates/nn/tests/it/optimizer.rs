@@ -364,9 +364,22 @@ fn the_first_number_that_is_none_is_named_in_ones_own_loop() {
     let (mut skipping, params) = new(OnNonFinite::Skip);
     let loss = both(&params).add(&LazyTensor::new(f32::NAN, &Device::Cpu).unwrap()).unwrap();
     let report = step(&mut skipping, &params, &loss).unwrap();
-    assert_eq!((report.skipped, report.step), (Some(NonFinitePart::Loss), 0));
+    assert_eq!((report.skipped, report.step), (Some(NonFinitePart::Loss(0)), 0));
     assert!(report.norm.unwrap().is_finite());
     assert_eq!([value(&params, "a.bias"), value(&params, "a.weight")], before);
+    // an infinity that is meant is not what made the NaN
+    let (mut optimizer, params) = new(OnNonFinite::Stop);
+    let mask = LazyTensor::new(&[f32::NEG_INFINITY, 0.], &Device::Cpu).unwrap();
+    let masked = both(&params).reshape((1,)).unwrap().broadcast_add(&mask).unwrap().softmax(0).unwrap();
+    let (line, broken) = (line!(), masked.affine(1.0, -9.0).unwrap().log().unwrap());
+    let loss = broken.sum_all().unwrap();
+    let error = text(step(&mut optimizer, &params, &loss));
+    assert!(error.contains("loss is log of (f32 [2])") && error.contains(&format!("optimizer.rs:{line}:")), "{error}");
+    // a number beside a loss that is as it should be
+    let (loss, other) = (both(&params), LazyTensor::new(f32::NAN, &Device::Cpu).unwrap());
+    let error = text(optimizer.step(params.grad(&loss).unwrap(), &[&loss, &other]));
+    let wanted = "step 0: the loss `also[1]` is not finite (the norm of all gradients is 1.7";
+    assert!(error.starts_with(wanted) && error.contains("): give the step the loss, not detached"), "{error}");
     // a finite loss of gradients that are not
     let (mut optimizer, params) = new(OnNonFinite::Stop);
     let root = both(&params).affine(0.0, 0.0).unwrap().sqrt().unwrap();
@@ -447,6 +460,6 @@ fn a_loss_of_values_that_are_no_more_is_refused_by_name() {
     let loss = params.get("a.bias").unwrap().value().sum_all().unwrap();
     Optimizer::new(&params, Rule::AdamW(ADAM), OptimizerOptions::default()).unwrap();
     let (line, error) = (line!(), text(params.grad(&loss)));
-    let wanted = "`a.bias`, `a.weight` got another value after the loss was recorded, by a new optimizer";
+    let wanted = "`a.bias`, `a.weight` are new, or got another value, since the loss was recorded";
     assert!(error.contains(wanted) && error.contains(&format!("optimizer.rs:{line}:")), "{error}");
 }
