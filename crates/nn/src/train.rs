@@ -8,6 +8,7 @@ use crate::optim::{NonFiniteOrigin, NonFinitePart, Optimizer};
 use crate::params::Gradients;
 use crate::weights::write_whole;
 use crate::{LoraAdapter, LoraConfig, Positions};
+use candle_core::Device;
 use candle_lazy_exec::{EvalReport, LazyTensor, RandomKey};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -67,6 +68,7 @@ struct Progress {
     accumulate: usize,
     seed: u64,
     /// What no tensor of the checkpoint shows: the adapter's numbers, the base and its dtype, the rows, what the loss is.
+    #[serde(default)]
     of: String,
 }
 
@@ -152,7 +154,9 @@ impl<'a> Trainer<'a> {
         }
         let stepped = self.step_by(&parts);
         let outcome = match stepped {
-            Err(Error::NonFiniteStep { what, norm, .. }) => Err(self.explained(&parts, what, norm)?),
+            Err(Error::NonFiniteStep { what, norm, .. }) => {
+                Err(self.explained(&parts, what, norm).unwrap_or_else(|error| error))
+            }
             other => other,
         };
         self.adapter.eval();
@@ -188,7 +192,7 @@ impl<'a> Trainer<'a> {
                     total += scalar(&part.sum)?;
                     weight += part.weight;
                 }
-                let mean = LazyTensor::new(total / weight, self.model.device())?;
+                let mean = LazyTensor::new(total / weight, &Device::Cpu)?;
                 self.optimizer.step(sums.scaled(1.0 / weight)?, &[&mean])?
             }
         };
@@ -203,7 +207,7 @@ impl<'a> Trainer<'a> {
         for (number, batch) in parts {
             self.adapter.train(RandomKey::new(self.options.seed).fold_in(*number));
             let loss = self.loss(batch, &self.at, &self.options.loss)?;
-            if let found @ NonFiniteOrigin::InLoss(_) = NonFiniteOrigin::of(&[&loss.sum])? {
+            if let found @ NonFiniteOrigin::InLoss(_) = NonFiniteOrigin::of(&[&loss.sum]) {
                 return Ok(Error::non_finite_step(self.optimizer.steps(), what, norm, found));
             }
         }
@@ -288,6 +292,6 @@ impl<'a> Trainer<'a> {
 
 /// The value of a scalar.
 fn scalar(value: &candle_lazy_exec::LazyTensor) -> Result<f64> {
-    use candle_core::{DType, Device};
+    use candle_core::DType;
     Ok(value.eval()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_scalar::<f64>()?)
 }

@@ -69,8 +69,8 @@ const ALLOWED: &[(&str, &str, What)] = &[
         ]),
     ),
     ("batch", "tensor", What::Only(&["LazyTensor"])),
-    // of its spans
-    ("batch", "config", What::Only(&["TARGET"])),
+    // of its spans, and whether this thread may evaluate
+    ("batch", "config", What::Only(&["TARGET", "is_recording"])),
     // a job that was submitted
     ("batch", "future", What::Only(&["task"])),
     ("future", "run", What::Only(&["eval_all", "message_of", "refuse_while_recording"])),

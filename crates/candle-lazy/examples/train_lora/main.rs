@@ -243,19 +243,28 @@ pub(crate) fn run(
     losses.held_out.insert(0, (0, first));
     TRAINS.store(true, Ordering::Relaxed);
     let trained = train(arguments, &mut trainer, &held, interrupted, &mut losses);
+    TRAINS.store(false, Ordering::Relaxed);
     let dir = &arguments.output;
     // where it fails too: what was learned so far is not lost
-    losses.write(dir)?;
+    let kept = losses.write(dir);
+    if trained.is_err() {
+        match save(&trainer, dir) {
+            Ok(checkpoint) => say(format_args!("checkpoint in {}", checkpoint.display())),
+            Err(error) => say(format_args!("no checkpoint: {error}")),
+        }
+    }
     if !trained? {
+        kept?;
         return Err("interrupted: go on with --resume".into());
     }
+    let base = arguments.model_dir.as_ref().map(|dir| dir.display().to_string());
+    adapter.save(dir, Some(base.as_deref().unwrap_or("HuggingFaceTB/SmolLM2-135M-Instruct")))?;
+    kept?;
     let last = match losses.held_out.last() {
         Some((step, loss)) if *step == trainer.optimizer().steps() => *loss,
         _ => trainer.evaluate(&held)?,
     };
     drop(trainer);
-    let base = arguments.model_dir.as_ref().map(|dir| dir.display().to_string());
-    adapter.save(dir, Some(base.as_deref().unwrap_or("HuggingFaceTB/SmolLM2-135M-Instruct")))?;
     writeln!(out, "loss {}", curve::text(&losses.trained.iter().map(|(_, loss)| *loss).collect::<Vec<_>>(), 60))?;
     let after = answers(&model, &tokenizer, &arguments.ask)?;
     let mut asked = Vec::new();
@@ -327,14 +336,7 @@ fn train(
             say(format_args!("checkpoint in {}", save(trainer, &arguments.output)?.display()));
             return Ok(false);
         }
-        let step = match trainer.step() {
-            Ok(step) => step,
-            Err(error) => {
-                bar.finish();
-                say(format_args!("checkpoint in {}", save(trainer, &arguments.output)?.display()));
-                return Err(error.into());
-            }
-        };
+        let step = trainer.step()?;
         positions += step.positions;
         if let Some(what) = &step.skipped {
             say(format_args!("step skipped: {what} is not finite"));

@@ -3,7 +3,7 @@
 use super::inbox::{Drawn, Entering, Inbox, Shutdown, SubmitOptions, Ticket};
 use super::window::Window;
 use super::BatchStats;
-use crate::config::TARGET;
+use crate::config::{is_recording, TARGET};
 use crate::error::{Error, Result};
 use crate::run::{eval_group, eval_small, in_group, is_small, message_of, refuse_while_recording, Request, Values};
 use crate::tensor::LazyTensor;
@@ -44,6 +44,7 @@ pub struct BatchExecutor(Arc<Running>);
 
 struct Running {
     line: Line,
+    window: Window,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -63,7 +64,7 @@ impl Drop for Running {
 const STACK: usize = 8 << 20;
 
 fn work(line: &Line, window: &Window) {
-    while let Some(drawn) = line.draw(window) {
+    while let Some(drawn) = line.draw_at_leisure(window) {
         let (begin, count) = (Instant::now(), drawn.len());
         let span = debug_span!(target: TARGET, "batch", requests = count).entered();
         let merged = serve(drawn);
@@ -111,8 +112,12 @@ fn serve(drawn: Vec<Drawn<Request, Values>>) -> usize {
 const TURN: usize = 16;
 
 /// Serves what waits in a line, on this thread, if all of it is small; whether there was anything.
-fn serve_small(line: &Line) -> bool {
-    let drawn = line.try_draw_small(TURN, is_small);
+fn serve_small(line: &Line, window: &Window) -> bool {
+    // a function that is being recorded evaluates nothing on its thread
+    if is_recording() {
+        return false;
+    }
+    let drawn = line.try_draw_small(window, TURN, is_small);
     let (begin, count) = (Instant::now(), drawn.len());
     for mut one in drawn {
         // what it held is the user's to drop, and a waker is the asker's code
@@ -147,7 +152,7 @@ impl BatchExecutor {
         let (drawn, window) = (line.clone(), options.window);
         let thread = std::thread::Builder::new().name("candle-lazy-batch".into()).stack_size(STACK);
         let thread = thread.spawn(move || work(&drawn, &window))?;
-        Ok(Self(Arc::new(Running { line, thread: Mutex::new(Some(thread)) })))
+        Ok(Self(Arc::new(Running { line, window, thread: Mutex::new(Some(thread)) })))
     }
 
     /// Asks for the value of `tensor`. Sleeps while the line is full. Where requests take a few microseconds, which is less than handing them
@@ -177,9 +182,12 @@ impl BatchExecutor {
         if in_group() {
             return self.try_submit_all(tensors, how);
         }
-        let submission = SubmissionAll(self.0.line.submit(request(tensors), how)?);
-        if self.0.line.len() >= TURN {
-            serve_small(&self.0.line);
+        let request = request(tensors);
+        let small = is_small(&request);
+        let submission = SubmissionAll { ticket: self.0.line.submit(request, how)?, window: self.0.window };
+        self.came(small);
+        if small && self.0.line.len() >= TURN {
+            serve_small(&self.0.line, &self.0.window);
         }
         Ok(submission)
     }
@@ -190,7 +198,11 @@ impl BatchExecutor {
     /// As [`BatchExecutor::try_submit`].
     pub fn try_submit_all(&self, tensors: &[&LazyTensor], how: &SubmitOptions) -> Result<SubmissionAll> {
         refuse_while_recording(tensors)?;
-        Ok(SubmissionAll(self.0.line.try_submit(request(tensors), how)?))
+        let request = request(tensors);
+        let small = is_small(&request);
+        let submission = SubmissionAll { ticket: self.0.line.try_submit(request, how)?, window: self.0.window };
+        self.came(small);
+        Ok(submission)
     }
 
     /// As [`BatchExecutor::submit_all`], with a future that waits for room: for any runtime. Dropped, it asks for nothing.
@@ -199,9 +211,16 @@ impl BatchExecutor {
     /// The future's: as [`BatchExecutor::submit_all`].
     pub fn submit_async(&self, tensors: &[&LazyTensor], how: &SubmitOptions) -> Submitting {
         Submitting(match refuse_while_recording(tensors) {
-            Ok(()) => Ok(self.0.line.submit_async(request(tensors), how)),
+            Ok(()) => Ok((self.0.line.submit_async(request(tensors), how), self.0.window)),
             Err(error) => Err(Some(error)),
         })
+    }
+
+    /// A request came: its own thread is not to take its time over one that nobody else serves.
+    fn came(&self, small: bool) {
+        if !small {
+            self.0.line.hurry();
+        }
     }
 
     /// What went through since it was made.
@@ -211,7 +230,7 @@ impl BatchExecutor {
     }
 
     /// Lets no request in any more, for any of its clones, and returns when its thread has ended: once those that wait have been served,
-    /// or were told that they are not.
+    /// or were told that they are not. Small requests that a caller's thread serves just then are answered by that thread.
     pub fn shutdown(&self, how: Shutdown) {
         self.0.line.close(how);
         let thread = self.0.thread.lock().take();
@@ -232,7 +251,11 @@ fn request(tensors: &[&LazyTensor]) -> Request {
 /// Dropping it cancels what has not begun, and frees what it held.
 #[must_use = "a request that is dropped before it has begun never begins"]
 #[derive(Debug)]
-pub struct SubmissionAll(Ticket<Request, Values>);
+pub struct SubmissionAll {
+    ticket: Ticket<Request, Values>,
+    /// The executor's.
+    window: Window,
+}
 
 /// A request for one tensor; made by [`BatchExecutor::submit`]. As [`SubmissionAll`].
 #[must_use = "a request that is dropped before it has begun never begins"]
@@ -255,11 +278,11 @@ impl SubmissionAll {
         }
         // to hand a small request to another thread takes longer than to do it
         loop {
-            if let Some(result) = self.0.ready_now() {
+            if let Some(result) = self.ticket.ready_now() {
                 return result;
             }
-            if !(self.0.is_waiting() && serve_small(self.0.inbox())) {
-                return self.0.wait();
+            if !(self.ticket.is_waiting() && serve_small(self.ticket.inbox(), &self.window)) {
+                return self.ticket.wait();
             }
         }
     }
@@ -267,7 +290,7 @@ impl SubmissionAll {
     fn poll_values(&mut self, context: &mut Context<'_>) -> Poll<Result<Values>> {
         match self.here() {
             Some(result) => Poll::Ready(result),
-            None => Pin::new(&mut self.0).poll(context),
+            None => Pin::new(&mut self.ticket).poll(context),
         }
     }
 
@@ -276,8 +299,8 @@ impl SubmissionAll {
         if !in_group() {
             return None;
         }
-        let Some(job) = self.0.take_back() else {
-            return self.0.ready_now().or_else(|| {
+        let Some(job) = self.ticket.take_back() else {
+            return self.ticket.ready_now().or_else(|| {
                 Some(Err(Error::msg("an op that is being evaluated waits for a request of the same batch")))
             });
         };
@@ -320,7 +343,7 @@ impl Future for Submission {
 /// A request on its way in; made by [`BatchExecutor::submit_async`].
 #[must_use = "a request that is not polled is not let in"]
 #[derive(Debug)]
-pub struct Submitting(std::result::Result<Entering<Request, Values>, Option<Error>>);
+pub struct Submitting(std::result::Result<(Entering<Request, Values>, Window), Option<Error>>);
 
 impl Future for Submitting {
     type Output = Result<SubmissionAll>;
@@ -328,7 +351,10 @@ impl Future for Submitting {
     /// Ready once; an error after that.
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         match &mut self.get_mut().0 {
-            Ok(entering) => Pin::new(entering).poll(context).map(|ticket| Ok(SubmissionAll(ticket?))),
+            Ok((entering, window)) => {
+                let window = *window;
+                Pin::new(entering).poll(context).map(|ticket| Ok(SubmissionAll { ticket: ticket?, window }))
+            }
             Err(error) => {
                 let after = || Error::msg("a submission was polled after it had given its ticket");
                 Poll::Ready(Err(error.take().unwrap_or_else(after)))
@@ -393,11 +419,58 @@ mod tests {
         let large = x.softmax(0).and_then(|y| y.sum_keepdim(0)).unwrap();
         let (large, one) = (executor.submit(&large).unwrap(), executor.submit(&ones[0]).unwrap());
         as_if_small(&executor);
-        assert!(!serve_small(&executor.0.line));
+        assert!(!serve_small(&executor.0.line, &Window::default()));
         assert_eq!(executor.stats().queued, 2);
         go.send(()).unwrap();
         assert_eq!(slow.wait().unwrap().to_vec1::<f32>().unwrap(), [1., 2., 3.]);
         assert_eq!((large.wait().unwrap().dims(), one.wait().unwrap().dims()), (&[1][..], &[3][..]));
+    }
+
+    #[test]
+    fn nobody_is_served_by_a_function_that_is_being_recorded() {
+        let executor = BatchExecutor::new().unwrap();
+        let x = LazyTensor::new(&[1f32, 2., 3.], &Device::Cpu).unwrap();
+        as_if_small(&executor);
+        let other = executor.submit(&x.affine(3.0, 0.0).unwrap()).unwrap();
+        let mine = executor.submit(&x.affine(2.0, 0.0).unwrap()).unwrap();
+        let mine = Mutex::new(Some(mine));
+        let twice = crate::compile(|inputs: &[LazyTensor]| -> Result<Vec<LazyTensor>> {
+            as_if_small(&executor);
+            if let Some(mine) = mine.lock().take() {
+                assert!(!serve_small(&executor.0.line, &Window::default()));
+                assert_eq!(mine.wait()?.to_vec1::<f32>()?, [2., 4., 6.]);
+            }
+            Ok(vec![inputs[0].affine(2.0, 0.0)?])
+        });
+        let values = twice.call(&[&x]).unwrap();
+        assert_eq!(values[0].eval().unwrap().to_vec1::<f32>().unwrap(), [2., 4., 6.]);
+        assert_eq!(other.wait().unwrap().to_vec1::<f32>().unwrap(), [3., 6., 9.]);
+    }
+
+    #[test]
+    fn what_takes_long_or_is_looked_for_by_a_waker_is_not_small() {
+        let of = |dims: &[usize]| {
+            LazyTensor::from(candle_core::Tensor::ones(dims, candle_core::DType::F32, &Device::Cpu).unwrap())
+        };
+        let (row, wide, tall) = (of(&[1, 64]), of(&[64, 4096]), of(&[4096, 64]));
+        let small = |y: &LazyTensor| is_small(&request(&[y]));
+        assert!(small(&row.softmax(1).unwrap()) && small(&row.exp().unwrap()));
+        assert!(!small(&wide.softmax(1).unwrap()) && !small(&wide.exp().unwrap()));
+        assert!(!small(&row.lora(&wide, &tall, 1.0).unwrap()), "few results of much");
+        assert!(!small(&row.softmax(1).unwrap().exp().unwrap()));
+        // one who polls is woken by the executor's thread, not by whoever happens to wait
+        let executor = BatchExecutor::new().unwrap();
+        let ((runs, started), (go, end)) = (channel(), channel());
+        let slow = row.custom_op1(Slow { runs, end: Mutex::new(end) }, (1, 64), candle_core::DType::F32).unwrap();
+        let slow = executor.submit(&slow).unwrap();
+        started.recv().unwrap();
+        let mut polled = executor.submit(&row.exp().unwrap()).unwrap();
+        as_if_small(&executor);
+        let mut context = Context::from_waker(std::task::Waker::noop());
+        assert!(Pin::new(&mut polled).poll(&mut context).is_pending());
+        assert!(!serve_small(&executor.0.line, &Window::default()));
+        go.send(()).unwrap();
+        assert!(slow.wait().is_ok() && polled.wait().is_ok());
     }
 
     #[test]

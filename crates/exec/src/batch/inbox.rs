@@ -3,7 +3,7 @@
 use super::line::{Line, Place, Refused, Started};
 use super::stats::Counters;
 use super::task::{Asker, Task};
-use super::window::{Pace, Window};
+use super::window::{MaxWait, Pace, Window};
 use super::BatchStats;
 use crate::error::{Error, QueueError, Result};
 use std::future::Future;
@@ -168,8 +168,17 @@ impl<J, T> Inbox<J, T> {
     /// One thread at a time is meant to draw. Between two draws it serves what it drew, which is how adaptive waiting knows how long that
     /// takes.
     pub fn draw(&self, window: &Window) -> Option<Vec<Drawn<J, T>>> {
+        self.draw_by(window, false)
+    }
+
+    /// The same where small jobs are served by who asks for them: for those it takes its time, until somebody hurries.
+    pub(super) fn draw_at_leisure(&self, window: &Window) -> Option<Vec<Drawn<J, T>>> {
+        self.draw_by(window, true)
+    }
+
+    fn draw_by(&self, window: &Window, leisure: bool) -> Option<Vec<Drawn<J, T>>> {
         loop {
-            let more = |waiting, since| self.0.pace.more(window, waiting, since);
+            let more = |waiting, since| self.0.pace.more(window, leisure, waiting, since);
             let drawn = self.begin(self.0.line.draw(window.max_batch, more)?);
             if !drawn.is_empty() {
                 return Some(drawn);
@@ -180,16 +189,21 @@ impl<J, T> Inbox<J, T> {
     /// Takes what waits now, at most `most`.
     #[must_use]
     pub fn try_draw(&self, most: usize) -> Vec<Drawn<J, T>> {
-        self.begin(self.0.line.try_draw(most, |_| true))
+        self.begin(self.0.line.try_draw(most))
     }
 
-    /// The same of jobs that fit, up to the first that does not, where jobs take so little that who waits for one does it. `fits` is asked
-    /// under locks.
-    pub(super) fn try_draw_small(&self, most: usize, fits: impl Fn(&J) -> bool) -> Vec<Drawn<J, T>> {
-        match self.0.pace.is_small() {
-            true => self.begin(self.0.line.try_draw(most, fits)),
+    /// The same of jobs that fit, up to the first that does not or that a waker looks for, where jobs take so little that who waits for one
+    /// does it. `fits` is asked under locks.
+    pub(super) fn try_draw_small(&self, window: &Window, most: usize, fits: impl Fn(&J) -> bool) -> Vec<Drawn<J, T>> {
+        match window.max_wait == MaxWait::Adaptive && self.0.pace.is_small() {
+            true => self.begin(self.0.line.try_draw_unwatched(most.min(window.max_batch.max(1)), fits)),
             false => Vec::new(),
         }
+    }
+
+    /// Somebody waits: a drawer at leisure comes.
+    pub(super) fn hurry(&self) {
+        self.0.line.hurry();
     }
 
     /// Tells adaptive waiting that a batch of `drawn` jobs took `run`.

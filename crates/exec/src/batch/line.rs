@@ -13,6 +13,7 @@ use super::task::{held, Task};
 use candle_lazy_graph::FastMap;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::task::Waker;
 use std::time::Instant;
 
@@ -39,7 +40,7 @@ pub(super) struct Wanted {
     pub(super) enough: usize,
     /// or until then,
     pub(super) until: Instant,
-    /// or until somebody waits for an answer.
+    /// or until somebody waits for an answer or has a deadline.
     pub(super) leisurely: bool,
 }
 
@@ -236,6 +237,7 @@ impl<J, T> Line<J, T> {
         let (dead, freed) = {
             let mut state = held(self.state.lock());
             state.live = state.live.saturating_sub(1);
+            state.hurried &= state.live > 0;
             (state.sweep(), state.freed())
         };
         drop(dead);
@@ -279,7 +281,7 @@ impl<J, T> Line<J, T> {
             let since = state.waiting.peek().map_or_else(Instant::now, |Reverse(entry)| entry.arrived);
             let wanted = if state.live < most { more(state.live, since) } else { None };
             let state = self.wait_for(state, wanted);
-            let started = self.take(state, most, |_| true);
+            let started = self.take(state, most, |_| false);
             if !started.is_empty() {
                 return Some(started);
             }
@@ -296,7 +298,7 @@ impl<J, T> Line<J, T> {
     ) -> MutexGuard<'a, State<J, T>> {
         let Some(Wanted { enough, until, leisurely }) = wanted else { return state };
         let enough = enough.min(self.capacity);
-        while state.live < enough && !state.closed && !(leisurely && state.hurried) {
+        while state.live < enough && !state.closed && !(leisurely && (state.hurried || state.nearest.is_some())) {
             let end = state.nearest.map_or(until, |nearest| nearest.min(until));
             if Instant::now() >= end {
                 break;
@@ -308,22 +310,26 @@ impl<J, T> Line<J, T> {
         state
     }
 
-    /// Takes what waits now, at most `most`, and nothing from the first on that does not fit: that is asked under locks.
-    pub(super) fn try_draw(&self, most: usize, fits: impl Fn(&J) -> bool) -> Vec<Started<J, T>> {
-        self.take(held(self.state.lock()), most, fits)
+    /// Takes what waits now, at most `most`.
+    pub(super) fn try_draw(&self, most: usize) -> Vec<Started<J, T>> {
+        self.take(held(self.state.lock()), most, |_| false)
+    }
+
+    /// The same, and nothing from the first on that does not fit or that a waker looks for: `fits` is asked under locks.
+    pub(super) fn try_draw_unwatched(&self, most: usize, fits: impl Fn(&J) -> bool) -> Vec<Started<J, T>> {
+        self.take(held(self.state.lock()), most, |task| task.is_watched_or(|job| !fits(job)))
     }
 
     fn take(
         &self,
         mut state: MutexGuard<'_, State<J, T>>,
         most: usize,
-        fits: impl Fn(&J) -> bool,
+        stays: impl Fn(&Task<J, T>) -> bool,
     ) -> Vec<Started<J, T>> {
         let mut started = Vec::with_capacity(most.min(state.live));
         let now = state.nearest.map(|_| Instant::now());
         while started.len() < most {
-            let stays = |entry: &Entry<J, T>| entry.task.waits_and(|job| !fits(job));
-            if state.waiting.peek().is_none_or(|Reverse(entry)| stays(entry)) {
+            if state.waiting.peek().is_none_or(|Reverse(entry)| stays(&entry.task)) {
                 break;
             }
             let Some(Reverse(entry)) = state.waiting.pop() else { break };
@@ -350,7 +356,7 @@ impl<J, T> Line<J, T> {
         state.closed = true;
         let freed = state.freed();
         let waiting = if cancel {
-            self.take(state, usize::MAX, |_| true)
+            self.take(state, usize::MAX, |_| false)
         } else {
             drop(state);
             Vec::new()
@@ -365,7 +371,8 @@ impl<J, T> Line<J, T> {
             self.room.notify_all();
         }
         for waker in wakers {
-            waker.wake();
+            // the asker's code; what was drawn on the way is not to be lost by it
+            let _ = catch_unwind(AssertUnwindSafe(|| waker.wake()));
         }
     }
 }

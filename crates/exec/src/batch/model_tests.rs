@@ -107,7 +107,7 @@ fn a_drawer_at_leisure_comes_when_somebody_waits_and_leaves_alone_what_others_dr
         };
         // this one serves itself, unless it was drawn on the way
         let mine = line.push(1, place()).ok().unwrap();
-        let drawn = line.try_draw(1, |&job| job == 1);
+        let drawn = line.try_draw_unwatched(1, |&job| job == 1);
         for started in &drawn {
             assert_eq!(started.job, 1);
             if started.task.end(10).asleep {
@@ -165,7 +165,7 @@ fn who_knocks_is_woken_when_there_is_room_or_the_line_is_closed() {
                 let line = line.clone();
                 thread::spawn(move || match close {
                     true => assert_eq!(line.close(true).len(), 1),
-                    false => assert_eq!(line.try_draw(1, |_| true).len(), 1),
+                    false => assert_eq!(line.try_draw(1).len(), 1),
                 })
             };
             let bell = std::sync::Arc::new(Bell { rung: Mutex::new(false), heard: Condvar::new() });

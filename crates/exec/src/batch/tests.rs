@@ -159,12 +159,17 @@ fn what_fits_is_drawn_up_to_the_first_that_does_not() {
     let inbox = Jobs::new(10);
     let tickets: Vec<_> = [2, 4, 5, 6].map(|i| inbox.submit(i, &SubmitOptions::default()).unwrap()).into();
     let draw = || -> Vec<u32> {
-        inbox.try_draw_small(3, |job| job % 2 == 0).iter_mut().map(|one| one.take_job().unwrap()).collect()
+        inbox
+            .try_draw_small(&Window::default(), 3, |job| job % 2 == 0)
+            .iter_mut()
+            .map(|one| one.take_job().unwrap())
+            .collect()
     };
     assert!(draw().is_empty(), "nobody knows yet how long they take");
     inbox.ran(1, Duration::from_micros(1));
     assert_eq!(draw(), [2, 4]);
     assert!(draw().is_empty());
+    assert!(inbox.try_draw_small(&NOW, 3, |_| true).is_empty(), "a window that was asked for is kept");
     assert_eq!(order(&inbox), [5, 6]);
     drop(tickets);
 }

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 pub enum MaxWait {
     /// As long as it pays: not at all while one caller at a time asks, since whatever arrives while a batch runs is the next one anyway;
     /// where several have asked at once, until as many (at most 16) have come again, for at most an eighth of the time that a batch takes,
-    /// never more than a millisecond, nor less than 20 µs, so that small requests are not called for one by one. Requests of a few
-    /// microseconds, which cost less than handing them to another thread, wait for who asks for their answer first, at most a millisecond.
+    /// never more than a millisecond, nor less than 20 µs, so that small requests are not called for one by one. A
+    /// [`BatchExecutor`](super::BatchExecutor) leaves requests of a few microseconds, which cost less than handing them to another thread, to
+    /// who asks for their answer, for a millisecond at most.
     #[default]
     Adaptive,
     /// So long, counted from the arrival of the first. Zero takes what is there.
@@ -62,12 +63,13 @@ struct Seen {
 
 impl Pace {
     /// For how many a batch waits that has `waiting` requests, the first since `since`, and until when.
-    pub(super) fn more(&self, window: &Window, waiting: usize, since: Instant) -> Option<Wanted> {
+    /// Where `leisure` is allowed, small requests are left to who asks for them.
+    pub(super) fn more(&self, window: &Window, leisure: bool, waiting: usize, since: Instant) -> Option<Wanted> {
         let (enough, wait, leisurely) = match window.max_wait {
             // the time begins with the first
             MaxWait::Fixed(_) if waiting == 0 => return None,
             MaxWait::Fixed(wait) => (window.max_batch, wait, false),
-            MaxWait::Adaptive if self.is_small() => (usize::MAX, LONGEST, true),
+            MaxWait::Adaptive if leisure && self.is_small() => (window.max_batch, LONGEST, true),
             // more than were there lately would not come
             MaxWait::Adaptive => {
                 let seen = self.0.lock();
@@ -110,23 +112,28 @@ mod tests {
         let (pace, window) = (Pace::default(), Window::default());
         let now = Instant::now() + Duration::from_secs(1);
         let ms = Duration::from_millis(4);
-        assert_eq!(pace.more(&window, 1, now), None, "nothing was seen");
+        assert_eq!(pace.more(&window, false, 1, now), None, "nothing was seen");
         pace.ran(1, 0, ms);
-        assert_eq!(pace.more(&window, 1, now), None, "one at a time");
+        assert_eq!(pace.more(&window, false, 1, now), None, "one at a time");
         pace.ran(1, 1, ms);
         assert!(
-            pace.more(&window, 1, now).is_some_and(|w| w.enough == 2 && w.until <= now + LONGEST && !w.leisurely),
+            pace.more(&window, false, 1, now)
+                .is_some_and(|w| w.enough == 2 && w.until <= now + LONGEST && !w.leisurely),
             "two were there"
         );
-        assert_eq!(pace.more(&window, 2, now), None, "both are there again");
+        assert_eq!(pace.more(&window, false, 2, now), None, "both are there again");
         assert!(
-            pace.more(&window, 0, now).is_some_and(|w| w.enough == 2 && w.until == now + NAP),
+            pace.more(&window, false, 0, now).is_some_and(|w| w.enough == 2 && w.until == now + NAP),
             "they may come together"
         );
         for _ in 0..3 {
             pace.ran(1, 0, ms);
         }
-        assert_eq!((pace.more(&window, 1, now), pace.more(&window, 0, now)), (None, None), "one at a time again");
+        assert_eq!(
+            (pace.more(&window, false, 1, now), pace.more(&window, false, 0, now)),
+            (None, None),
+            "one at a time again"
+        );
     }
 
     #[test]
@@ -135,9 +142,10 @@ mod tests {
         assert!(!pace.is_small(), "nothing was seen");
         pace.ran(16, 0, SMALL * 8);
         let now = Instant::now() + Duration::from_secs(1);
-        let wanted = Wanted { enough: usize::MAX, until: now + LONGEST, leisurely: true };
+        let wanted = Wanted { enough: window.max_batch, until: now + LONGEST, leisurely: true };
         assert!(pace.is_small());
-        assert_eq!((pace.more(&window, 0, now), pace.more(&window, 1, now)), (Some(wanted), Some(wanted)));
+        assert_eq!((pace.more(&window, true, 0, now), pace.more(&window, true, 1, now)), (Some(wanted), Some(wanted)));
+        assert!(pace.more(&window, false, 1, now).is_some_and(|w| !w.leisurely));
         for _ in 0..3 {
             pace.ran(1, 0, SMALL * 2);
         }
@@ -150,9 +158,9 @@ mod tests {
         let window = Window { max_batch: 3, max_wait: MaxWait::Fixed(Duration::from_secs(5)) };
         let arrived = Instant::now();
         let wanted = Wanted { enough: 3, until: arrived + Duration::from_secs(5), leisurely: false };
-        assert_eq!(pace.more(&window, 1, arrived), Some(wanted));
-        assert_eq!((pace.more(&window, 3, arrived), pace.more(&window, 0, arrived)), (None, None));
+        assert_eq!(pace.more(&window, false, 1, arrived), Some(wanted));
+        assert_eq!((pace.more(&window, false, 3, arrived), pace.more(&window, false, 0, arrived)), (None, None));
         let zero = Window { max_wait: MaxWait::Fixed(Duration::ZERO), ..window };
-        assert_eq!(pace.more(&zero, 1, arrived), None);
+        assert_eq!(pace.more(&zero, false, 1, arrived), None);
     }
 }

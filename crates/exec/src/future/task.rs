@@ -64,13 +64,14 @@ impl<J, T> Task<J, T> {
     }
 
     pub(crate) fn is_waiting(&self) -> bool {
-        self.waits_and(|_| true)
+        matches!(held(self.cell.lock()).stage, Stage::Waiting(_))
     }
 
-    /// Whether the job waits, and `f` says so of it. It must neither run, drop nor wake anything.
-    pub(crate) fn waits_and(&self, f: impl FnOnce(&J) -> bool) -> bool {
-        match &held(self.cell.lock()).stage {
-            Stage::Waiting(job) => f(job),
+    /// Whether the job waits, and somebody is to be woken for it, or `f` says so of it. It must neither run, drop nor wake anything.
+    pub(crate) fn is_watched_or(&self, f: impl FnOnce(&J) -> bool) -> bool {
+        let cell = held(self.cell.lock());
+        match &cell.stage {
+            Stage::Waiting(job) => cell.waker.is_some() || f(job),
             Stage::Running | Stage::Ended(_) | Stage::Over => false,
         }
     }

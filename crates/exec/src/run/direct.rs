@@ -57,11 +57,19 @@ impl Function {
     }
 }
 
-/// Whether [`eval_direct`] takes the node, as far as can be seen without a lock: one pending op of few elements, or what looks like it.
+/// The inputs of a small op have no more elements together.
+const MOST_READ: usize = 1 << 16;
+
+/// Whether [`eval_direct`] takes the node, as far as can be seen at a glance, and needs microseconds for it: one pending op that reads and
+/// writes little.
 pub(crate) fn is_direct(node: &Node) -> bool {
     let plain = node.dtype() == DType::F32 && !node.tracked() && matches!(node.device(), Device::Cpu);
+    let little = || {
+        let read = node.with_inputs(|inputs| inputs.iter().map(|input| input.shape().elem_count()).sum::<usize>());
+        node.shape().elem_count() <= MOST && read.is_none_or(|read| read <= MOST_READ)
+    };
     let known = || node.recorded().is_some_and(|(op, params)| Function::of(node, op, params).is_some());
-    plain && node.pending_estimate().0 <= 1 && known()
+    plain && node.pending_estimate().0 <= 1 && little() && known()
 }
 
 /// The value of a pending node that is one op of f32 on ready, untracked tensors on the CPU: an elementwise one (of tensors of its own

@@ -349,18 +349,19 @@ impl CausalLm {
         (0..self.blocks.len()).flat_map(of_block).collect()
     }
 
-    /// A number that models of other weights do not have, but by chance: of the first rows of the embeddings and of each linear map.
+    /// A number that models of other weights hardly share: of the first rows of the embeddings, of each linear map and of the head.
     pub(crate) fn fingerprint(&self) -> Result<u64> {
         let maps = self.blocks.iter().flat_map(DecoderBlock::projections).map(|map| map.base().weight());
         let mut rows = Vec::new();
-        for weight in std::iter::once(self.embed.embeddings()).chain(maps) {
+        for weight in [self.embed.embeddings(), self.head.weight()].into_iter().chain(maps) {
             if !weight.node().is_quantized() && weight.elem_count() > 0 {
-                rows.push(weight.narrow(0, 0, 1)?.to_dtype(DType::F64)?.detach());
+                rows.push(weight.narrow(0, 0, 1)?.detach());
             }
         }
         let mut print = Fingerprint::default();
         for row in eval_all(&rows.iter().collect::<Vec<_>>())? {
-            let numbers = row.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f64>()?;
+            // not every device has every dtype
+            let numbers = row.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
             numbers.into_iter().for_each(|x| print.add(x.to_bits()));
         }
         Ok(print.value())

@@ -1,6 +1,5 @@
 //! Steps whose numbers are none.
 
-use crate::error::Result;
 use candle_lazy_exec::{first_nan, first_nonfinite, LazyTensor, NonFinite};
 use std::fmt;
 
@@ -10,16 +9,15 @@ use std::fmt;
 pub enum NonFinitePart {
     /// The gradient of the parameter of this name, and of no parameter before it.
     Gradient(String),
-    /// A loss, though every gradient is finite: its index among what the step was given to evaluate along.
-    Loss(usize),
+    /// The loss, though every gradient is finite.
+    Loss,
 }
 
 impl fmt::Display for NonFinitePart {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Gradient(name) => write!(f, "the gradient of `{name}`"),
-            Self::Loss(0) => f.write_str("the loss"),
-            Self::Loss(index) => write!(f, "the loss `also[{index}]`"),
+            Self::Loss => f.write_str("the loss"),
         }
     }
 }
@@ -51,21 +49,26 @@ impl fmt::Display for NonFiniteOrigin {
 impl NonFiniteOrigin {
     /// In the losses that keep what they were made of, whether evaluated or not: the first NaN, where there is one, since an infinity may
     /// be meant, as a mask's is.
-    pub(crate) fn of(losses: &[&LazyTensor]) -> Result<Self> {
+    ///
+    /// Unknown too where it cannot be computed again: that is not to hide what is to be told.
+    pub(crate) fn of(losses: &[&LazyTensor]) -> Self {
         let traced: Vec<&LazyTensor> = losses.iter().copied().filter(|loss| loss.is_traced()).collect();
         if traced.is_empty() {
-            return Ok(Self::Unknown);
+            return Self::Unknown;
         }
-        let first = match first_nan(&traced)? {
-            Some(first) => Some(first),
-            None => first_nonfinite(&traced)?,
+        let first = match first_nan(&traced) {
+            Ok(None) => first_nonfinite(&traced),
+            other => other,
         };
-        Ok(first.map_or(Self::InBackward, |first| Self::InLoss(Box::new(first))))
+        match first {
+            Ok(Some(first)) => Self::InLoss(Box::new(first)),
+            Ok(None) => Self::InBackward,
+            Err(_) => Self::Unknown,
+        }
     }
 }
 
-/// The scalars of floats among what a step evaluates along: its losses, with their indices.
-pub(super) fn losses<'a>(also: &[&'a LazyTensor]) -> Vec<(usize, &'a LazyTensor)> {
-    let is_loss = |value: &LazyTensor| value.dtype().is_float() && value.elem_count() == 1;
-    also.iter().copied().enumerate().filter(|(_, value)| is_loss(value)).collect()
+/// The first of what a step evaluates along, where it is a scalar of floats: the loss.
+pub(super) fn loss<'a>(also: &[&'a LazyTensor]) -> Option<&'a LazyTensor> {
+    also.first().copied().filter(|value| value.dtype().is_float() && value.elem_count() == 1)
 }

@@ -29,7 +29,7 @@ impl ParamGroup {
     }
 }
 
-/// What a step does where the gradients' norm or a loss is NaN or infinite.
+/// What a step does where the gradients' norm or the loss is NaN or infinite.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum OnNonFinite {
     /// It is an error; everything is as before the step.
@@ -49,7 +49,7 @@ pub struct OptimizerOptions {
     /// The largest norm of all gradients together; larger ones are scaled by max/(norm + 1e-6), as PyTorch's `clip_grad_norm_` does
     /// (Pascanu et al. 2013, arXiv:1211.5063).
     pub clip_norm: Option<f64>,
-    /// What happens where a gradient or a loss is not finite.
+    /// What happens where a gradient or the loss is not finite.
     pub on_non_finite: OnNonFinite,
     /// The learning rate by the steps taken, instead of the rule's.
     pub schedule: Option<LrSchedule>,
@@ -204,8 +204,8 @@ impl Optimizer {
         }
     }
 
-    /// One step. `also` is evaluated with it, as part of the same plan: the loss. A scalar of floats among it is taken for a loss: where one
-    /// is not finite, that is as if a gradient were not, whatever the gradients are.
+    /// One step. `also` is evaluated with it, as part of the same plan: the loss. Where the first of it is a scalar of floats, it is taken for the loss
+    /// of these gradients: where it is not finite, that is as if a gradient were not.
     ///
     /// Handles on gradients that the caller still has are computed and kept; without them the gradients' memory is free as soon as it was
     /// used.
@@ -223,20 +223,19 @@ impl Optimizer {
         // all of it is evaluated below, as one plan; and the new values are no functions of the old ones that gradients pass, which may
         // then be written over
         let (unbounded, constant) = (without_pending_budget(), without_grad());
-        let losses = non_finite::losses(also);
-        let (moves, norm) = self.record(grads, &losses, lr)?;
+        let loss = non_finite::loss(also);
+        let (moves, norm) = self.record(grads, loss, lr)?;
         drop((constant, unbounded));
         let moved: Vec<usize> = moves.iter().map(|change| change.at).collect();
         let eval = self.run(moves, norm.as_ref(), also)?;
         let (norm, broken) = match &norm {
-            Some(norm) => norm.values(&losses)?,
+            Some(norm) => norm.values(loss)?,
             None => (None, None),
         };
         match (broken, norm, self.on_non_finite) {
             (Some(what), Some(norm), OnNonFinite::Stop) => {
-                let of = |(index, _): &&(usize, _)| !matches!(what, NonFinitePart::Loss(at) if at != *index);
-                let looked: Vec<&LazyTensor> = losses.iter().filter(of).map(|(_, loss)| *loss).collect();
-                Err(Error::non_finite_step(self.steps, what, norm, NonFiniteOrigin::of(&looked)?))
+                let origin = NonFiniteOrigin::of(loss.as_slice());
+                Err(Error::non_finite_step(self.steps, what, norm, origin))
             }
             (Some(what), _, OnNonFinite::Skip) => {
                 Ok(StepReport { step: self.steps, lr, norm, skipped: Some(what), eval })
@@ -255,12 +254,7 @@ impl Optimizer {
 
     /// What a step changes, and the norm of the gradients if it is asked for.
     #[track_caller]
-    fn record(
-        &self,
-        mut grads: Gradients,
-        losses: &[(usize, &LazyTensor)],
-        lr: f64,
-    ) -> Result<(Vec<Move>, Option<Norm>)> {
+    fn record(&self, mut grads: Gradients, loss: Option<&LazyTensor>, lr: f64) -> Result<(Vec<Move>, Option<Norm>)> {
         let norm = match self.clip_norm.is_some() || self.on_non_finite != OnNonFinite::Apply {
             true => Some(Norm::record(&grads)?),
             false => None,
@@ -270,7 +264,7 @@ impl Optimizer {
             _ => None,
         };
         let finite = match &norm {
-            Some(norm) if self.on_non_finite != OnNonFinite::Apply => Some(norm.is_finite(losses)?),
+            Some(norm) if self.on_non_finite != OnNonFinite::Apply => Some(norm.is_finite(loss)?),
             _ => None,
         };
         let mut moves = Vec::new();
@@ -452,29 +446,29 @@ impl Norm {
         Ok(self.all.affine(1.0, clip::EPSILON)?.recip()?.affine(largest, 0.0)?.minimum(1.0)?)
     }
 
-    /// Whether the norm and all losses are finite.
+    /// Whether the norm and the loss are finite.
     #[track_caller]
-    fn is_finite(&self, losses: &[(usize, &LazyTensor)]) -> Result<LazyTensor> {
+    fn is_finite(&self, loss: Option<&LazyTensor>) -> Result<LazyTensor> {
         let mut all = self.all.clone();
-        for (_, loss) in losses {
-            // 0·x is a NaN where x is no number or infinite, and a NaN is not below ∞
+        if let Some(loss) = loss {
+            // 0·x is a NaN where x is no number or infinite, and a NaN is not below ∞; not every device has every dtype
             let zero = loss.reshape(())?.affine(0.0, 0.0)?;
-            all = all.add(&zero.to_device(all.device())?.to_dtype(all.dtype())?)?;
+            all = all.add(&zero.to_dtype(all.dtype())?.to_device(all.device())?)?;
         }
         Ok(all.lt(f64::INFINITY)?)
     }
 
-    /// The norm, and what is not finite: the first such gradient, or a loss.
-    fn values(&self, losses: &[(usize, &LazyTensor)]) -> Result<(Option<f64>, Option<NonFinitePart>)> {
+    /// The norm, and what is not finite: the first such gradient, or the loss.
+    fn values(&self, loss: Option<&LazyTensor>) -> Result<(Option<f64>, Option<NonFinitePart>)> {
         let read = |scalar: &LazyTensor| -> Result<f64> {
             let value = scalar.eval()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
             Ok(value.reshape(())?.to_scalar::<f64>()?)
         };
         let norm = read(&self.all)?;
         if norm.is_finite() {
-            for (index, loss) in losses {
+            if let Some(loss) = loss {
                 if !read(loss)?.is_finite() {
-                    return Ok((Some(norm), Some(NonFinitePart::Loss(*index))));
+                    return Ok((Some(norm), Some(NonFinitePart::Loss)));
                 }
             }
             return Ok((Some(norm), None));
