@@ -95,6 +95,8 @@ struct State<J, T> {
     sleeps_for: Option<usize>,
     /// Whether somebody waits for the answer to a job that was not drawn yet.
     hurried: bool,
+    /// Whether a drawer sleeps who comes then: one who sleeps for a number of jobs is not to be woken for each.
+    at_leisure: bool,
     /// Who waits for room without a thread, by a number of its own.
     knocking: BTreeMap<u64, Waker>,
     /// How many threads wait for room.
@@ -139,6 +141,7 @@ impl<J, T> Line<J, T> {
             closed: false,
             sleeps_for: None,
             hurried: false,
+            at_leisure: false,
             knocking: BTreeMap::new(),
             standing: 0,
         };
@@ -249,7 +252,7 @@ impl<J, T> Line<J, T> {
         let calls = {
             let mut state = held(self.state.lock());
             state.hurried = state.live > 0;
-            state.hurried && state.sleeps_for.is_some()
+            state.hurried && state.at_leisure
         };
         if calls {
             self.news.notify_one();
@@ -303,9 +306,9 @@ impl<J, T> Line<J, T> {
             if Instant::now() >= end {
                 break;
             }
-            state.sleeps_for = Some(enough);
+            (state.sleeps_for, state.at_leisure) = (Some(enough), leisurely);
             state = wait_until(&self.news, state, end);
-            state.sleeps_for = None;
+            (state.sleeps_for, state.at_leisure) = (None, false);
         }
         state
     }
