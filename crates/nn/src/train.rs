@@ -4,7 +4,7 @@ use crate::data::{Batch, Batches, Rows};
 use crate::error::{Error, Result};
 use crate::loss::{TokenLoss, TokenLossOptions};
 use crate::models::CausalLm;
-use crate::optim::{NonFiniteOrigin, NonFinitePart, Optimizer};
+use crate::optim::{scalar, NonFiniteOrigin, NonFinitePart, Optimizer};
 use crate::params::Gradients;
 use crate::weights::write_whole;
 use crate::{LoraAdapter, LoraConfig, Positions};
@@ -207,7 +207,7 @@ impl<'a> Trainer<'a> {
         for (number, batch) in parts {
             self.adapter.train(RandomKey::new(self.options.seed).fold_in(*number));
             let loss = self.loss(batch, &self.at, &self.options.loss)?;
-            if let found @ NonFiniteOrigin::InLoss(_) = NonFiniteOrigin::of(&[&loss.sum]) {
+            if let found @ NonFiniteOrigin::InLoss(_) = NonFiniteOrigin::of(Some(&loss.sum)) {
                 return Ok(Error::non_finite_step(self.optimizer.steps(), what, norm, found));
             }
         }
@@ -288,10 +288,4 @@ impl<'a> Trainer<'a> {
         self.progress = progress;
         Ok(())
     }
-}
-
-/// The value of a scalar.
-fn scalar(value: &candle_lazy_exec::LazyTensor) -> Result<f64> {
-    use candle_core::DType;
-    Ok(value.eval()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_scalar::<f64>()?)
 }

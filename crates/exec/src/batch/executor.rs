@@ -182,10 +182,7 @@ impl BatchExecutor {
         if in_group() {
             return self.try_submit_all(tensors, how);
         }
-        let request = request(tensors);
-        let small = is_small(&request);
-        let submission = SubmissionAll { ticket: self.0.line.submit(request, how)?, window: self.0.window };
-        self.came(small);
+        let (submission, small) = self.enter(tensors, |request| self.0.line.submit(request, how))?;
         if small && self.0.line.len() >= TURN {
             serve_small(&self.0.line, &self.0.window);
         }
@@ -198,11 +195,7 @@ impl BatchExecutor {
     /// As [`BatchExecutor::try_submit`].
     pub fn try_submit_all(&self, tensors: &[&LazyTensor], how: &SubmitOptions) -> Result<SubmissionAll> {
         refuse_while_recording(tensors)?;
-        let request = request(tensors);
-        let small = is_small(&request);
-        let submission = SubmissionAll { ticket: self.0.line.try_submit(request, how)?, window: self.0.window };
-        self.came(small);
-        Ok(submission)
+        Ok(self.enter(tensors, |request| self.0.line.try_submit(request, how))?.0)
     }
 
     /// As [`BatchExecutor::submit_all`], with a future that waits for room: for any runtime. Dropped, it asks for nothing.
@@ -216,11 +209,20 @@ impl BatchExecutor {
         })
     }
 
-    /// A request came: its own thread is not to take its time over one that nobody else serves.
-    fn came(&self, small: bool) {
+    /// Lets a request in; whether it is small.
+    fn enter(
+        &self,
+        tensors: &[&LazyTensor],
+        let_in: impl FnOnce(Request) -> Result<Ticket<Request, Values>>,
+    ) -> Result<(SubmissionAll, bool)> {
+        let request = request(tensors);
+        let small = is_small(&request);
+        let submission = SubmissionAll { ticket: let_in(request)?, window: self.0.window };
+        // the executor's thread is not to take its time over one that nobody else serves
         if !small {
             self.0.line.hurry();
         }
+        Ok((submission, small))
     }
 
     /// What went through since it was made.

@@ -63,13 +63,17 @@ const MOST_READ: usize = 1 << 16;
 /// Whether [`eval_direct`] takes the node, as far as can be seen at a glance, and needs microseconds for it: one pending op that reads and
 /// writes little.
 pub(crate) fn is_direct(node: &Node) -> bool {
-    let plain = node.dtype() == DType::F32 && !node.tracked() && matches!(node.device(), Device::Cpu);
     let little = || {
         let read = node.with_inputs(|inputs| inputs.iter().map(|input| input.shape().elem_count()).sum::<usize>());
         node.shape().elem_count() <= MOST && read.is_none_or(|read| read <= MOST_READ)
     };
     let known = || node.recorded().is_some_and(|(op, params)| Function::of(node, op, params).is_some());
-    plain && node.pending_estimate().0 <= 1 && little() && known()
+    is_plain(node) && node.pending_estimate().0 <= 1 && little() && known()
+}
+
+/// Of f32, on the CPU, and not of Candle's tape.
+fn is_plain(node: &Node) -> bool {
+    node.dtype() == DType::F32 && !node.tracked() && matches!(node.device(), Device::Cpu)
 }
 
 /// The value of a pending node that is one op of f32 on ready, untracked tensors on the CPU: an elementwise one (of tensors of its own
@@ -79,7 +83,7 @@ pub(crate) fn eval_direct(node: &Arc<Node>) -> Option<Result<Tensor>> {
     if crate::config::memory_budget().is_some() || crate::config::is_recording() {
         return None;
     }
-    if node.dtype() != DType::F32 || node.tracked() || !matches!(node.device(), Device::Cpu) {
+    if !is_plain(node) {
         return None;
     }
     let (op, params) = node.recorded()?;
@@ -142,9 +146,16 @@ fn small(node: &Node, function: &Function, inputs: &[Tensor]) -> Option<Result<T
 
 /// A LoRA of few rows: its two products take less time than a plan.
 fn lora(scale: f64, inputs: &[Tensor], out: &mut [f32]) -> Option<()> {
-    if let Some(()) = dense_lora(scale, inputs, out) {
-        return Some(());
+    if dense_lora(scale, inputs, out).is_none() {
+        lora_of_views(scale, inputs, out)?;
     }
+    if let (true, Some(x)) = (fault::active("direct.lora"), out.last_mut()) {
+        *x += 1.0;
+    }
+    Some(())
+}
+
+fn lora_of_views(scale: f64, inputs: &[Tensor], out: &mut [f32]) -> Option<()> {
     let slots: SmallVec<[SlotValue; 4]> = inputs.iter().cloned().map(SlotValue::foreign).collect();
     with_views(&slots, &[0, 1, 2, 3][..slots.len().min(4)], |v| match v {
         [x, a, b, base @ ..] => {
@@ -152,9 +163,7 @@ fn lora(scale: f64, inputs: &[Tensor], out: &mut [f32]) -> Option<()> {
         }
         _ => Err(Error::Internal("lora lacks an input".into())),
     })
-    .ok()?;
-    lose_last(out);
-    Some(())
+    .ok()
 }
 
 /// The same of dense operands without a base, at a rank that hidden rows are kept in registers at.
@@ -164,16 +173,7 @@ fn dense_lora(scale: f64, inputs: &[Tensor], out: &mut [f32]) -> Option<()> {
     if !(kernels::lora_is_skinny(r) && inputs.iter().all(Tensor::is_contiguous)) {
         return None;
     }
-    with_dense([x, a, b], |operands| kernels::lora_dense(operands.into(), (k, r, n), scale, out))?.ok()?;
-    lose_last(out);
-    Some(())
-}
-
-/// The fault of a last number that is wrong.
-fn lose_last(out: &mut [f32]) {
-    if let (true, Some(x)) = (fault::active("direct.lora"), out.last_mut()) {
-        *x += 1.0;
-    }
+    with_dense([x, a, b], |operands| kernels::lora_dense(operands.into(), (k, r, n), scale, out))?.ok()
 }
 
 /// The elements of a dense f32 tensor.

@@ -15,6 +15,7 @@ mod state;
 pub use adamw::Moments;
 pub use clip::{clip_grad_norm, grad_norm};
 pub use non_finite::{NonFiniteOrigin, NonFinitePart};
+pub(crate) use optimizer::scalar;
 pub use optimizer::{OnNonFinite, Optimizer, OptimizerOptions, ParamGroup, StepReport};
 pub use rules::{validate_adamw, Lion, Rule, Sgd};
 pub use schedule::LrSchedule;

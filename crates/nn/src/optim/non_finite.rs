@@ -47,17 +47,16 @@ impl fmt::Display for NonFiniteOrigin {
 }
 
 impl NonFiniteOrigin {
-    /// In the losses that keep what they were made of, whether evaluated or not: the first NaN, where there is one, since an infinity may
-    /// be meant, as a mask's is.
+    /// In a loss that keeps what it was made of, whether evaluated or not: the first NaN, where there is one, since an infinity may be
+    /// meant, as a mask's is.
     ///
     /// Unknown too where it cannot be computed again: that is not to hide what is to be told.
-    pub(crate) fn of(losses: &[&LazyTensor]) -> Self {
-        let traced: Vec<&LazyTensor> = losses.iter().copied().filter(|loss| loss.is_traced()).collect();
-        if traced.is_empty() {
+    pub(crate) fn of(loss: Option<&LazyTensor>) -> Self {
+        let Some(loss) = loss.filter(|loss| loss.is_traced()) else {
             return Self::Unknown;
-        }
-        let first = match first_nan(&traced) {
-            Ok(None) => first_nonfinite(&traced),
+        };
+        let first = match first_nan(&[loss]) {
+            Ok(None) => first_nonfinite(&[loss]),
             other => other,
         };
         match first {

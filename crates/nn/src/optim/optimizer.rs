@@ -234,7 +234,7 @@ impl Optimizer {
         };
         match (broken, norm, self.on_non_finite) {
             (Some(what), Some(norm), OnNonFinite::Stop) => {
-                let origin = NonFiniteOrigin::of(loss.as_slice());
+                let origin = NonFiniteOrigin::of(loss);
                 Err(Error::non_finite_step(self.steps, what, norm, origin))
             }
             (Some(what), _, OnNonFinite::Skip) => {
@@ -418,6 +418,12 @@ impl Slot {
     }
 }
 
+/// The value of what has one element.
+pub(crate) fn scalar(value: &LazyTensor) -> Result<f64> {
+    let value = value.eval()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+    Ok(value.reshape(())?.to_scalar::<f64>()?)
+}
+
 /// The norm of gradients, recorded.
 struct Norm {
     /// Σ g² of each.
@@ -460,21 +466,17 @@ impl Norm {
 
     /// The norm, and what is not finite: the first such gradient, or the loss.
     fn values(&self, loss: Option<&LazyTensor>) -> Result<(Option<f64>, Option<NonFinitePart>)> {
-        let read = |scalar: &LazyTensor| -> Result<f64> {
-            let value = scalar.eval()?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
-            Ok(value.reshape(())?.to_scalar::<f64>()?)
-        };
-        let norm = read(&self.all)?;
+        let norm = scalar(&self.all)?;
         if norm.is_finite() {
             if let Some(loss) = loss {
-                if !read(loss)?.is_finite() {
+                if !scalar(loss)?.is_finite() {
                     return Ok((Some(norm), Some(NonFinitePart::Loss)));
                 }
             }
             return Ok((Some(norm), None));
         }
         for (name, square) in &self.squares {
-            if !read(square)?.is_finite() {
+            if !scalar(square)?.is_finite() {
                 return Ok((Some(norm), Some(NonFinitePart::Gradient(name.clone()))));
             }
         }
