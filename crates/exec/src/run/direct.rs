@@ -115,17 +115,38 @@ pub(crate) fn eval_direct(node: &Arc<Node>) -> Option<Result<Tensor>> {
 
 /// A row program on inputs that broadcast to the node's shape.
 fn rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Tensor]) -> Option<Result<Tensor>> {
-    let program = ready.program(DType::F32).ok()?;
     let dims = node.shape().dims();
     let mut out = Buffer::take(DType::F32, node.shape().elem_count()).ok()?;
-    let slots: SmallVec<[SlotValue; 4]> = inputs.iter().cloned().map(SlotValue::foreign).collect();
-    let inputs = [0, 1, 2, 3].get(..slots.len())?;
-    // what fails here fails again with a plan, which knows how to say it
-    row_program(&program, (dims, axes), params, &slots, inputs, std::slice::from_mut(&mut out)).ok()?;
+    if !dense_rows(node, ready, axes, params, inputs, &mut out) {
+        let program = ready.program(DType::F32).ok()?;
+        let slots: SmallVec<[SlotValue; 4]> = inputs.iter().cloned().map(SlotValue::foreign).collect();
+        let inputs = [0, 1, 2, 3].get(..slots.len())?;
+        // what fails here fails again with a plan, which knows how to say it
+        row_program(&program, (dims, axes), params, &slots, inputs, std::slice::from_mut(&mut out)).ok()?;
+    }
     if let (true, SliceMut::F32([.., last])) = (fault::active("direct.row"), out.slice_mut()) {
         *last += 1.0;
     }
     Some(out.into_tensor(dims))
+}
+
+/// The same of dense inputs, without a program, over the last dim or element by element; whether it was done.
+fn dense_rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Tensor], out: &mut Buffer) -> bool {
+    let rank = node.shape().rank();
+    let fits = axes == 0 || rank > 0 && axes == 1 << (rank - 1);
+    if !(fits && inputs.iter().all(|t| t.dtype() == DType::F32 && t.is_contiguous())) {
+        return false;
+    }
+    let SliceMut::F32(out) = out.slice_mut() else { return false };
+    let cols = if axes == 0 { out.len() } else { node.shape().dims().last().copied().unwrap_or(0) };
+    let eps = params.first().copied().unwrap_or_default();
+    let done = match inputs {
+        [x] => with_dense([x], |x| direct::rows(ready, eps, &x, cols, out)),
+        [x, y] => with_dense([x, y], |xy| direct::rows(ready, eps, &xy, cols, out)),
+        [x, y, z] => with_dense([x, y, z], |xyz| direct::rows(ready, eps, &xyz, cols, out)),
+        _ => None,
+    };
+    matches!(done, Some(Ok(true)))
 }
 
 /// A function of few elements.

@@ -1,6 +1,7 @@
 //! f32 functions as straight-line polynomial code.
 
-use super::{consts, Real};
+use super::lane::{Lane, One, BIASED};
+use super::{consts, Formula, Real};
 use crate::element::Element;
 use crate::simd::mul_add;
 
@@ -9,7 +10,7 @@ impl Real for f32 {
 
     #[inline(always)]
     fn exp<const FMA: bool>(self) -> Self {
-        exp::<FMA>(self)
+        One::<FMA>(self).exp().0
     }
     #[inline(always)]
     fn log<const FMA: bool>(self) -> Self {
@@ -17,11 +18,27 @@ impl Real for f32 {
     }
     #[inline(always)]
     fn tanh<const FMA: bool>(self) -> Self {
-        tanh::<FMA>(self)
+        One::<FMA>(self).tanh().0
     }
     #[inline(always)]
     fn erf<const FMA: bool>(self) -> Self {
-        erf::<FMA>(self)
+        One::<FMA>(self).erf().0
+    }
+    #[inline(always)]
+    fn gelu<const FMA: bool>(self) -> Self {
+        One::<FMA>(self).gelu().0
+    }
+    #[inline(always)]
+    fn gelu_erf<const FMA: bool>(self) -> Self {
+        One::<FMA>(self).gelu_erf().0
+    }
+    #[inline(always)]
+    fn sigmoid<const FMA: bool>(self) -> Self {
+        One::<FMA>(self).sigmoid().0
+    }
+    #[inline(always)]
+    fn silu<const FMA: bool>(self) -> Self {
+        One::<FMA>(self).silu().0
     }
 
     #[inline(always)]
@@ -50,36 +67,46 @@ impl Real for f32 {
     }
 }
 
-/// Adding and subtracting 1.5·2²³ rounds an f32 of small magnitude to an integer, ties to even.
-const ROUNDER: f32 = 12_582_912.0;
 /// ln 2 in two parts; the first has 9 significant bits, so its product with an exponent is exact.
 const LN2_HI: f32 = 0.693_359_4;
 const LN2_LO: f32 = -2.121_944_4e-4;
 
-/// 1.5·2²³ + 2·127: what it rounds stands above twice the exponent's bias.
-const BIASED: f32 = ROUNDER + 254.0;
+impl<L: Lane> Formula for L {
+    #[inline(always)]
+    fn number(self, x: f64) -> Self {
+        self.all(x as f32)
+    }
+    #[inline(always)]
+    fn exp(self) -> Self {
+        exp(self)
+    }
+    #[inline(always)]
+    fn tanh(self) -> Self {
+        tanh(self)
+    }
+    #[inline(always)]
+    fn erf(self) -> Self {
+        erf(self)
+    }
+}
 
 /// eˣ, within 1.1 ulp of the true value; gradual underflow to 0, overflow to +∞, NaN stays NaN.
 ///
-/// x = n·ln 2 + r with |r| ≤ ln 2 / 2; eʳ = 1 + (r + r²·P(r)), P a minimax polynomial; 2ⁿ is multiplied in as two halves so that both
-/// ends of the range come out right.
+/// x = n·ln 2 + r with |r| ≤ ln 2 / 2; eʳ = 1 + (r + r²·P(r)), P a minimax polynomial.
 #[inline(always)]
-pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
-    // Outside this range the result is 0 or ∞ anyway; the comparisons let a NaN through.
-    let x = if x < -104.0 { -104.0 } else { x };
-    let x = if x > 89.0 { 89.0 } else { x };
-    let t = mul_add::<FMA>(x, std::f32::consts::LOG2_E, BIASED);
-    let n = t - BIASED;
-    let r = mul_add::<FMA>(-n, LN2_LO, mul_add::<FMA>(-n, LN2_HI, x));
-    let mut p = 0.001_395_170_3f32;
-    p = mul_add::<FMA>(p, r, 0.008_369_598);
-    p = mul_add::<FMA>(p, r, 0.041_666_187);
-    p = mul_add::<FMA>(p, r, 0.166_665_12);
-    p = mul_add::<FMA>(p, r, 0.5);
-    let p = 1.0 + mul_add::<FMA>(r * r, p, r);
-    // the last bits of t are n + 254: half of them and the rest are two exponents with their bias, and the shift drops all else
-    let (bits, half) = (t.to_bits(), t.to_bits() >> 1);
-    p * f32::from_bits(half << 23) * f32::from_bits(bits.wrapping_sub(half) << 23)
+fn exp<L: Lane>(x: L) -> L {
+    // Outside this range the result is 0 or ∞ anyway; a NaN gets through.
+    let x = x.at_least(-104.0).at_most(89.0);
+    let t = x.mul_add(x.all(std::f32::consts::LOG2_E), x.all(BIASED));
+    let n = t - x.all(BIASED);
+    let r = (-n).mul_add(x.all(LN2_LO), (-n).mul_add(x.all(LN2_HI), x));
+    let mut p = x.all(0.001_395_170_3);
+    p = p.step(r, 0.008_369_598);
+    p = p.step(r, 0.041_666_187);
+    p = p.step(r, 0.166_665_12);
+    p = p.step(r, 0.5);
+    let p = x.all(1.0) + (r * r).mul_add(p, r);
+    p.times_two_to(t)
 }
 
 /// Natural logarithm, within 2 ulp; ±0 gives -∞, negative numbers and NaN give NaN, +∞ gives +∞.
@@ -123,53 +150,48 @@ pub(crate) fn log<const FMA: bool>(x: f32) -> f32 {
 ///
 /// A polynomial in x² below 0.65, 1 - 2/(e²ˣ + 1) above.
 #[inline(always)]
-pub(crate) fn tanh<const FMA: bool>(x: f32) -> f32 {
+fn tanh<L: Lane>(x: L) -> L {
     let a = x.abs();
     let t = x * x;
-    let mut p = 0.002_031_754_7f32;
-    p = mul_add::<FMA>(p, t, -0.008_053_952);
-    p = mul_add::<FMA>(p, t, 0.021_650_156);
-    p = mul_add::<FMA>(p, t, -0.053_937_47);
-    p = mul_add::<FMA>(p, t, 0.133_331_33);
-    p = mul_add::<FMA>(p, t, -0.333_333_28);
-    let small = mul_add::<FMA>(a * t, p, a);
-    let large = 1.0 - 2.0 / (exp::<FMA>(a + a) + 1.0);
-    let r = if a < 0.65 { small } else { large };
-    f32::from_bits(r.to_bits() | (x.to_bits() & 0x8000_0000))
+    let mut p = x.all(0.002_031_754_7);
+    p = p.step(t, -0.008_053_952);
+    p = p.step(t, 0.021_650_156);
+    p = p.step(t, -0.053_937_47);
+    p = p.step(t, 0.133_331_33);
+    p = p.step(t, -0.333_333_28);
+    let small = (a * t).mul_add(p, a);
+    let one = x.all(1.0);
+    let large = one - x.all(2.0) / (exp(a + a) + one);
+    a.below(0.65, small, large).signed_as(x)
 }
 
 /// Error function, within 2 ulp; ±∞ gives ±1, NaN stays NaN.
 ///
 /// x·(1 + P(x²)) below 0.92, 1 - e^Q(|x|) above, where Q fits log erfc.
 #[inline(always)]
-pub(crate) fn erf<const FMA: bool>(x: f32) -> f32 {
+fn erf<L: Lane>(x: L) -> L {
     let a = x.abs();
     let t = x * x;
-    let mut p = 8.345_191e-5f32;
-    p = mul_add::<FMA>(p, t, -0.000_813_742_8);
-    p = mul_add::<FMA>(p, t, 0.005_200_633_3);
-    p = mul_add::<FMA>(p, t, -0.026_859_27);
-    p = mul_add::<FMA>(p, t, 0.112_836_94);
-    p = mul_add::<FMA>(p, t, -0.376_126_35);
-    p = mul_add::<FMA>(p, t, 0.128_379_17);
-    let small = mul_add::<FMA>(x, p, x);
-    // erf rounds to 1 from 3.92 on; the comparison lets a NaN through.
-    let c = if a > 4.0 { 4.0 } else { a };
-    let mut q = -2.082_868e-5f32;
-    q = mul_add::<FMA>(q, c, 0.000_431_394_2);
-    q = mul_add::<FMA>(q, c, -0.004_156_257_5);
-    q = mul_add::<FMA>(q, c, 0.025_080_623);
-    q = mul_add::<FMA>(q, c, -0.108_220_39);
-    q = mul_add::<FMA>(q, c, -0.633_400_86);
-    q = mul_add::<FMA>(q, c, -1.129_488_5);
-    q = mul_add::<FMA>(q, c, 0.000_169_205_54);
-    let large = 1.0 - exp::<FMA>(q);
-    let large = f32::from_bits(large.to_bits() | (x.to_bits() & 0x8000_0000));
-    if a < 0.92 {
-        small
-    } else {
-        large
-    }
+    let mut p = x.all(8.345_191e-5);
+    p = p.step(t, -0.000_813_742_8);
+    p = p.step(t, 0.005_200_633_3);
+    p = p.step(t, -0.026_859_27);
+    p = p.step(t, 0.112_836_94);
+    p = p.step(t, -0.376_126_35);
+    p = p.step(t, 0.128_379_17);
+    let small = x.mul_add(p, x);
+    // erf rounds to 1 from 3.92 on; a NaN gets through.
+    let c = a.at_most(4.0);
+    let mut q = x.all(-2.082_868e-5);
+    q = q.step(c, 0.000_431_394_2);
+    q = q.step(c, -0.004_156_257_5);
+    q = q.step(c, 0.025_080_623);
+    q = q.step(c, -0.108_220_39);
+    q = q.step(c, -0.633_400_86);
+    q = q.step(c, -1.129_488_5);
+    q = q.step(c, 0.000_169_205_54);
+    let large = x.all(1.0) - exp(q);
+    a.below(0.92, small, large.signed_as(x))
 }
 
 /// Hyperbolic tangent in f64 as straight-line code, with a relative error below 10⁻⁹: far below what f32 rounds. ±∞ gives ±1,

@@ -6,6 +6,7 @@
 
 mod f32;
 mod f64;
+pub(crate) mod lane;
 
 /// What register arithmetic needs of its type. `f32` and `f64` are the only ones. `FMA` says whether the code may use a fused
 /// multiply-add: where the instruction set lacks one it would be a call.
@@ -25,12 +26,6 @@ pub(crate) trait Real:
     const NEG_INF: Self;
     const INF: Self;
     const NAN: Self;
-    /// √(2/π) and 1/√2, for the two gelus.
-    const SQRT_2_OVER_PI: Self;
-    const FRAC_1_SQRT_2: Self;
-    const HALF: Self;
-    /// Cubic coefficient of the tanh form of gelu.
-    const GELU_CUBIC: Self;
 
     fn abs(self) -> Self;
     fn sqrt(self) -> Self;
@@ -60,33 +55,57 @@ pub(crate) trait Real:
     /// Rounds one element.
     fn put<E: crate::element::Element>(self) -> E;
 
-    /// 0.5·x·(1 + tanh(√(2/π)·x·(1 + 0.044715·x²))), evaluated in the order Candle uses.
-    #[inline(always)]
-    fn gelu<const FMA: bool>(self) -> Self {
-        let inner = Self::SQRT_2_OVER_PI * self * (Self::ONE + Self::GELU_CUBIC * self * self);
-        Self::HALF * self * (Self::ONE + inner.tanh::<FMA>())
-    }
-
-    /// 0.5·x·(1 + erf(x/√2)).
-    #[inline(always)]
-    fn gelu_erf<const FMA: bool>(self) -> Self {
-        ((self * Self::FRAC_1_SQRT_2).erf::<FMA>() + Self::ONE) * Self::HALF * self
-    }
+    fn gelu<const FMA: bool>(self) -> Self;
+    fn gelu_erf<const FMA: bool>(self) -> Self;
+    fn sigmoid<const FMA: bool>(self) -> Self;
+    fn silu<const FMA: bool>(self) -> Self;
 
     /// cap·tanh(x·slope) for a score x, with slope = scale/cap, rounded once where there is a wider type: an exponential of the
     /// result follows, which turns its absolute error into a relative one.
     fn softcap(self, slope: f64, cap: f64) -> Self;
+}
+
+/// Activations over what they are made of, whatever number that is of.
+pub(crate) trait Formula:
+    Copy
+    + std::ops::Add<Output = Self>
+    + std::ops::Mul<Output = Self>
+    + std::ops::Div<Output = Self>
+    + std::ops::Neg<Output = Self>
+{
+    /// A number of the same type.
+    fn number(self, x: f64) -> Self;
+    fn exp(self) -> Self;
+    fn tanh(self) -> Self;
+    fn erf(self) -> Self;
+
+    /// 0.5·x·(1 + tanh(√(2/π)·x·(1 + 0.044715·x²))), evaluated in the order Candle uses.
+    #[inline(always)]
+    fn gelu(self) -> Self {
+        let (one, half) = (self.number(1.0), self.number(0.5));
+        let root = self.number(0.797_884_560_802_865_4);
+        let inner = root * self * (one + self.number(0.044_715) * self * self);
+        half * self * (one + inner.tanh())
+    }
+
+    /// 0.5·x·(1 + erf(x/√2)).
+    #[inline(always)]
+    fn gelu_erf(self) -> Self {
+        let (one, half) = (self.number(1.0), self.number(0.5));
+        ((self * self.number(std::f64::consts::FRAC_1_SQRT_2)).erf() + one) * half * self
+    }
 
     /// 1/(1 + e⁻ˣ).
     #[inline(always)]
-    fn sigmoid<const FMA: bool>(self) -> Self {
-        Self::ONE / (Self::ONE + (-self).exp::<FMA>())
+    fn sigmoid(self) -> Self {
+        let one = self.number(1.0);
+        one / (one + (-self).exp())
     }
 
     /// x/(1 + e⁻ˣ); -∞ gives NaN, as Candle's does.
     #[inline(always)]
-    fn silu<const FMA: bool>(self) -> Self {
-        self / (Self::ONE + (-self).exp::<FMA>())
+    fn silu(self) -> Self {
+        self / (self.number(1.0) + (-self).exp())
     }
 }
 
@@ -98,10 +117,6 @@ macro_rules! consts {
         const NEG_INF: Self = std::primitive::$t::NEG_INFINITY;
         const INF: Self = std::primitive::$t::INFINITY;
         const NAN: Self = std::primitive::$t::NAN;
-        const SQRT_2_OVER_PI: Self = 0.797_884_560_802_865_4_f64 as std::primitive::$t;
-        const FRAC_1_SQRT_2: Self = std::$t::consts::FRAC_1_SQRT_2;
-        const HALF: Self = 0.5;
-        const GELU_CUBIC: Self = 0.044715;
 
         #[inline(always)]
         fn abs(self) -> Self {

@@ -331,7 +331,25 @@ mod tests {
     fn fused_or_not_the_bits_are_the_same() {
         type Make = fn(&mut Builder) -> (Reg, Vec<Reg>);
         // with every intermediate value as an output nothing can be fused
-        let makes: [(usize, Make); 5] = [
+        let makes: [(usize, Make); 7] = [
+            (2, |b| {
+                let (x, more) = (b.load(0), b.load(1));
+                let x = b.binary(B::Add, x, more);
+                let max = b.reduce(ReduceFn::Max, x);
+                let shifted = b.binary(B::Sub, x, max);
+                let e = b.unary(U::Exp, shifted);
+                let sum = b.reduce(ReduceFn::Sum, e);
+                (b.binary(B::Quotient, e, sum), vec![x, shifted, e])
+            }),
+            (3, |b| {
+                let (x, more, w) = (b.load(0), b.load(1), b.load(2));
+                let x = b.binary(B::Add, x, more);
+                let sqr = b.unary(U::Sqr, x);
+                let sum = b.reduce(ReduceFn::Sum, sqr);
+                let root = b.root_mean(sum, 0);
+                let q = b.binary(B::Quotient, x, root);
+                (b.binary(B::Mul, q, w), vec![x, sqr, q])
+            }),
             (2, |b| {
                 let (x, w) = (b.load(0), b.load(1));
                 let mul = b.param(0);

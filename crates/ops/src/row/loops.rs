@@ -5,6 +5,8 @@
 
 use super::program::{BinaryFn, FloatKind, UnaryFn};
 use super::span::{self, Left, Map1, Map2, Right};
+#[cfg(target_arch = "x86_64")]
+use super::wide;
 use crate::element::Element;
 use crate::fault;
 use crate::math::Real;
@@ -195,32 +197,51 @@ fn unary_body<T: Real, const FMA: bool>(f: UnaryFn, a: Arg<'_, T>, dst: &mut [T]
             map1(a, dst, rows, cols, F::<FMA>)
         }};
     }
-    match f {
-        UnaryFn::Neg => go!(|x| -x),
-        UnaryFn::Abs => go!(|x| x.abs()),
-        UnaryFn::Recip => go!(|x| T::ONE / x),
-        UnaryFn::Sqr => go!(|x| x * x),
-        UnaryFn::Sqrt => go!(|x| x.sqrt()),
-        UnaryFn::Rsqrt => go!(|x| T::ONE / x.sqrt()),
-        UnaryFn::Exp => go!(|x| x.exp::<FMA>()),
-        UnaryFn::Log => go!(|x| x.log::<FMA>()),
-        UnaryFn::Sin => go!(|x| x.sin::<FMA>()),
-        UnaryFn::Cos => go!(|x| x.cos::<FMA>()),
-        UnaryFn::Tanh => go!(|x| x.tanh::<FMA>()),
-        UnaryFn::Erf => go!(|x| x.erf::<FMA>()),
-        UnaryFn::Gelu => go!(|x| x.gelu::<FMA>()),
-        UnaryFn::GeluErf => go!(|x| x.gelu_erf::<FMA>()),
-        UnaryFn::Relu => go!(|x| if x > T::ZERO { x } else { T::ZERO }),
-        UnaryFn::Silu => go!(|x| x.silu::<FMA>()),
-        UnaryFn::Sigmoid => go!(|x| x.sigmoid::<FMA>()),
-        UnaryFn::Floor => go!(|x| x.floor()),
-        UnaryFn::Ceil => go!(|x| x.ceil()),
-        UnaryFn::Round => go!(|x| x.round()),
-        UnaryFn::Sign => go!(|x| truth::<T>(x > T::ZERO) - truth::<T>(x < T::ZERO)),
+    if !in_registers(f, a, dst, rows, cols) {
+        match f {
+            UnaryFn::Neg => go!(|x| -x),
+            UnaryFn::Abs => go!(|x| x.abs()),
+            UnaryFn::Recip => go!(|x| T::ONE / x),
+            UnaryFn::Sqr => go!(|x| x * x),
+            UnaryFn::Sqrt => go!(|x| x.sqrt()),
+            UnaryFn::Rsqrt => go!(|x| T::ONE / x.sqrt()),
+            UnaryFn::Exp => go!(|x| x.exp::<FMA>()),
+            UnaryFn::Log => go!(|x| x.log::<FMA>()),
+            UnaryFn::Sin => go!(|x| x.sin::<FMA>()),
+            UnaryFn::Cos => go!(|x| x.cos::<FMA>()),
+            UnaryFn::Tanh => go!(|x| x.tanh::<FMA>()),
+            UnaryFn::Erf => go!(|x| x.erf::<FMA>()),
+            UnaryFn::Gelu => go!(|x| x.gelu::<FMA>()),
+            UnaryFn::GeluErf => go!(|x| x.gelu_erf::<FMA>()),
+            UnaryFn::Relu => go!(|x| if x > T::ZERO { x } else { T::ZERO }),
+            UnaryFn::Silu => go!(|x| x.silu::<FMA>()),
+            UnaryFn::Sigmoid => go!(|x| x.sigmoid::<FMA>()),
+            UnaryFn::Floor => go!(|x| x.floor()),
+            UnaryFn::Ceil => go!(|x| x.ceil()),
+            UnaryFn::Round => go!(|x| x.round()),
+            UnaryFn::Sign => go!(|x| truth::<T>(x > T::ZERO) - truth::<T>(x < T::ZERO)),
+        }
     }
     if fault::any() && fault::active(&format!("row.{f:?}.tail")) {
         spoil_last(dst, false);
     }
+}
+
+/// A function that the machine's registers have instructions for, and whether it was done.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn in_registers<T: Real>(f: UnaryFn, a: Arg<'_, T>, dst: &mut [T], rows: usize, cols: usize) -> bool {
+    let (rows, cols) = shape(&[a], rows, cols);
+    cols > 0
+        && dst.chunks_exact_mut(cols).take(rows).enumerate().all(|(r, dst)| match a.row(r, cols) {
+            RowArg::Slice(x) => wide::unary(f, dst, x),
+            RowArg::Scalar(_) => false,
+        })
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn in_registers<T: Real>(_: UnaryFn, _: Arg<'_, T>, _: &mut [T], _: usize, _: usize) -> bool {
+    false
 }
 
 versions! {
@@ -289,6 +310,29 @@ fn affine_body<T: Real, const FMA: bool>(x: Arg<'_, T>, mul: T, add: T, dst: &mu
     }
 }
 
+/// `out[i] = f(x[i])·y[i]` of three runs of one length, rounded as a program's two instructions round.
+pub(crate) fn gated(f: UnaryFn, x: &[f32], y: &[f32], out: &mut [f32]) {
+    let n = out.len().min(x.len()).min(y.len());
+    #[cfg(target_arch = "x86_64")]
+    let done = wide::gated(f, &mut out[..n], &x[..n], &y[..n]);
+    #[cfg(not(target_arch = "x86_64"))]
+    let done = false;
+    if !done {
+        /// Elements whose function stays near until it is multiplied.
+        const NEAR: usize = 256;
+        let mut act = [0f32; NEAR];
+        for ((out, x), y) in out[..n].chunks_mut(NEAR).zip(x.chunks(NEAR)).zip(y.chunks(NEAR)) {
+            let (act, vec) = (&mut act[..out.len()], |data| Arg::Vec { data, pitch: 0 });
+            unary(f, vec(&x[..out.len()]), act, 1, out.len());
+            let len = out.len();
+            binary(BinaryFn::Mul, vec(act), vec(&y[..len]), out, 1, len);
+        }
+    }
+    if let (true, Some(last)) = (fault::active("row.gated.tail"), out.last_mut()) {
+        *last = fault::nudged(*last);
+    }
+}
+
 fn is_comparison(f: BinaryFn) -> bool {
     matches!(f, BinaryFn::Eq | BinaryFn::Ne | BinaryFn::Lt | BinaryFn::Le | BinaryFn::Gt | BinaryFn::Ge)
 }
@@ -328,10 +372,11 @@ versions! {
 pub(crate) fn root_mean<T: Real>(sum: Arg<'_, T>, n: f64, eps: f64, dst: &mut [T], rows: usize, cols: usize) = root_mean_body;
 }
 
+/// √(x/n + eps)
 #[derive(Clone, Copy)]
-struct RootMean {
-    n: f64,
-    eps: f64,
+pub(super) struct RootMean {
+    pub(super) n: f64,
+    pub(super) eps: f64,
 }
 
 impl<T: Real> Map1<T> for RootMean {

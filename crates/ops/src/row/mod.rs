@@ -24,6 +24,9 @@ mod schedule;
 pub(crate) mod space;
 mod span;
 mod tile;
+mod whole;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod wide;
 
 pub use program::{BinaryFn, Builder, Class, FloatKind, Instr, Kind, ReduceFn, Reg, RowProgram, UnaryFn};
 pub use run::Input;

@@ -61,7 +61,7 @@ impl Prepared {
 }
 
 /// What an instruction costs an element, roughly, in additions.
-fn cost(instr: &Instr) -> usize {
+pub(super) fn cost(instr: &Instr) -> usize {
     match instr {
         Instr::Param { .. } | Instr::RowLen | Instr::LoadRow { .. } => 0,
         // from beyond the second-level cache, more often than not

@@ -17,7 +17,7 @@ const RANGE: std::ops::Range<f64> = 1e-30..1e30;
 
 /// The reciprocal of a divisor, or `None` where the quotient has to be a division.
 #[inline(always)]
-fn reciprocal<T: Real, const FMA: bool>(d: T) -> Option<(T, T)> {
+pub(super) fn reciprocal<T: Real, const FMA: bool>(d: T) -> Option<(T, T)> {
     (FMA && T::SPLITS && RANGE.contains(&d.to_f64())).then(|| parts(d))
 }
 
@@ -33,9 +33,9 @@ fn parts<T: Real>(d: T) -> (T, T) {
 
 /// A product with a reciprocal in two parts.
 #[derive(Clone, Copy)]
-struct Scale<T, const FMA: bool> {
-    high: T,
-    low: T,
+pub(super) struct Scale<T, const FMA: bool> {
+    pub(super) high: T,
+    pub(super) low: T,
 }
 
 impl<T: Real, const FMA: bool> Map1<T> for Scale<T, FMA> {
@@ -155,10 +155,10 @@ impl<T: Real, F: Map1<T>> Map3<T> for Weighted<F> {
 }
 
 /// The operands of [`normal`] for one row of a tile.
-struct Operands<'a, T> {
-    x: &'a [T],
-    weight: Option<&'a [T]>,
-    bias: Option<&'a [T]>,
+pub(super) struct Operands<'a, T> {
+    pub(super) x: &'a [T],
+    pub(super) weight: Option<&'a [T]>,
+    pub(super) bias: Option<&'a [T]>,
 }
 
 /// A row of an argument with a value for each element, which all arguments here are: see `Run::arg`.
@@ -176,6 +176,15 @@ fn normal_row<T: Real>(dst: &mut [T], of: &Operands<'_, T>, f: impl Map1<T>) {
         (None, _) => span::one(dst, of.x, f),
         (Some(w), None) => span::two(dst, of.x, w, Weighted(f)),
         (Some(w), Some(b)) => span::three(dst, of.x, w, b, Weighted(f)),
+    }
+}
+
+/// One row of [`normal`].
+#[inline(always)]
+pub(super) fn normal_of<T: Real, const FMA: bool>(dst: &mut [T], of: &Operands<'_, T>, shift: T, root: T) {
+    match reciprocal::<T, FMA>(root) {
+        Some((high, low)) => normal_row(dst, of, Shifted { shift, f: Scale::<T, FMA> { high, low } }),
+        None => normal_row(dst, of, Shifted { shift, f: Divide(root) }),
     }
 }
 
@@ -211,11 +220,7 @@ fn normal_body<T: Real, const FMA: bool>(
             weight: weight.map(|w| elements(w, r, cols)),
             bias: bias.map(|b| elements(b, r, cols)),
         };
-        let (d, shift) = (number(row.root), row.shift.map_or(T::ZERO, number));
-        match reciprocal::<T, FMA>(d) {
-            Some((high, low)) => normal_row(dst, &of, Shifted { shift, f: Scale::<T, FMA> { high, low } }),
-            None => normal_row(dst, &of, Shifted { shift, f: Divide(d) }),
-        }
+        normal_of::<T, FMA>(dst, &of, row.shift.map_or(T::ZERO, number), number(row.root));
         if fault::any() && fault::active("row.normal.tail") {
             dst[cols - 1] = fault::nudged(dst[cols - 1]);
         }
@@ -237,6 +242,18 @@ impl<T: Real, const FMA: bool> Map1<T> for Exp<FMA> {
     }
 }
 
+/// The same of one row where the machine's registers have instructions for it, and whether it was done.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn in_registers<T: Real>(dst: &mut [T], x: &[T], shift: T) -> bool {
+    super::wide::map(super::wide::ShiftedExp(shift.to_f32()), dst, x)
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn in_registers<T: Real>(_: &mut [T], _: &[T], _: T) -> bool {
+    false
+}
+
 #[inline(always)]
 fn shifted_exp_body<T: Real, const FMA: bool>(x: Arg<'_, T>, shift: &[T], dst: &mut [T], cols: usize) {
     let Arg::Vec { data, pitch } = x else {
@@ -248,7 +265,10 @@ fn shifted_exp_body<T: Real, const FMA: bool>(x: Arg<'_, T>, shift: &[T], dst: &
     }
     for (r, dst) in dst.chunks_exact_mut(cols).enumerate() {
         let shift = shift.get(r).copied().unwrap_or(T::NAN);
-        span::one(dst, &data[r * pitch..r * pitch + cols], Shifted { shift, f: Exp::<FMA> });
+        let x = &data[r * pitch..r * pitch + cols];
+        if !in_registers(dst, x, shift) {
+            span::one(dst, x, Shifted { shift, f: Exp::<FMA> });
+        }
         if fault::any() && fault::active("row.shifted_exp.tail") {
             dst[cols - 1] = fault::nudged(dst[cols - 1]);
         }

@@ -388,6 +388,26 @@ pub(crate) fn fold<T: Real>(lanes: &mut [T], f: impl Fn(T, T) -> T) -> T {
     lanes.first().copied().unwrap_or_default()
 }
 
+/// The sum of a row, or of the squares of its elements less a number.
+#[inline(always)]
+pub(super) fn sum_of_row<T: Real>(x: &[T], squares_around: Option<T>) -> T {
+    let (mut acc, mut lost) = ([T::ZERO], [T::ZERO]);
+    match squares_around {
+        None => sum_into(x, &mut acc[0], &mut lost[0], Same),
+        Some(shift) => sum_into(x, &mut acc[0], &mut lost[0], Square { shift }),
+    }
+    Held { acc: &mut acc, lost: &mut lost }.finish();
+    acc[0]
+}
+
+/// The largest element of a row; of zeros it may be either.
+#[inline(always)]
+pub(super) fn max_of_row<T: Real>(x: &[T]) -> T {
+    let mut acc = T::NEG_INF;
+    extreme_into(x, &mut acc, true, true, |m, x| m < x);
+    acc
+}
+
 #[inline(always)]
 fn extreme_into<T: Real>(x: &[T], acc: &mut T, first: bool, max: bool, better: impl Fn(T, T) -> bool + Copy) {
     let start = if max { T::NEG_INF } else { T::INF };

@@ -24,7 +24,7 @@ const STRIDED_ROWS: usize = 16;
 /// Below this much work (elements times [`RowProgram::cost`], some ten microseconds) a run stays on the caller's thread.
 const PARALLEL: usize = 1 << 18;
 /// So much of it a thread does in a nanosecond.
-const WORK_PER_NS: usize = 26;
+pub(super) const WORK_PER_NS: usize = 26;
 /// A task shorter than this costs more to begin than it evens out.
 const TASK_NS: usize = 5_000;
 
@@ -483,16 +483,13 @@ impl<T: Real> Job<'_, T> {
         };
         let blocks = space.rows / block.max(1);
         let elements = space.rows.saturating_mul(space.cols);
-        let threads = self.program.threads(elements);
-        if threads <= 1 || blocks < 2 {
+        let work = self.program.work(elements);
+        let Some(per_task) = per_task(work, blocks) else {
             let mut outs = outs;
             run.rows(0, space.rows - fault::one_if("row.last_row").min(space.rows), &mut outs);
             return;
-        }
-        // Whole blocks per task, and about four tasks per thread so that they even out, unless a task would be over at once.
-        let ns = self.program.work(elements) / WORK_PER_NS;
-        let per_task = blocks.div_ceil((ns / TASK_NS).clamp(threads, threads * 4)) * block;
-        let per_task = per_task.next_multiple_of(lcm_rows(block, tiles.rows));
+        };
+        let per_task = (per_task * block).next_multiple_of(lcm_rows(block, tiles.rows));
         let lost = fault::active("row.last_task");
         let mut tasks = Vec::new();
         let mut rest = outs;
@@ -514,8 +511,15 @@ impl<T: Real> Job<'_, T> {
         if lost {
             tasks.pop();
         }
-        team::each(ns, tasks, |(first, rows, mut outs)| run.rows(first, rows, &mut outs));
+        team::each(work / WORK_PER_NS, tasks, |(first, rows, mut outs)| run.rows(first, rows, &mut outs));
     }
+}
+
+/// How many of `units` that are so much work together a task has; `None` where the caller does all. About four tasks per thread even out, but
+/// none is to be over at once.
+pub(super) fn per_task(work: usize, units: usize) -> Option<usize> {
+    let threads = if work < PARALLEL { 1 } else { team::threads() };
+    (threads > 1 && units > 1).then(|| units.div_ceil((work / WORK_PER_NS / TASK_NS).clamp(threads, threads * 4)))
 }
 
 /// Rows per task are a multiple of a block, and of whole tiles where a block is a single row.

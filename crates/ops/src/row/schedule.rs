@@ -3,6 +3,7 @@
 use super::fuse::{fuse, Fused};
 use super::prepared::Resolved;
 use super::program::{Instr, Kind, Reg, RowProgram};
+use super::whole::Whole;
 use crate::fault;
 
 /// Stands for "no buffer".
@@ -29,6 +30,8 @@ pub(crate) struct Schedule {
     pub(crate) passes: Vec<Pass>,
     /// Scratch buffers of one tile each.
     pub(crate) buffers: usize,
+    /// What the sweeps come to, where dense rows may be run without them.
+    pub(crate) whole: Option<Whole>,
 }
 
 /// Facts about one run that a schedule depends on.
@@ -150,7 +153,11 @@ impl Schedule {
                 }
             }
         }
-        Schedule { passes, buffers }
+        let whole = match passes.as_slice() {
+            [pass] => Whole::find(program, program.prepared.resolved(facts.elementwise), pass, &roots, facts),
+            _ => None,
+        };
+        Schedule { passes, buffers, whole }
     }
 }
 

@@ -10,6 +10,7 @@ use super::quotient::{normal, quotient, shifted_exp, PerRow};
 use super::reduce::{self, Held};
 use super::schedule::{Few, Pass, Schedule, NO_SLOT};
 use super::space::{Offsets, Space};
+use super::whole::{self, Source, Whole};
 use crate::fault;
 use crate::math::Real;
 use crate::view::{each_dtype, Slice, SliceMut};
@@ -88,6 +89,9 @@ impl<T: Real> Run<'_, T> {
 
     /// Runs rows `first..first + rows`; `outs` are the pieces of the outputs that hold exactly these rows.
     pub(crate) fn rows(&self, first: usize, rows: usize, outs: &mut [SliceMut<'_>]) {
+        if self.whole_rows(first, rows, outs).is_some() {
+            return;
+        }
         let cap = self.cap();
         T::scratch(cap * self.schedule.buffers, |memory| {
             let mut scratch = Scratch {
@@ -105,6 +109,47 @@ impl<T: Real> Run<'_, T> {
             }
             self.tiles(first, rows, &mut scratch, outs);
         });
+    }
+
+    /// The same where the schedule is one that has a loop of its own, and all that it reads lies in dense rows.
+    fn whole_rows(&self, first: usize, rows: usize, outs: &mut [SliceMut<'_>]) -> Option<()> {
+        let cols = self.space.cols;
+        let here = !fault::any() || whole::has_fault();
+        let whole = self.schedule.whole.filter(|_| here && (1..=whole::LONGEST).contains(&cols))?;
+        let of_input = |i: usize| -> Option<whole::Rows<'_, T>> {
+            let Access::Borrowed { pitch } = *self.access.get(i)? else { return None };
+            self.pitches.get(i).copied().flatten()?;
+            let from = self.space.operands.get(i)?.offset + first * pitch;
+            Some(whole::Rows { data: T::of(self.inputs.get(i)?)?.get(from..)?, pitch })
+        };
+        if whole.inputs().any(|i| of_input(i).is_none()) {
+            return None;
+        }
+        let elements = |x: Source| match x {
+            Source::Input(x) => Some(whole::Elements { x: of_input(x)?, plus: None }),
+            Source::Sum(x, y) => Some(whole::Elements { x: of_input(x)?, plus: Some(of_input(y)?) }),
+        };
+        let out = T::of_mut(outs.first_mut()?)?.get_mut(..rows * cols)?;
+        match whole {
+            Whole::Softmax { x } => {
+                let x = elements(x)?;
+                match x.plus {
+                    None => whole::softmax(x, out, &mut [], cols),
+                    Some(_) => T::scratch(cols, |room| whole::softmax(x, out, room, cols)),
+                }
+            }
+            Whole::Norm { x, centred, eps, weight, bias } => {
+                let x = elements(x)?;
+                let (n, eps) = (self.row_len as f64, self.param(eps));
+                let [weight, bias] = [weight, bias].map(|i| i.and_then(of_input));
+                let norm = whole::Norm { centred, n, eps, weight, bias };
+                match x.plus {
+                    None => whole::norm(x, norm, out, &mut [], cols),
+                    Some(_) => T::scratch(whole::TOGETHER * cols, |room| whole::norm(x, norm, out, room, cols)),
+                }
+            }
+        }
+        Some(())
     }
 
     fn tiles(&self, first: usize, rows: usize, scratch: &mut Scratch<'_, T>, outs: &mut [SliceMut<'_>]) {

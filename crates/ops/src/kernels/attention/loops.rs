@@ -161,6 +161,18 @@ fn largest_body<T: Real, const FMA: bool>(scores: &[T; BLOCK], max: T) -> T {
     most[0]
 }
 
+/// `x[i] = e^(x[i] − by)`
+#[inline(always)]
+fn exp_less<T: Real, const FMA: bool>(x: &mut [T], by: T) {
+    #[cfg(target_arch = "x86_64")]
+    if crate::row::wide::exp_in_place(x, by) {
+        return;
+    }
+    for x in x.iter_mut() {
+        *x = (*x - by).exp::<FMA>();
+    }
+}
+
 versions! {
 /// Turns a block's scores into weights, and updates the running maximum and sum. The result is the factor that what was
 /// accumulated before is rescaled by: 1 where the maximum stays.
@@ -171,9 +183,7 @@ pub(super) fn weigh<T: Real>(state: &mut State<T>, scores: &mut [T; BLOCK]) -> T
 fn weigh_body<T: Real, const FMA: bool>(state: &mut State<T>, scores: &mut [T; BLOCK]) -> T {
     let max = largest_body::<T, FMA>(scores, state.max);
     let by = shift(max);
-    for s in scores.iter_mut() {
-        *s = (*s - by).exp::<FMA>();
-    }
+    exp_less::<T, FMA>(scores, by);
     let keep =
         if max == state.max || fault::active("attention.rescale") { T::ONE } else { (state.max - by).exp::<FMA>() };
     let sum = if fault::active("attention.sum_f16") {
@@ -194,9 +204,7 @@ pub(super) fn exponentials<T: Real>(scores: &mut [T; BLOCK], through: &[T; BLOCK
 #[inline(always)]
 fn exponentials_body<T: Real, const FMA: bool>(scores: &mut [T; BLOCK], through: &[T; BLOCK], max: T) -> (T, T) {
     let by = shift(max);
-    for s in scores.iter_mut() {
-        *s = (*s - by).exp::<FMA>();
-    }
+    exp_less::<T, FMA>(scores, by);
     (dot::<T, FMA>(&scores[..], &[T::ONE; BLOCK]), dot::<T, FMA>(&scores[..], &through[..]))
 }
 

@@ -1,0 +1,303 @@
+//! Softmax and norms of dense rows, a few rows at a time from beginning to end.
+//!
+//! The tile interpreter asks for each tile of each instruction where its operands lie; for rows of a thousand elements that takes as long as the
+//! arithmetic. These are the instructions of the same schedule in the same order, with the same roundings, where it is one of the few that
+//! most rows are run by.
+
+use super::fuse::Fused;
+use super::loops::RootMean;
+use super::prepared::Resolved;
+use super::program::{BinaryFn as B, Instr, Kind, ReduceFn, Reg, RowProgram};
+use super::quotient::{normal_of, reciprocal, Operands, Scale};
+use super::reduce::{max_of_row, sum_of_row};
+use super::schedule::{Facts, Pass};
+use super::span::Map1;
+#[cfg(target_arch = "x86_64")]
+use super::wide;
+use crate::fault;
+use crate::math::Real;
+use crate::simd::versions;
+
+/// Rows whose sums are complete before the first of them is normalised: what one waits for, another does.
+pub(super) const TOGETHER: usize = 2;
+/// No rows are longer that are run so: a few of them stay in the first-level cache.
+pub(super) const LONGEST: usize = 2048;
+
+/// The elements of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// Of an input.
+    Input(usize),
+    /// The sums of two inputs' elements.
+    Sum(usize, usize),
+}
+
+/// What a schedule comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Whole {
+    /// e^(x − max x) / Σ e^(x − max x).
+    Softmax { x: Source },
+    /// (x − mean) / √(Σ(x − mean)²/n + eps) · weight + bias, with or without a mean; weight and bias are inputs.
+    Norm { x: Source, centred: bool, eps: u16, weight: Option<usize>, bias: Option<usize> },
+}
+
+/// Whether a fault is to be seen that these loops have; every other one is the interpreter's.
+pub(super) fn has_fault() -> bool {
+    fault::active("row.whole.softmax") || fault::active("row.whole.norm") || fault::active("row.gated.tail")
+}
+
+impl Whole {
+    /// The inputs that have an element for each of the row.
+    pub(crate) fn inputs(&self) -> impl Iterator<Item = usize> {
+        let (x, weight, bias) = match *self {
+            Self::Softmax { x } => (x, None, None),
+            Self::Norm { x, weight, bias, .. } => (x, weight, bias),
+        };
+        let (a, b) = match x {
+            Source::Input(a) => (a, None),
+            Source::Sum(a, b) => (a, Some(b)),
+        };
+        [Some(a), b, weight, bias].into_iter().flatten()
+    }
+
+    /// What a schedule's only pass comes to, if it is one of these; its only output, `root`, is computed in place.
+    pub(crate) fn find(
+        program: &RowProgram,
+        Resolved { alias, kinds }: &Resolved,
+        pass: &Pass,
+        roots: &[usize],
+        facts: Facts,
+    ) -> Option<Self> {
+        let &[root] = roots else { return None };
+        if facts.elementwise || facts.segmented || facts.columns || !facts.direct.has(0) {
+            return None;
+        }
+        let at = |r: Reg| alias.get(usize::from(r.0)).copied().unwrap_or(0);
+        let instr = |i: usize| program.instrs.get(i).copied();
+        // an input that is read in place
+        let input = |i: usize| match instr(i)? {
+            Instr::Load { input } if facts.borrowed.has(usize::from(input)) => Some(usize::from(input)),
+            _ => None,
+        };
+        let mut steps = Vec::new();
+        for &i in &pass.body {
+            if input(i).is_none() {
+                steps.push((i, instr(i)?, pass.fused.get(i).copied().flatten()));
+            }
+        }
+        let mut steps = steps.as_slice();
+        let (x, source) = match steps {
+            [(i, Instr::Binary(B::Add, a, b), None), rest @ ..] if kinds.get(*i) == Some(&Kind::Vec) => {
+                steps = rest;
+                (*i, Source::Sum(input(at(*a))?, input(at(*b))?))
+            }
+            [(_, Instr::Reduce(_, x), None), ..] => (at(*x), Source::Input(input(at(*x))?)),
+            [(_, _, Some(Fused::Squares { x, .. })), ..] => (at(*x), Source::Input(input(at(*x))?)),
+            _ => return None,
+        };
+        match *steps {
+            [(max, Instr::Reduce(ReduceFn::Max, a), None), (e, _, Some(Fused::ShiftedExp { x: b, shift })), (sum, Instr::Reduce(ReduceFn::Sum, c), None), (q, Instr::Binary(B::Quotient, d, by), None)]
+                if at(a) == x
+                    && at(b) == x
+                    && at(shift) == max
+                    && at(c) == e
+                    && at(d) == e
+                    && at(by) == sum
+                    && q == root =>
+            {
+                Some(Self::Softmax { x: source })
+            }
+            [ref mean @ .., (squares, _, Some(Fused::Squares { x: a, shift: around })), (root_mean, Instr::RootMean { sum, eps }, None), (y, _, Some(Fused::Normal { x: b, shift, root: by, weight, bias }))]
+                if at(a) == x
+                    && at(b) == x
+                    && at(sum) == squares
+                    && at(by) == root_mean
+                    && y == root
+                    && around.map(at) == shift.map(at) =>
+            {
+                let mean = match *mean {
+                    [] => None,
+                    [(sum, Instr::Reduce(ReduceFn::Sum, c), None), (m, Instr::Binary(B::Div, d, n), None)]
+                        if at(c) == x && at(d) == sum && instr(at(n)) == Some(Instr::RowLen) =>
+                    {
+                        Some(m)
+                    }
+                    _ => return None,
+                };
+                let of = |r: Option<Reg>| match r {
+                    None => Some(None),
+                    Some(r) => input(at(r)).map(Some),
+                };
+                let (weight, bias) = (of(weight)?, of(bias)?);
+                (mean == shift.map(at)).then_some(Self::Norm { x: source, centred: mean.is_some(), eps, weight, bias })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Rows of one run of memory, `pitch` elements apart (0: the same one for all).
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a, T> {
+    pub(super) data: &'a [T],
+    pub(super) pitch: usize,
+}
+
+impl<'a, T> Rows<'a, T> {
+    #[inline(always)]
+    fn row(&self, r: usize, cols: usize) -> &'a [T] {
+        let from = r * self.pitch;
+        self.data.get(from..from + cols).unwrap_or_default()
+    }
+}
+
+/// The elements of rows, which may be sums.
+#[derive(Clone, Copy)]
+pub(super) struct Elements<'a, T> {
+    pub(super) x: Rows<'a, T>,
+    pub(super) plus: Option<Rows<'a, T>>,
+}
+
+impl<'a, T: Real> Elements<'a, T> {
+    /// A row: as it lies, or added up in `room`.
+    #[inline(always)]
+    fn row<'b>(&self, r: usize, cols: usize, room: &'b mut [T]) -> &'b [T]
+    where
+        'a: 'b,
+    {
+        let x = self.x.row(r, cols);
+        let Some(plus) = self.plus else { return x };
+        let y = plus.row(r, cols);
+        #[cfg(target_arch = "x86_64")]
+        if wide::add(room, x, y, plus.row(r + TOGETHER, cols)) {
+            return room;
+        }
+        for ((sum, &x), &y) in room.iter_mut().zip(x).zip(y) {
+            *sum = x + y;
+        }
+        room
+    }
+}
+
+versions! {
+/// Softmax of rows of `cols` elements; `room` has as many, or none where `of` are no sums.
+pub(super) fn softmax<T: Real>(of: Elements<'_, T>, out: &mut [T], room: &mut [T], cols: usize) = softmax_body;
+}
+
+#[inline(always)]
+fn softmax_body<T: Real, const FMA: bool>(of: Elements<'_, T>, out: &mut [T], room: &mut [T], cols: usize) {
+    let room_len = cols.min(room.len());
+    for (r, out) in out.chunks_exact_mut(cols.max(1)).enumerate() {
+        let x = of.row(r, cols, &mut room[..room_len]);
+        let shift = max_of_row(x);
+        exp_of::<T, FMA>(out, x, shift);
+        let sum = sum_of_row(out, None);
+        match reciprocal::<T, FMA>(sum) {
+            Some((high, low)) => scale::<T, FMA>(out, high, low),
+            None => out.iter_mut().for_each(|x| *x = *x / sum),
+        }
+        if let (true, Some(last)) = (fault::active("row.whole.softmax"), out.last_mut()) {
+            *last = fault::nudged(*last);
+        }
+    }
+}
+
+/// `out[i] = e^(x[i] − shift)`
+#[inline(always)]
+fn exp_of<T: Real, const FMA: bool>(out: &mut [T], x: &[T], shift: T) {
+    #[cfg(target_arch = "x86_64")]
+    if wide::map(wide::ShiftedExp(shift.to_f32()), out, x) {
+        return;
+    }
+    for (out, &x) in out.iter_mut().zip(x) {
+        *out = (x - shift).exp::<FMA>();
+    }
+}
+
+/// `x[i] = x[i]·(high + low)`
+#[inline(always)]
+fn scale<T: Real, const FMA: bool>(x: &mut [T], high: T, low: T) {
+    #[cfg(target_arch = "x86_64")]
+    if wide::scale_in_place(x, high, low) {
+        return;
+    }
+    for x in x {
+        *x = Scale::<T, FMA> { high, low }.call(*x);
+    }
+}
+
+/// What [`norm`] does beside its elements.
+#[derive(Clone, Copy)]
+pub(super) struct Norm<'a, T> {
+    pub(super) centred: bool,
+    /// The length of a row of the program, and the number beside the mean of the squares.
+    pub(super) n: f64,
+    pub(super) eps: f64,
+    pub(super) weight: Option<Rows<'a, T>>,
+    pub(super) bias: Option<Rows<'a, T>>,
+}
+
+versions! {
+/// Norms of rows of `cols` elements; `room` has [`TOGETHER`] times as many, or none where `of` are no sums.
+pub(super) fn norm<T: Real>(of: Elements<'_, T>, norm: Norm<'_, T>, out: &mut [T], room: &mut [T], cols: usize) = norm_body;
+}
+
+#[inline(always)]
+fn norm_body<T: Real, const FMA: bool>(
+    of: Elements<'_, T>,
+    norm: Norm<'_, T>,
+    out: &mut [T],
+    room: &mut [T],
+    cols: usize,
+) {
+    let cols = cols.max(1);
+    for (block, out) in out.chunks_mut(cols * TOGETHER).enumerate() {
+        let first = block * TOGETHER;
+        let mut x: [&[T]; TOGETHER] = [&[]; TOGETHER];
+        let mut rooms = room.chunks_exact_mut(cols);
+        for (k, x) in x.iter_mut().enumerate().take(out.len() / cols) {
+            *x = of.row(first + k, cols, rooms.next().unwrap_or_default());
+        }
+        // no closures: they would not be compiled for the instruction set
+        let (mut shift, mut root) = ([T::ZERO; TOGETHER], [T::ZERO; TOGETHER]);
+        if norm.centred {
+            for (shift, x) in shift.iter_mut().zip(&x) {
+                *shift = sum_of_row(x, None) / T::from_f64(norm.n);
+            }
+        }
+        for ((root, x), &shift) in root.iter_mut().zip(&x).zip(&shift) {
+            *root = sum_of_row(x, Some(shift));
+        }
+        for root in &mut root {
+            *root = RootMean { n: norm.n, eps: norm.eps }.call(*root);
+        }
+        for (k, out) in out.chunks_exact_mut(cols).enumerate() {
+            let mut operands = Operands { x: x[k], weight: None, bias: None };
+            if let Some(rows) = &norm.weight {
+                operands.weight = Some(rows.row(first + k, cols));
+            }
+            if let Some(rows) = &norm.bias {
+                operands.bias = Some(rows.row(first + k, cols));
+            }
+            let next = of.x.row(first + k + TOGETHER, cols);
+            normal_row::<T, FMA>(out, &operands, shift[k], root[k], next);
+            if let (true, Some(last)) = (fault::active("row.whole.norm"), out.last_mut()) {
+                *last = fault::nudged(*last);
+            }
+        }
+    }
+}
+
+/// A normalised row, and a row that is read next.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // prefetching is for AVX-512 alone
+fn normal_row<T: Real, const FMA: bool>(out: &mut [T], of: &Operands<'_, T>, shift: T, root: T, next: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some((high, low)) = reciprocal::<T, FMA>(root) {
+        let of = wide::Normal { x: of.x, weight: of.weight, bias: of.bias, shift, high, low };
+        if wide::normal(out, &of, next) {
+            return;
+        }
+    }
+    normal_of::<T, FMA>(out, of, shift, root);
+}
