@@ -145,7 +145,7 @@ impl<T: Real> Run<'_, T> {
                 let norm = whole::Norm { centred, n, eps, weight, bias };
                 match x.plus {
                     None => whole::norm(x, norm, out, &mut [], cols),
-                    Some(_) => T::scratch(whole::TOGETHER * cols, |room| whole::norm(x, norm, out, room, cols)),
+                    Some(_) => T::scratch(whole::STEPS * cols, |room| whole::norm(x, norm, out, room, cols)),
                 }
             }
         }

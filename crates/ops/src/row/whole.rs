@@ -18,8 +18,8 @@ use crate::fault;
 use crate::math::Real;
 use crate::simd::versions;
 
-/// Rows whose sums are complete before the first of them is normalised: what one waits for, another does.
-pub(super) const TOGETHER: usize = 2;
+/// Steps of a norm: its mean, the mean of its squares, and its elements.
+pub(super) const STEPS: usize = 3;
 /// No rows are longer that are run so: a few of them stay in the first-level cache.
 pub(super) const LONGEST: usize = 2048;
 
@@ -159,23 +159,31 @@ pub(super) struct Elements<'a, T> {
 }
 
 impl<'a, T: Real> Elements<'a, T> {
-    /// A row: as it lies, or added up in `room`.
+    /// Adds up row `r` in `room`, if its elements are sums.
     #[inline(always)]
-    fn row<'b>(&self, r: usize, cols: usize, room: &'b mut [T]) -> &'b [T]
-    where
-        'a: 'b,
-    {
-        let x = self.x.row(r, cols);
-        let Some(plus) = self.plus else { return x };
-        let y = plus.row(r, cols);
+    fn add(&self, r: usize, room: &mut [T]) {
+        let Some(plus) = self.plus else { return };
+        let (x, y) = (self.x.row(r, room.len()), plus.row(r, room.len()));
         #[cfg(target_arch = "x86_64")]
-        if wide::add(room, x, y, plus.row(r + TOGETHER, cols)) {
-            return room;
+        if wide::add(room, x, y, plus.row(r + 1, y.len())) {
+            return;
         }
         for ((sum, &x), &y) in room.iter_mut().zip(x).zip(y) {
             *sum = x + y;
         }
-        room
+    }
+
+    /// Row `r`: as it lies, or as it was added up in `room`.
+    #[inline(always)]
+    fn row<'b>(&self, r: usize, cols: usize, room: &'b [T]) -> &'b [T]
+    where
+        'a: 'b,
+    {
+        if self.plus.is_some() {
+            room
+        } else {
+            self.x.row(r, cols)
+        }
     }
 }
 
@@ -186,9 +194,9 @@ pub(super) fn softmax<T: Real>(of: Elements<'_, T>, out: &mut [T], room: &mut [T
 
 #[inline(always)]
 fn softmax_body<T: Real, const FMA: bool>(of: Elements<'_, T>, out: &mut [T], room: &mut [T], cols: usize) {
-    let room_len = cols.min(room.len());
     for (r, out) in out.chunks_exact_mut(cols.max(1)).enumerate() {
-        let x = of.row(r, cols, &mut room[..room_len]);
+        of.add(r, room);
+        let x = of.row(r, cols, room);
         let shift = max_of_row(x);
         exp_of::<T, FMA>(out, x, shift);
         let sum = sum_of_row(out, None);
@@ -238,7 +246,7 @@ pub(super) struct Norm<'a, T> {
 }
 
 versions! {
-/// Norms of rows of `cols` elements; `room` has [`TOGETHER`] times as many, or none where `of` are no sums.
+/// Norms of rows of `cols` elements; `room` has three times as many, or none where `of` are no sums.
 pub(super) fn norm<T: Real>(of: Elements<'_, T>, norm: Norm<'_, T>, out: &mut [T], room: &mut [T], cols: usize) = norm_body;
 }
 
@@ -251,40 +259,50 @@ fn norm_body<T: Real, const FMA: bool>(
     cols: usize,
 ) {
     let cols = cols.max(1);
-    for (block, out) in out.chunks_mut(cols * TOGETHER).enumerate() {
-        let first = block * TOGETHER;
-        let mut x: [&[T]; TOGETHER] = [&[]; TOGETHER];
-        let mut rooms = room.chunks_exact_mut(cols);
-        for (k, x) in x.iter_mut().enumerate().take(out.len() / cols) {
-            *x = of.row(first + k, cols, rooms.next().unwrap_or_default());
-        }
-        // no closures: they would not be compiled for the instruction set
-        let (mut shift, mut root) = ([T::ZERO; TOGETHER], [T::ZERO; TOGETHER]);
-        if norm.centred {
-            for (shift, x) in shift.iter_mut().zip(&x) {
-                *shift = sum_of_row(x, None) / T::from_f64(norm.n);
+    let rows = out.len() / cols;
+    // Each row goes through three steps, and rows follow one another at a step's distance: the numbers that a row waits for at the end of a sum
+    // come while another row is read. (No closures: they would not be compiled for the instruction set.)
+    let mut shift = [T::ZERO; STEPS];
+    let mut root = [T::ZERO; STEPS];
+    // where the row of each step has its numbers
+    let [mut first, mut second, mut third] = [0, 2, 1];
+    for r in 0..rows + 2 {
+        if r < rows {
+            of.add(r, room_of(room, first, cols));
+            if norm.centred {
+                let x = of.row(r, cols, room_of(room, first, cols));
+                shift[first] = sum_of_row(x, None) / T::from_f64(norm.n);
             }
         }
-        for ((root, x), &shift) in root.iter_mut().zip(&x).zip(&shift) {
-            *root = sum_of_row(x, Some(shift));
+        if (1..=rows).contains(&r) {
+            let x = of.row(r - 1, cols, room_of(room, second, cols));
+            let squares = sum_of_row(x, Some(shift[second]));
+            root[second] = RootMean { n: norm.n, eps: norm.eps }.call(squares);
         }
-        for root in &mut root {
-            *root = RootMean { n: norm.n, eps: norm.eps }.call(*root);
-        }
-        for (k, out) in out.chunks_exact_mut(cols).enumerate() {
-            let mut operands = Operands { x: x[k], weight: None, bias: None };
+        if let Some(done) = r.checked_sub(2) {
+            let mut operands = Operands { x: of.row(done, cols, room_of(room, third, cols)), weight: None, bias: None };
             if let Some(rows) = &norm.weight {
-                operands.weight = Some(rows.row(first + k, cols));
+                operands.weight = Some(rows.row(done, cols));
             }
             if let Some(rows) = &norm.bias {
-                operands.bias = Some(rows.row(first + k, cols));
+                operands.bias = Some(rows.row(done, cols));
             }
-            let next = of.x.row(first + k + TOGETHER, cols);
-            normal_row::<T, FMA>(out, &operands, shift[k], root[k], next);
+            let out = &mut out[done * cols..][..cols];
+            normal_row::<T, FMA>(out, &operands, shift[third], root[third], of.x.row(r + 1, cols));
             if let (true, Some(last)) = (fault::active("row.whole.norm"), out.last_mut()) {
                 *last = fault::nudged(*last);
             }
         }
+        (first, second, third) = (third, first, second);
+    }
+}
+
+/// The room of a row whose numbers stand at `k`; empty where there is none.
+#[inline(always)]
+fn room_of<T>(room: &mut [T], k: usize, cols: usize) -> &mut [T] {
+    match room.get_mut(k * cols..(k + 1) * cols) {
+        Some(room) => room,
+        None => &mut [],
     }
 }
 

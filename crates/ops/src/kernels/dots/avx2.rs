@@ -13,7 +13,7 @@ const AT_ONCE: usize = 2;
 /// As `panel::tile`.
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn tile<const M: usize>(tile: Tile<'_>) -> [f32; LANES] {
-    let Tile { x, w, last, goes_on, ends, sums: kept } = tile;
+    let Tile { x, w, last, goes_on, ends, sums: kept, .. } = tile;
     let steps = (x.len() / (M * LANES)).min(w.len() / (SIDE * LANES));
     let last = if fault::active("dot.tail") && last < LANES { 0 } else { last };
     for r in (0..M).step_by(AT_ONCE) {

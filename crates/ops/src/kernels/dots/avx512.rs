@@ -168,13 +168,16 @@ pub(super) fn pack_columns<E: Narrow>(w: Columns<'_, E>, j: usize, within: Range
 /// As `panel::tile`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 pub(super) fn tile<const M: usize>(tile: Tile<'_>) -> [f32; LANES] {
-    let Tile { x, w, last, goes_on, ends, sums: kept } = tile;
+    let Tile { x, w, last, goes_on, ends, sums: kept, ahead } = tile;
     let mut sums = [[_mm512_setzero_ps(); M]; SIDE];
     // number r of those of row l of the weight
     let place = |l: usize, r: usize| (l * SIDE + r) * LANES;
     let (mut xs, mut ws) = (x.chunks_exact(M * LANES), w.chunks_exact(SIDE * LANES));
     let whole = xs.len().min(ws.len()) - usize::from(last < LANES);
-    for (x, w) in (&mut xs).zip(&mut ws).take(whole) {
+    for (s, (x, w)) in (&mut xs).zip(&mut ws).take(whole).enumerate() {
+        for next in ahead.at(s) {
+            _mm_prefetch::<_MM_HINT_T0>(next.cast());
+        }
         // SAFETY: the chunks have that many numbers.
         unsafe { step(x.as_ptr(), w.as_ptr(), &mut sums, None) };
     }

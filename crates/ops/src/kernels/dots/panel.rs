@@ -5,6 +5,7 @@
 //! zeros behind their end. A block of x's rows stays in the second-level cache while the weight passes; four rows of the weight
 //! stay in the first-level cache while the block's rows pass.
 
+use super::right::Ahead;
 use super::segment::{segments, Segments};
 use super::{Grid, Narrow, Right, Rows, LANES};
 use crate::fault;
@@ -35,6 +36,9 @@ pub(super) struct Tile<'a> {
     /// Whether the products end here: those of row `r` of x go to `products[4r..]`; else the sums go to `sums`.
     pub(super) ends: bool,
     pub(super) sums: &'a mut [f32; SUMS],
+    /// What of the weight to ask for on the way.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // nothing there asks
+    pub(super) ahead: Ahead,
 }
 
 /// The fewest rows of a block: for each block the whole weight is packed again.
@@ -121,6 +125,13 @@ impl<'a> Block<'a> {
                 let within = piece.start..piece.end.min(self.x.len);
                 let panels = &mut self.panels[..R::STRIP * piece.len()];
                 w.pack(strip, within.clone(), panels);
+                // memory brings the next panels while this one is multiplied
+                let mut coming = self.pieces.enumerate().skip(p + 1).map(|(_, piece)| (strip, piece));
+                let next = coming.next().or_else(|| Some((strip + R::STRIP, { self.pieces }.next()?)));
+                let ahead = next
+                    .filter(|(strip, _)| *strip < w.count())
+                    .map(|(strip, piece)| w.ahead(strip, piece.start..piece.end.min(self.x.len)));
+                let ahead = ahead.unwrap_or_default();
                 for (s, panel) in panels.chunks_exact(SIDE * piece.len().max(1)).enumerate() {
                     let j = strip + s * SIDE;
                     if j >= w.count() {
@@ -140,6 +151,7 @@ impl<'a> Block<'a> {
                             goes_on: p > 0 && !fault::active("dots.piece"),
                             ends: p + 1 == self.pieces.len(),
                             sums,
+                            ahead: if s == 0 { ahead.share(g, groups) } else { Ahead::default() },
                         };
                         let ends = part.ends;
                         let numbers = match m {

@@ -129,7 +129,7 @@ fn scaled_body<E: Narrow, const FMA: bool>(x: f32, w: &[E], sums: &mut [f32]) {
 
 /// As `panel::tile`.
 pub(super) fn tile<const M: usize>(tile: Tile<'_>) -> [f32; LANES] {
-    let Tile { x, w, last, goes_on, ends, sums: kept } = tile;
+    let Tile { x, w, last, goes_on, ends, sums: kept, .. } = tile;
     let last = if fault::active("dot.tail") && last < LANES { 0 } else { last };
     for r in 0..M {
         steps(x.get(r * LANES..).unwrap_or_default(), M * LANES, w, last, r, goes_on, &mut kept[..]);

@@ -36,6 +36,45 @@ pub(crate) trait Right: Copy + Send + Sync {
     fn pack(&self, j: usize, within: Range<usize>, panels: &mut [f32]);
     /// Whether the few rows of x are worth copying to boundaries of cache lines.
     fn reads_lines(&self) -> bool;
+    /// What [`Right::pack`] would read, where it is worth asking memory for it before.
+    fn ahead(&self, j: usize, within: Range<usize>) -> Ahead {
+        let _ = (j, within);
+        Ahead::default()
+    }
+}
+
+/// Where up to four rows begin that are read next. The machine's own guess ends with the page.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ahead {
+    rows: [*const u8; SIDE],
+    count: usize,
+    /// Bytes of sixteen elements.
+    step: usize,
+}
+
+impl Default for Ahead {
+    fn default() -> Self {
+        Self { rows: [std::ptr::null(); SIDE], count: 0, step: 0 }
+    }
+}
+
+impl Ahead {
+    /// The rows that group `g` of `groups` asks for.
+    pub(super) fn share(&self, g: usize, groups: usize) -> Self {
+        let mut share = Self { count: 0, ..*self };
+        for row in self.rows.iter().take(self.count).skip(g).step_by(groups.max(1)) {
+            share.rows[share.count] = *row;
+            share.count += 1;
+        }
+        share
+    }
+
+    /// Where sixteen elements of each row begin, number `step` of them.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(super) fn at(&self, step: usize) -> impl Iterator<Item = *const u8> + '_ {
+        self.rows.iter().take(self.count).map(move |row| row.wrapping_add(step * self.step))
+    }
 }
 
 /// The most rows of a weight for which x's rows are not packed: a cache line of x would be written and read again for two groups of four.
@@ -96,6 +135,15 @@ impl<E: Narrow> Right for Rows<'_, E> {
 
     fn reads_lines(&self) -> bool {
         self.count >= TASK_ROWS
+    }
+
+    fn ahead(&self, j: usize, within: Range<usize>) -> Ahead {
+        let mut ahead = Ahead { step: LANES * size_of::<E>(), ..Ahead::default() };
+        for (row, j) in ahead.rows.iter_mut().zip(j..self.count) {
+            *row = self.row(j)[within.clone()].as_ptr().cast();
+            ahead.count += 1;
+        }
+        ahead
     }
 }
 
