@@ -95,8 +95,9 @@ impl<L: Lane> Formula for L {
 /// x = n·ln 2 + r with |r| ≤ ln 2 / 2; eʳ = 1 + (r + r²·P(r)), P a minimax polynomial.
 #[inline(always)]
 fn exp<L: Lane>(x: L) -> L {
-    // Outside this range the result is 0 or ∞ anyway; a NaN gets through.
-    let x = x.at_least(-104.0).at_most(89.0);
+    // Outside of these bounds the result is 0 or ∞; a NaN gets through.
+    let gone = x.is_less(-104.0);
+    let x = x.but(gone).at_most(89.0);
     let t = x.mul_add(x.all(std::f32::consts::LOG2_E), x.all(BIASED));
     let n = t - x.all(BIASED);
     let r = (-n).mul_add(x.all(LN2_LO), (-n).mul_add(x.all(LN2_HI), x));
@@ -106,7 +107,7 @@ fn exp<L: Lane>(x: L) -> L {
     p = p.step(r, 0.166_665_12);
     p = p.step(r, 0.5);
     let p = x.all(1.0) + (r * r).mul_add(p, r);
-    p.times_two_to(t)
+    p.times_two_to(t, gone)
 }
 
 /// Natural logarithm, within 2 ulp; ±0 gives -∞, negative numbers and NaN give NaN, +∞ gives +∞.

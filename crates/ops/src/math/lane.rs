@@ -17,21 +17,25 @@ pub(super) const BIASED: f32 = ROUNDER + 254.0;
 pub(crate) trait Lane:
     Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> + Div<Output = Self> + Neg<Output = Self>
 {
+    /// Some of the places.
+    type Mask: Copy;
     /// The same number in each place. (Of a lane, because there is none where its instruction set is missing.)
     fn all(self, x: f32) -> Self;
     /// self·b + c, rounded once where the machine can.
     fn mul_add(self, b: Self, c: Self) -> Self;
     fn abs(self) -> Self;
-    /// `low` where it is less than that; a NaN stays.
-    fn at_least(self, low: f32) -> Self;
+    /// Where it is less than that: a NaN never is.
+    fn is_less(self, limit: f32) -> Self::Mask;
     /// `high` where it is more than that; a NaN stays.
     fn at_most(self, high: f32) -> Self;
     /// `then` where it is less than `limit`, else `otherwise`.
     fn below(self, limit: f32, then: Self, otherwise: Self) -> Self;
+    /// A number that nothing has to be done for, in places that nobody looks at.
+    fn but(self, gone: Self::Mask) -> Self;
     /// Negative where `other` is, for a number that is not.
     fn signed_as(self, other: Self) -> Self;
-    /// self·2ⁿ for t = n + `BIASED`, rounded once; self is between 1/2 and 2, n between -151 and 129.
-    fn times_two_to(self, t: Self) -> Self;
+    /// self·2ⁿ for t = n + `BIASED`, rounded once, and 0 in places that are gone; elsewhere self is between 1/2 and 2, n between -151 and 129.
+    fn times_two_to(self, t: Self, gone: Self::Mask) -> Self;
 
     /// As [`Lane::mul_add`] with a number for all.
     #[inline(always)]
@@ -85,6 +89,7 @@ impl<const FMA: bool> Neg for One<FMA> {
 }
 
 impl<const FMA: bool> Lane for One<FMA> {
+    type Mask = bool;
     #[inline(always)]
     fn all(self, x: f32) -> Self {
         Self(x)
@@ -98,12 +103,8 @@ impl<const FMA: bool> Lane for One<FMA> {
         Self(self.0.abs())
     }
     #[inline(always)]
-    fn at_least(self, low: f32) -> Self {
-        if self.0 < low {
-            Self(low)
-        } else {
-            self
-        }
+    fn is_less(self, limit: f32) -> bool {
+        self.0 < limit
     }
     #[inline(always)]
     fn at_most(self, high: f32) -> Self {
@@ -122,14 +123,24 @@ impl<const FMA: bool> Lane for One<FMA> {
         }
     }
     #[inline(always)]
+    fn but(self, gone: bool) -> Self {
+        // a result too small for a number of full precision takes a processor a hundred times as long
+        if gone {
+            Self(0.0)
+        } else {
+            self
+        }
+    }
+    #[inline(always)]
     fn signed_as(self, other: Self) -> Self {
         Self(f32::from_bits(self.0.to_bits() | (other.0.to_bits() & 0x8000_0000)))
     }
     #[inline(always)]
-    fn times_two_to(self, t: Self) -> Self {
+    fn times_two_to(self, t: Self, gone: bool) -> Self {
         // The power is multiplied in as two halves so that both ends of the range come out right: the last bits of t are n + 254, half of
         // them and the rest are two exponents with their bias, and the shift drops all else.
         let (bits, half) = (t.0.to_bits(), t.0.to_bits() >> 1);
-        Self(self.0 * f32::from_bits(half << 23) * f32::from_bits(bits.wrapping_sub(half) << 23))
+        let product = self.0 * f32::from_bits(half << 23) * f32::from_bits(bits.wrapping_sub(half) << 23);
+        Self(if gone { 0.0 } else { product })
     }
 }

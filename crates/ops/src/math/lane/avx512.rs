@@ -77,6 +77,7 @@ impl Neg for Wide {
 }
 
 impl Lane for Wide {
+    type Mask = __mmask16;
     #[inline(always)]
     fn all(self, x: f32) -> Self {
         // SAFETY: as for `add`.
@@ -93,23 +94,25 @@ impl Lane for Wide {
         Self(unsafe { _mm512_abs_ps(self.0) })
     }
     #[inline(always)]
-    fn at_least(self, low: f32) -> Self {
-        // of a number and a NaN the second operand
+    fn is_less(self, limit: f32) -> __mmask16 {
         // SAFETY: as for `add`.
-        Self(unsafe { _mm512_max_ps(_mm512_set1_ps(low), self.0) })
+        unsafe { _mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, _mm512_set1_ps(limit)) }
     }
     #[inline(always)]
     fn at_most(self, high: f32) -> Self {
+        // of a number and a NaN the second operand
         // SAFETY: as for `add`.
         Self(unsafe { _mm512_min_ps(_mm512_set1_ps(high), self.0) })
     }
     #[inline(always)]
     fn below(self, limit: f32, then: Self, otherwise: Self) -> Self {
         // SAFETY: as for `add`.
-        unsafe {
-            let less = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, _mm512_set1_ps(limit));
-            Self(_mm512_mask_blend_ps(less, otherwise.0, then.0))
-        }
+        Self(unsafe { _mm512_mask_blend_ps(self.is_less(limit), otherwise.0, then.0) })
+    }
+    #[inline(always)]
+    fn but(self, _: __mmask16) -> Self {
+        // `times_two_to` leaves those places out
+        self
     }
     #[inline(always)]
     fn signed_as(self, other: Self) -> Self {
@@ -117,9 +120,9 @@ impl Lane for Wide {
         Self(unsafe { _mm512_or_ps(self.0, _mm512_and_ps(other.0, _mm512_set1_ps(-0.0))) })
     }
     #[inline(always)]
-    fn times_two_to(self, t: Self) -> Self {
+    fn times_two_to(self, t: Self, gone: __mmask16) -> Self {
         let n = t - t.all(BIASED);
         // SAFETY: as for `add`.
-        Self(unsafe { _mm512_scalef_ps(self.0, n.0) })
+        Self(unsafe { _mm512_maskz_scalef_ps(!gone, self.0, n.0) })
     }
 }
