@@ -72,6 +72,13 @@ mod injected {
         any() && is(name)
     }
 
+    /// Whether no fault is active but one of these, whose places are elsewhere: asking does not count as reaching them.
+    #[inline]
+    #[must_use]
+    pub fn none_but(names: &[&str]) -> bool {
+        !any() || names.contains(&NAME.read().unwrap_or_else(PoisonError::into_inner).as_str())
+    }
+
     #[cold]
     fn is(name: &str) -> bool {
         let same = *NAME.read().unwrap_or_else(PoisonError::into_inner) == name;
@@ -83,7 +90,15 @@ mod injected {
 }
 
 #[cfg(feature = "testing")]
-pub use injected::{active, any, inject, spoil_memory, spoiled, Injected};
+pub use injected::{active, any, inject, none_but, spoil_memory, spoiled, Injected};
+
+/// Whether no fault is active but one of these: always without the feature `testing`.
+#[cfg(not(feature = "testing"))]
+#[inline(always)]
+#[must_use]
+pub fn none_but(_: &[&str]) -> bool {
+    true
+}
 
 /// Whether any fault is active: never without the feature `testing`.
 #[cfg(not(feature = "testing"))]

@@ -31,7 +31,7 @@ fn bits(out: &[Data]) -> Vec<Vec<u64>> {
 fn bits_do_not_depend_on_layout() {
     let mut rng = Rng(11);
     for dtype in [DType::F32, DType::BF16, DType::F16, DType::F64] {
-        for dims in [vec![5usize, 33], vec![3, 1025], vec![40, 3, 17], vec![2, 9000]] {
+        for dims in [vec![5usize, 33], vec![3, 1025], vec![40, 3, 17], vec![2, 3072], vec![2, 9000]] {
             let axis = dims.len() - 1;
             for (name, p, n) in sample_programs(dtype) {
                 let axes = if p.instrs().iter().any(|i| matches!(i, Instr::Reduce(..))) { 1 << axis } else { 0 };
@@ -61,6 +61,36 @@ fn bits_do_not_depend_on_where_the_row_axis_stands() {
         for r in 0..6 {
             for j in 0..n {
                 assert_eq!(last[r * n + j].to_bits(), first[j * 6 + r].to_bits(), "n {n}");
+            }
+        }
+    }
+}
+
+/// What the additions of segments round away belongs to a sum wherever it is read: in the sweep that adds up, or in a later one.
+#[test]
+fn a_sum_of_many_segments_is_complete_however_its_row_lies() {
+    for n in [2048usize, 3072, 8192] {
+        // one addition to 4096² rounds a 1 away, several make 2 of it
+        let number = |i: usize| match (i % n, i % 1024) {
+            (0, _) => 4096.0,
+            (_, 0) => 1.0,
+            _ => 0.0,
+        };
+        let values: Vec<f64> = (0..2 * n).map(number).collect();
+        let x = Operand::contiguous(DType::F32, &[2, n], &values);
+        let w = Operand { layout: Strided::contiguous(&[1, n]).broadcast_to(&[2, n]).unwrap(), ..x.clone() };
+        for (name, p, inputs) in sample_programs(DType::F32) {
+            if !p.instrs().iter().any(|i| matches!(i, Instr::Reduce(..))) {
+                continue;
+            }
+            let ops: Vec<Operand> = [x.clone(), w.clone(), w.clone()].into_iter().take(inputs).collect();
+            let turned: Vec<Operand> =
+                ops.iter().map(|o| Operand { layout: o.layout.permute(&[1, 0]).unwrap(), ..o.clone() }).collect();
+            let params = vec![1e-5; p.params() as usize];
+            let rows = run(&p, &[2, n], 0b10, &ops, &params)[0].to_f64();
+            let columns = run(&p, &[n, 2], 0b01, &turned, &params)[0].to_f64();
+            for (i, row) in rows.iter().enumerate() {
+                assert_eq!(row.to_bits(), columns[i % n * 2 + i / n].to_bits(), "{name} {n} at {i}");
             }
         }
     }

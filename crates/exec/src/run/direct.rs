@@ -133,7 +133,8 @@ fn rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Tensor])
 /// The same of dense inputs, without a program, over the last dim or element by element; whether it was done.
 fn dense_rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Tensor], out: &mut Buffer) -> bool {
     let rank = node.shape().rank();
-    let fits = axes == 0 || rank > 0 && axes == 1 << (rank - 1);
+    let last = rank.checked_sub(1).and_then(|dim| 1u32.checked_shl(u32::try_from(dim).ok()?));
+    let fits = axes == 0 || Some(axes) == last;
     if !(fits && inputs.iter().all(|t| t.dtype() == DType::F32 && t.is_contiguous())) {
         return false;
     }

@@ -10,9 +10,10 @@ use super::whole::{self, Elements, Norm, Rows};
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::kernels::team;
+use smallvec::SmallVec;
 
 const OP: &str = "elementwise";
-/// Elements that are done at a time where an op is elementwise: what is read twice stays in the first-level cache.
+/// Elements that a task of an elementwise op is a multiple of.
 const PIECE: usize = 1024;
 
 fn dense(x: &[f32]) -> Arg<'_, f32> {
@@ -72,7 +73,7 @@ fn cost_of(f: UnaryFn) -> usize {
 
 /// Rows of `cols` elements from number `first` on.
 fn from_row(x: &[f32], first: usize, cols: usize) -> Elements<'_, f32> {
-    Elements { x: Rows { data: x.get(first * cols..).unwrap_or_default(), pitch: cols }, plus: None }
+    Elements { x: Rows { data: x.get(first * cols..).unwrap_or_default(), pitch: cols }, plus: SmallVec::new() }
 }
 
 /// One row of `cols` elements for all.
@@ -86,7 +87,7 @@ fn one_row(data: &[f32], cols: usize) -> Result<Rows<'_, f32>> {
 fn norms(x: &[f32], norm: Norm<'_, f32>, cols: usize, out: &mut [f32]) -> Result<()> {
     same(x, out)?;
     let work = out.len() * (8 + 4 * usize::from(norm.centred));
-    shared(work, cols, out, |first, out| whole::norm(from_row(x, first, cols), norm, out, &mut [], cols));
+    shared(work, cols, out, |first, out| whole::norm(&from_row(x, first, cols), norm, out, &mut [], cols));
     Ok(())
 }
 
@@ -96,8 +97,7 @@ fn norms(x: &[f32], norm: Norm<'_, f32>, cols: usize, out: &mut [f32]) -> Result
 /// # Errors
 /// `ShapeMismatch` if the lengths differ; nothing is written then.
 pub fn rows(f: Ready, eps: f64, inputs: &[&[f32]], cols: usize, out: &mut [f32]) -> Result<bool> {
-    // every other fault is one of the programs'
-    if fault::any() && !whole::has_fault() {
+    if !whole::may_run() {
         return Ok(false);
     }
     let by_rows = (1..=whole::LONGEST).contains(&cols) && out.len().is_multiple_of(cols);
@@ -107,7 +107,7 @@ pub fn rows(f: Ready, eps: f64, inputs: &[&[f32]], cols: usize, out: &mut [f32])
         (Ready::Softmax, &[x]) if by_rows => {
             same(x, out)?;
             let work = n * (cost_of(UnaryFn::Exp) + 4);
-            shared(work, cols, out, |first, out| whole::softmax(from_row(x, first, cols), out, &mut [], cols));
+            shared(work, cols, out, |first, out| whole::softmax(&from_row(x, first, cols), out, &mut [], cols));
         }
         (Ready::RmsNorm { weight: false }, &[x]) if by_rows => norms(x, norm(None, None, false), cols, out)?,
         (Ready::RmsNorm { weight: true }, &[x, w]) if by_rows => {

@@ -324,14 +324,44 @@ mod tests {
         let mut out = vec![vec![7f32; rows * cols]; program.outputs.len()];
         let mut outs: Vec<SliceMut<'_>> = out.iter_mut().map(|o| SliceMut::F32(o)).collect();
         program.run(&dims, 2, &views, &[1e-5], &mut outs).unwrap();
-        out[0].iter().map(|v| v.to_bits()).collect()
+        // which of the NaNs it is nobody says
+        out[0].iter().map(|v| if v.is_nan() { f32::NAN } else { *v }.to_bits()).collect()
+    }
+
+    /// Element `j` of a row that no ordinary data has, `x` in most places.
+    fn unusual(row: usize, j: usize, x: f32) -> f32 {
+        match (row, j) {
+            (0, 0) | (1, 3) => f32::NAN,
+            (2, _) => f32::NEG_INFINITY,
+            (3, 1) => f32::INFINITY,
+            (4, _) => [0.0, -0.0][j % 2],
+            (5, _) => x * 1e-32,
+            (6, _) => x * 1e17,
+            // what one addition rounds away, seven make good
+            (_, 0) => 4096.0,
+            (_, _) => f32::from(u8::from(j % 1024 == 0)),
+        }
     }
 
     #[test]
     fn fused_or_not_the_bits_are_the_same() {
         type Make = fn(&mut Builder) -> (Reg, Vec<Reg>);
         // with every intermediate value as an output nothing can be fused
-        let makes: [(usize, Make); 7] = [
+        let makes: [(usize, Make); 8] = [
+            (3, |b| {
+                let (x, more, w) = (b.load(0), b.load(1), b.load(2));
+                let sum = b.binary(B::Add, x, more);
+                let x = b.binary(B::Add, w, sum);
+                let mean = b.reduce(ReduceFn::Sum, x);
+                let n = b.row_len();
+                let mean = b.binary(B::Div, mean, n);
+                let centred = b.binary(B::Sub, x, mean);
+                let sqr = b.unary(U::Sqr, centred);
+                let squares = b.reduce(ReduceFn::Sum, sqr);
+                let root = b.root_mean(squares, 0);
+                let q = b.binary(B::Quotient, centred, root);
+                (b.binary(B::Mul, q, w), vec![sum, x, centred, sqr, q])
+            }),
             (2, |b| {
                 let (x, more) = (b.load(0), b.load(1));
                 let x = b.binary(B::Add, x, more);
@@ -409,11 +439,18 @@ mod tests {
                 }
                 b.finish().unwrap()
             };
-            for (rows, cols) in [(1, 1), (3, 5), (2, 17), (7, 100), (5, 1024), (3, 1300), (2, 9000)] {
+            let sizes = [(1, 1), (3, 5), (2, 17), (7, 100), (5, 1024), (3, 1300), (2, 2048), (4, 5000), (2, 9000)];
+            for (special, (rows, cols)) in sizes.into_iter().flat_map(|size| [(false, size), (true, size)]) {
                 let data: Vec<Vec<f32>> = (0..inputs)
                     .map(|k| {
                         let count = if k == 0 { rows * cols } else { cols };
-                        (0..count).map(|i| ((i * 37 + k * 101) % 127) as f32 / 31.0 - 2.0).collect()
+                        let number = |i: usize| ((i * 37 + k * 101) % 127) as f32 / 31.0 - 2.0;
+                        let ordinary = (0..count).map(number);
+                        if special && k == 0 {
+                            ordinary.enumerate().map(|(i, x)| unusual(i / cols, i % cols, x)).collect()
+                        } else {
+                            ordinary.collect()
+                        }
                     })
                     .collect();
                 with_each(|isa| {

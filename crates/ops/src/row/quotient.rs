@@ -242,16 +242,14 @@ impl<T: Real, const FMA: bool> Map1<T> for Exp<FMA> {
     }
 }
 
-/// The same of one row where the machine's registers have instructions for it, and whether it was done.
-#[cfg(target_arch = "x86_64")]
+/// `dst[i] = e^(x[i] − shift)`, one row.
 #[inline(always)]
-fn in_registers<T: Real>(dst: &mut [T], x: &[T], shift: T) -> bool {
-    super::wide::map(super::wide::ShiftedExp(shift.to_f32()), dst, x)
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn in_registers<T: Real>(_: &mut [T], _: &[T], _: T) -> bool {
-    false
+pub(super) fn exp_row<T: Real, const FMA: bool>(dst: &mut [T], x: &[T], shift: T) {
+    #[cfg(target_arch = "x86_64")]
+    if super::wide::map(super::wide::ShiftedExp(shift.to_f32()), dst, x) {
+        return;
+    }
+    span::one(dst, x, Shifted { shift, f: Exp::<FMA> });
 }
 
 #[inline(always)]
@@ -265,10 +263,7 @@ fn shifted_exp_body<T: Real, const FMA: bool>(x: Arg<'_, T>, shift: &[T], dst: &
     }
     for (r, dst) in dst.chunks_exact_mut(cols).enumerate() {
         let shift = shift.get(r).copied().unwrap_or(T::NAN);
-        let x = &data[r * pitch..r * pitch + cols];
-        if !in_registers(dst, x, shift) {
-            span::one(dst, x, Shifted { shift, f: Exp::<FMA> });
-        }
+        exp_row::<T, FMA>(dst, &data[r * pitch..r * pitch + cols], shift);
         if fault::any() && fault::active("row.shifted_exp.tail") {
             dst[cols - 1] = fault::nudged(dst[cols - 1]);
         }

@@ -400,7 +400,7 @@ pub(super) fn sum_of_row<T: Real>(x: &[T], squares_around: Option<T>) -> T {
     acc[0]
 }
 
-/// The largest element of a row; of zeros it may be either.
+/// The largest element of a row, as a reduction gives it.
 #[inline(always)]
 pub(super) fn max_of_row<T: Real>(x: &[T]) -> T {
     let mut acc = T::NEG_INF;

@@ -114,8 +114,8 @@ impl<T: Real> Run<'_, T> {
     /// The same where the schedule is one that has a loop of its own, and all that it reads lies in dense rows.
     fn whole_rows(&self, first: usize, rows: usize, outs: &mut [SliceMut<'_>]) -> Option<()> {
         let cols = self.space.cols;
-        let here = !fault::any() || whole::has_fault();
-        let whole = self.schedule.whole.filter(|_| here && (1..=whole::LONGEST).contains(&cols))?;
+        let whole =
+            self.schedule.whole.as_ref().filter(|_| (1..=whole::LONGEST).contains(&cols) && whole::may_run())?;
         let of_input = |i: usize| -> Option<whole::Rows<'_, T>> {
             let Access::Borrowed { pitch } = *self.access.get(i)? else { return None };
             self.pitches.get(i).copied().flatten()?;
@@ -125,28 +125,27 @@ impl<T: Real> Run<'_, T> {
         if whole.inputs().any(|i| of_input(i).is_none()) {
             return None;
         }
-        let elements = |x: Source| match x {
-            Source::Input(x) => Some(whole::Elements { x: of_input(x)?, plus: None }),
-            Source::Sum(x, y) => Some(whole::Elements { x: of_input(x)?, plus: Some(of_input(y)?) }),
+        let elements = |x: &Source| {
+            let mut rows = x.iter().filter_map(|&i| of_input(i));
+            Some(whole::Elements { x: rows.next()?, plus: rows.collect() })
         };
         let out = T::of_mut(outs.first_mut()?)?.get_mut(..rows * cols)?;
+        // nothing is taken where nothing is added up
+        let with_room = |x: &whole::Elements<'_, T>, rows: usize, f: &mut dyn FnMut(&mut [T])| match x.plus.is_empty() {
+            true => f(&mut []),
+            false => T::scratch(rows * cols, f),
+        };
         match whole {
             Whole::Softmax { x } => {
                 let x = elements(x)?;
-                match x.plus {
-                    None => whole::softmax(x, out, &mut [], cols),
-                    Some(_) => T::scratch(cols, |room| whole::softmax(x, out, room, cols)),
-                }
+                with_room(&x, 1, &mut |room| whole::softmax(&x, out, room, cols));
             }
             Whole::Norm { x, centred, eps, weight, bias } => {
                 let x = elements(x)?;
-                let (n, eps) = (self.row_len as f64, self.param(eps));
+                let (n, eps) = (self.row_len as f64, self.param(*eps));
                 let [weight, bias] = [weight, bias].map(|i| i.and_then(of_input));
-                let norm = whole::Norm { centred, n, eps, weight, bias };
-                match x.plus {
-                    None => whole::norm(x, norm, out, &mut [], cols),
-                    Some(_) => T::scratch(whole::STEPS * cols, |room| whole::norm(x, norm, out, room, cols)),
-                }
+                let norm = whole::Norm { centred: *centred, n, eps, weight, bias };
+                with_room(&x, whole::STEPS, &mut |room| whole::norm(&x, norm, out, room, cols));
             }
         }
         Some(())
@@ -218,11 +217,6 @@ impl<T: Real> Run<'_, T> {
                     break;
                 }
             }
-            for &i in &pass.body {
-                if let (Instr::Reduce(..), Kind::Row) = (self.program.instrs[i], self.resolved.kinds[i]) {
-                    Held::new(&mut scratch.rows[i], self.tile_rows).finish();
-                }
-            }
         }
         for (k, &(reg, _)) in self.program.outputs.iter().enumerate() {
             let r = self.root(reg);
@@ -242,6 +236,8 @@ impl<T: Real> Run<'_, T> {
     /// Runs one pass over one segment of columns.
     fn segment(&self, pass: &Pass, tile: Tile, local: usize, scratch: &mut Scratch<'_, T>, outs: &mut [SliceMut<'_>]) {
         let len = tile.rows * tile.cols;
+        // A sum is complete with its row's last columns: what this pass computes from it reads what a later one would.
+        let ends = tile.col + tile.cols >= self.space.cols;
         // what the loops take for rows and columns
         let (outer, inner) = if self.columns { (tile.cols, tile.rows) } else { (tile.rows, tile.cols) };
         let Scratch { buffers, rows: row_values, offsets } = scratch;
@@ -267,7 +263,11 @@ impl<T: Real> Run<'_, T> {
                 let mut acc = std::mem::take(&mut row_values[i]);
                 let x = self.arg(x, pass, tile, &slots, row_values, offsets);
                 let shift = shift.map(|s| &row_values[self.root(s)][..tile.rows]);
-                reduce::squares(x, shift, &mut Held::new(&mut acc, self.tile_rows), tile.rows, tile.cols);
+                let mut held = Held::new(&mut acc, self.tile_rows);
+                reduce::squares(x, shift, &mut held, tile.rows, tile.cols);
+                if ends {
+                    held.finish();
+                }
                 row_values[i] = acc;
                 continue;
             }
@@ -279,6 +279,9 @@ impl<T: Real> Run<'_, T> {
                         let reduce = if self.columns { columns::reduce } else { reduce::reduce };
                         let mut held = Held::new(&mut acc, self.tile_rows);
                         reduce(f, a, &mut held, tile.rows, tile.cols, tile.col == 0);
+                        if ends {
+                            held.finish();
+                        }
                         row_values[i] = acc;
                     }
                     _ => self.row_value(i, tile.rows, row_values, offsets),

@@ -8,7 +8,7 @@ use super::fuse::Fused;
 use super::loops::RootMean;
 use super::prepared::Resolved;
 use super::program::{BinaryFn as B, Instr, Kind, ReduceFn, Reg, RowProgram};
-use super::quotient::{normal_of, reciprocal, Operands, Scale};
+use super::quotient::{exp_row, normal_of, reciprocal, Operands, Scale};
 use super::reduce::{max_of_row, sum_of_row};
 use super::schedule::{Facts, Pass};
 use super::span::Map1;
@@ -17,23 +17,21 @@ use super::wide;
 use crate::fault;
 use crate::math::Real;
 use crate::simd::versions;
+use smallvec::SmallVec;
 
 /// Steps of a norm: its mean, the mean of its squares, and its elements.
 pub(super) const STEPS: usize = 3;
-/// No rows are longer that are run so: a few of them stay in the first-level cache.
-pub(super) const LONGEST: usize = 2048;
+/// No rows are longer that are run so: a few of them stay near the processor.
+pub(super) const LONGEST: usize = 8192;
 
-/// The elements of a row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Source {
-    /// Of an input.
-    Input(usize),
-    /// The sums of two inputs' elements.
-    Sum(usize, usize),
-}
+/// The most inputs whose elements are added up to a row: a product, its bias and a residual.
+const ADDENDS: usize = 3;
+
+/// The elements of a row: those of an input, or sums of several inputs' in this order.
+pub(crate) type Source = SmallVec<[usize; ADDENDS]>;
 
 /// What a schedule comes to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Whole {
     /// e^(x − max x) / Σ e^(x − max x).
     Softmax { x: Source },
@@ -41,23 +39,19 @@ pub(crate) enum Whole {
     Norm { x: Source, centred: bool, eps: u16, weight: Option<usize>, bias: Option<usize> },
 }
 
-/// Whether a fault is to be seen that these loops have; every other one is the interpreter's.
-pub(super) fn has_fault() -> bool {
-    fault::active("row.whole.softmax") || fault::active("row.whole.norm") || fault::active("row.gated.tail")
+/// Whether these loops may run: not where a fault is to be seen that only the interpreter has.
+pub(super) fn may_run() -> bool {
+    fault::none_but(&["row.whole.softmax", "row.whole.norm", "row.gated.tail"])
 }
 
 impl Whole {
     /// The inputs that have an element for each of the row.
-    pub(crate) fn inputs(&self) -> impl Iterator<Item = usize> {
-        let (x, weight, bias) = match *self {
+    pub(crate) fn inputs(&self) -> impl Iterator<Item = usize> + '_ {
+        let (x, weight, bias) = match self {
             Self::Softmax { x } => (x, None, None),
-            Self::Norm { x, weight, bias, .. } => (x, weight, bias),
+            Self::Norm { x, weight, bias, .. } => (x, *weight, *bias),
         };
-        let (a, b) = match x {
-            Source::Input(a) => (a, None),
-            Source::Sum(a, b) => (a, Some(b)),
-        };
-        [Some(a), b, weight, bias].into_iter().flatten()
+        x.iter().copied().chain(weight).chain(bias)
     }
 
     /// What a schedule's only pass comes to, if it is one of these; its only output, `root`, is computed in place.
@@ -86,13 +80,28 @@ impl Whole {
             }
         }
         let mut steps = steps.as_slice();
-        let (x, source) = match steps {
-            [(i, Instr::Binary(B::Add, a, b), None), rest @ ..] if kinds.get(*i) == Some(&Kind::Vec) => {
-                steps = rest;
-                (*i, Source::Sum(input(at(*a))?, input(at(*b))?))
+        // the register that is summed up first, or read: what stands before it is added up for it
+        let mut source = Source::new();
+        let mut x = None;
+        while let [(i, Instr::Binary(B::Add, a, b), None), rest @ ..] = steps {
+            if kinds.get(*i) != Some(&Kind::Vec) || source.len() == ADDENDS {
+                return None;
             }
-            [(_, Instr::Reduce(_, x), None), ..] => (at(*x), Source::Input(input(at(*x))?)),
-            [(_, _, Some(Fused::Squares { x, .. })), ..] => (at(*x), Source::Input(input(at(*x))?)),
+            match x {
+                None => source.extend([input(at(*a))?, input(at(*b))?]),
+                Some(sum) if at(*a) == sum => source.push(input(at(*b))?),
+                // the order of two addends changes no bit
+                Some(sum) if at(*b) == sum => source.push(input(at(*a))?),
+                Some(_) => return None,
+            }
+            (x, steps) = (Some(*i), rest);
+        }
+        let x = match (x, steps) {
+            (Some(x), _) => x,
+            (None, [(_, Instr::Reduce(_, x), None), ..] | [(_, _, Some(Fused::Squares { x, .. })), ..]) => {
+                source.push(input(at(*x))?);
+                at(*x)
+            }
             _ => return None,
         };
         match *steps {
@@ -147,29 +156,33 @@ impl<'a, T> Rows<'a, T> {
     #[inline(always)]
     fn row(&self, r: usize, cols: usize) -> &'a [T] {
         let from = r * self.pitch;
+        // the row behind the last one, which is asked for ahead, is not there
         self.data.get(from..from + cols).unwrap_or_default()
     }
 }
 
 /// The elements of rows, which may be sums.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct Elements<'a, T> {
     pub(super) x: Rows<'a, T>,
-    pub(super) plus: Option<Rows<'a, T>>,
+    /// What is added to them, one after the other.
+    pub(super) plus: SmallVec<[Rows<'a, T>; ADDENDS - 1]>,
 }
 
 impl<'a, T: Real> Elements<'a, T> {
     /// Adds up row `r` in `room`, if its elements are sums.
     #[inline(always)]
     fn add(&self, r: usize, room: &mut [T]) {
-        let Some(plus) = self.plus else { return };
-        let (x, y) = (self.x.row(r, room.len()), plus.row(r, room.len()));
-        #[cfg(target_arch = "x86_64")]
-        if wide::add(room, x, y, plus.row(r + 1, y.len())) {
-            return;
-        }
-        for ((sum, &x), &y) in room.iter_mut().zip(x).zip(y) {
-            *sum = x + y;
+        let cols = room.len();
+        let mut added = false;
+        for plus in &self.plus {
+            let (y, next) = (plus.row(r, cols), plus.row(r + 1, cols));
+            if added {
+                add_to(room, y, next);
+            } else {
+                sum_of(room, self.x.row(r, cols), y, next);
+            }
+            added = true;
         }
     }
 
@@ -179,26 +192,52 @@ impl<'a, T: Real> Elements<'a, T> {
     where
         'a: 'b,
     {
-        if self.plus.is_some() {
-            room
-        } else {
+        if self.plus.is_empty() {
             self.x.row(r, cols)
+        } else {
+            room
         }
+    }
+}
+
+/// `out[i] = x[i] + y[i]`; `next` is what is read next in the place of `y`.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // prefetching is for AVX-512 alone
+fn sum_of<T: Real>(out: &mut [T], x: &[T], y: &[T], next: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    if wide::add(out, x, y, next) {
+        return;
+    }
+    for ((sum, &x), &y) in out.iter_mut().zip(x).zip(y) {
+        *sum = x + y;
+    }
+}
+
+/// `out[i] = out[i] + y[i]`, likewise.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // as above
+fn add_to<T: Real>(out: &mut [T], y: &[T], next: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    if wide::add_to(out, y, next) {
+        return;
+    }
+    for (sum, &y) in out.iter_mut().zip(y) {
+        *sum = *sum + y;
     }
 }
 
 versions! {
 /// Softmax of rows of `cols` elements; `room` has as many, or none where `of` are no sums.
-pub(super) fn softmax<T: Real>(of: Elements<'_, T>, out: &mut [T], room: &mut [T], cols: usize) = softmax_body;
+pub(super) fn softmax<T: Real>(of: &Elements<'_, T>, out: &mut [T], room: &mut [T], cols: usize) = softmax_body;
 }
 
 #[inline(always)]
-fn softmax_body<T: Real, const FMA: bool>(of: Elements<'_, T>, out: &mut [T], room: &mut [T], cols: usize) {
+fn softmax_body<T: Real, const FMA: bool>(of: &Elements<'_, T>, out: &mut [T], room: &mut [T], cols: usize) {
     for (r, out) in out.chunks_exact_mut(cols.max(1)).enumerate() {
         of.add(r, room);
         let x = of.row(r, cols, room);
         let shift = max_of_row(x);
-        exp_of::<T, FMA>(out, x, shift);
+        exp_row::<T, FMA>(out, x, shift);
         let sum = sum_of_row(out, None);
         match reciprocal::<T, FMA>(sum) {
             Some((high, low)) => scale::<T, FMA>(out, high, low),
@@ -207,18 +246,6 @@ fn softmax_body<T: Real, const FMA: bool>(of: Elements<'_, T>, out: &mut [T], ro
         if let (true, Some(last)) = (fault::active("row.whole.softmax"), out.last_mut()) {
             *last = fault::nudged(*last);
         }
-    }
-}
-
-/// `out[i] = e^(x[i] − shift)`
-#[inline(always)]
-fn exp_of<T: Real, const FMA: bool>(out: &mut [T], x: &[T], shift: T) {
-    #[cfg(target_arch = "x86_64")]
-    if wide::map(wide::ShiftedExp(shift.to_f32()), out, x) {
-        return;
-    }
-    for (out, &x) in out.iter_mut().zip(x) {
-        *out = (x - shift).exp::<FMA>();
     }
 }
 
@@ -247,12 +274,12 @@ pub(super) struct Norm<'a, T> {
 
 versions! {
 /// Norms of rows of `cols` elements; `room` has three times as many, or none where `of` are no sums.
-pub(super) fn norm<T: Real>(of: Elements<'_, T>, norm: Norm<'_, T>, out: &mut [T], room: &mut [T], cols: usize) = norm_body;
+pub(super) fn norm<T: Real>(of: &Elements<'_, T>, norm: Norm<'_, T>, out: &mut [T], room: &mut [T], cols: usize) = norm_body;
 }
 
 #[inline(always)]
 fn norm_body<T: Real, const FMA: bool>(
-    of: Elements<'_, T>,
+    of: &Elements<'_, T>,
     norm: Norm<'_, T>,
     out: &mut [T],
     room: &mut [T],

@@ -1,4 +1,5 @@
-//! Loops over f32 in registers of AVX-512, for functions in which that has an instruction that a compiler does not find.
+//! Loops over f32 in registers of AVX-512: for functions in which that has an instruction that a compiler does not find, and for rows that are asked
+//! for ahead.
 //!
 //! They give each element the bits that the ordinary loops do.
 
@@ -55,12 +56,12 @@ impl OfLane for ShiftedExp {
 
 /// x·(high + low)
 #[derive(Clone, Copy)]
-struct Scale {
+struct Times {
     high: f32,
     low: f32,
 }
 
-impl OfLane for Scale {
+impl OfLane for Times {
     #[inline(always)]
     fn call<L: Lane>(self, x: L) -> L {
         x.mul_add(x.all(self.high), x * x.all(self.low))
@@ -98,7 +99,7 @@ fn each_register(dst: *const f32, n: usize, mut f: impl FnMut(usize, __mmask16))
 /// `dst[i] = f(x[i])` for `n` elements, which may be the same memory.
 ///
 /// # Safety
-/// `dst` may be written and `x` be read for `n` elements, and where they overlap they are the same.
+/// The machine has AVX-512; `dst` may be written and `x` be read for `n` elements, and where they overlap they are the same.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 unsafe fn run(dst: *mut f32, x: *const f32, n: usize, f: impl OfLane) {
     each_register(dst, n, |at, mask| {
@@ -127,7 +128,7 @@ pub(super) struct Normal<'a, T> {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 fn normal_row(dst: &mut [f32], of: Normal<'_, f32>, next: &[f32]) {
     let n = [Some(of.x), of.weight, of.bias].into_iter().flatten().fold(dst.len(), |n, s| n.min(s.len()));
-    let (shift, scale) = (of.shift, Scale { high: of.high, low: of.low });
+    let (shift, scale) = (of.shift, Times { high: of.high, low: of.low });
     macro_rules! row {
         (|$v:ident, $at:ident, $mask:ident| $e:expr) => {
             each_register(dst.as_ptr(), n, |$at, $mask| {
@@ -155,7 +156,7 @@ fn normal_row(dst: &mut [f32], of: Normal<'_, f32>, next: &[f32]) {
 /// Writes such a row, and says whether it was done; `next` is what is read next, if there is more.
 #[inline(always)]
 pub(super) fn normal<T: Real>(dst: &mut [T], of: &Normal<'_, T>, next: &[T]) -> bool {
-    if crate::simd::isa() != crate::simd::Isa::Avx512 {
+    if !is_here() {
         return false;
     }
     let (Some(dst), Some(x), Some(next)) = (T::f32s_mut(dst), T::f32s(of.x), T::f32s(next)) else { return false };
@@ -166,17 +167,19 @@ pub(super) fn normal<T: Real>(dst: &mut [T], of: &Normal<'_, T>, next: &[T]) -> 
     true
 }
 
-/// `dst[i] = x[i] + y[i]` of three runs of one length; `next` is what is read next in the place of `y`.
+/// `dst[i] = x[i] + y[i]` for `n` elements; `next` is what is read next in the place of `y`.
+///
+/// # Safety
+/// The machine has AVX-512; `dst` may be written and `x` and `y` be read for `n` elements; `x` may be the same memory as `dst`, else none overlap.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn sums(dst: &mut [f32], x: &[f32], y: &[f32], next: &[f32]) {
-    let n = dst.len().min(x.len()).min(y.len());
-    each_register(dst.as_ptr(), n, |at, mask| {
-        // SAFETY: the mask has a bit for elements before `n`, which all slices have, and what it hides is neither read nor written; a prefetch reads nothing.
+unsafe fn sums(dst: *mut f32, x: *const f32, y: *const f32, n: usize, next: *const f32) {
+    each_register(dst, n, |at, mask| {
+        // SAFETY: the mask has a bit for elements before `n`, and what it hides is neither read nor written; a prefetch reads nothing.
         unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(next.as_ptr().wrapping_add(at).cast());
-            let x = Wide::new(_mm512_maskz_loadu_ps(mask, x.as_ptr().wrapping_add(at)));
-            let y = Wide::new(_mm512_maskz_loadu_ps(mask, y.as_ptr().wrapping_add(at)));
-            _mm512_mask_storeu_ps(dst.as_mut_ptr().wrapping_add(at), mask, (x + y).get());
+            _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(at).cast());
+            let x = Wide::new(_mm512_maskz_loadu_ps(mask, x.wrapping_add(at)));
+            let y = Wide::new(_mm512_maskz_loadu_ps(mask, y.wrapping_add(at)));
+            _mm512_mask_storeu_ps(dst.wrapping_add(at), mask, (x + y).get());
         }
     });
 }
@@ -184,13 +187,27 @@ fn sums(dst: &mut [f32], x: &[f32], y: &[f32], next: &[f32]) {
 /// Writes such sums, and says whether it was done.
 #[inline(always)]
 pub(super) fn add<T: Real>(dst: &mut [T], x: &[T], y: &[T], next: &[T]) -> bool {
-    if crate::simd::isa() != crate::simd::Isa::Avx512 {
+    if !is_here() {
         return false;
     }
     let (Some(dst), Some(x)) = (T::f32s_mut(dst), T::f32s(x)) else { return false };
     let (Some(y), Some(next)) = (T::f32s(y), T::f32s(next)) else { return false };
-    // SAFETY: the machine has AVX-512.
-    unsafe { sums(dst, x, y, next) };
+    let n = dst.len().min(x.len()).min(y.len());
+    // SAFETY: the machine has AVX-512, and all three slices have so many elements.
+    unsafe { sums(dst.as_mut_ptr(), x.as_ptr(), y.as_ptr(), n, next.as_ptr()) };
+    true
+}
+
+/// The same of `dst` in the place of `x`.
+#[inline(always)]
+pub(super) fn add_to<T: Real>(dst: &mut [T], y: &[T], next: &[T]) -> bool {
+    if !is_here() {
+        return false;
+    }
+    let (Some(dst), Some(y), Some(next)) = (T::f32s_mut(dst), T::f32s(y), T::f32s(next)) else { return false };
+    let (n, at) = (dst.len().min(y.len()), dst.as_mut_ptr());
+    // SAFETY: as above.
+    unsafe { sums(at, at, y.as_ptr(), n, next.as_ptr()) };
     true
 }
 
@@ -213,7 +230,7 @@ fn products(dst: &mut [f32], x: &[f32], y: &[f32], f: impl OfLane) {
 
 /// The same of a function by its name, and whether it was done.
 pub(super) fn gated(f: UnaryFn, dst: &mut [f32], x: &[f32], y: &[f32]) -> bool {
-    if crate::simd::isa() != crate::simd::Isa::Avx512 {
+    if !is_here() {
         return false;
     }
     // SAFETY: the machine has AVX-512.
@@ -229,23 +246,22 @@ pub(super) fn gated(f: UnaryFn, dst: &mut [f32], x: &[f32], y: &[f32]) -> bool {
     true
 }
 
-/// Both runs as f32 where the machine has AVX-512.
+/// Whether the machine has AVX-512.
 #[inline(always)]
-fn here<'a, T: Real>(dst: &'a mut [T], x: &'a [T]) -> Option<(&'a mut [f32], &'a [f32])> {
-    let wide = crate::simd::isa() == crate::simd::Isa::Avx512;
-    T::f32s(x).filter(|_| wide).and_then(|x| Some((T::f32s_mut(dst)?, x)))
+fn is_here() -> bool {
+    crate::simd::isa() == crate::simd::Isa::Avx512
 }
 
-/// `dst[i] = f(x[i])`, and whether it was done: the other functions, types and machines have the ordinary loops.
+/// `dst[i] = f(x[i])`, and whether it was done: other types and machines have the ordinary loops.
 #[inline(always)]
 pub(super) fn map<T: Real>(f: impl OfLane, dst: &mut [T], x: &[T]) -> bool {
-    let Some((dst, x)) = here(dst, x) else { return false };
+    let (true, Some(dst), Some(x)) = (is_here(), T::f32s_mut(dst), T::f32s(x)) else { return false };
     // SAFETY: the machine has AVX-512, and both slices have so many elements.
     unsafe { run(dst.as_mut_ptr(), x.as_ptr(), dst.len().min(x.len()), f) };
     true
 }
 
-/// The same of a function by its name.
+/// `dst[i] = f(x[i])` of a function by its name, and whether it was done.
 #[inline(always)]
 pub(super) fn unary<T: Real>(f: UnaryFn, dst: &mut [T], x: &[T]) -> bool {
     match f {
@@ -263,8 +279,7 @@ pub(super) fn unary<T: Real>(f: UnaryFn, dst: &mut [T], x: &[T]) -> bool {
 /// `x[i] = f(x[i])`, and whether it was done.
 #[inline(always)]
 fn map_in_place<T: Real>(f: impl OfLane, x: &mut [T]) -> bool {
-    let wide = crate::simd::isa() == crate::simd::Isa::Avx512;
-    let Some(x) = T::f32s_mut(x).filter(|_| wide) else { return false };
+    let (true, Some(x)) = (is_here(), T::f32s_mut(x)) else { return false };
     let at = x.as_mut_ptr();
     // SAFETY: the machine has AVX-512, and the slice has so many elements.
     unsafe { run(at, at, x.len(), f) };
@@ -280,7 +295,7 @@ pub(crate) fn exp_in_place<T: Real>(x: &mut [T], shift: T) -> bool {
 /// `x[i] = x[i]·(high + low)`, and whether it was done.
 #[inline(always)]
 pub(super) fn scale_in_place<T: Real>(x: &mut [T], high: T, low: T) -> bool {
-    map_in_place(Scale { high: high.to_f32(), low: low.to_f32() }, x)
+    map_in_place(Times { high: high.to_f32(), low: low.to_f32() }, x)
 }
 
 #[cfg(test)]
