@@ -54,6 +54,10 @@ fn manifest(root: &Path, version: &str) -> Result<String, Error> {
     let workspace = read(&root.join("Cargo.toml"))?;
     let profile = workspace.find("[profile.").map_or("", |at| &workspace[at..]);
     // a JSON string is a TOML string too
+    // members there, which are optimised less than what they depend on; here they are dependencies too
+    let members: String = ["candle-lazy", "candle-lazy-exec", "candle-lazy-graph", "candle-lazy-nn", "candle-lazy-ops"]
+        .map(|member| format!("\n[profile.dev.package.{member}]\nopt-level = 1\n"))
+        .concat();
     let umbrella = serde_json::Value::from(root.join("crates").join("candle-lazy").display().to_string());
     Ok(format!(
         r#"[package]
@@ -78,7 +82,8 @@ serde = {{ version = "1", features = ["derive"] }}
 serde_json = "1"
 tracing = "0.1"
 
-{profile}"#
+{profile}
+{members}"#
     ))
 }
 

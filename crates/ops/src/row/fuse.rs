@@ -339,7 +339,7 @@ mod tests {
             (6, _) => x * 1e17,
             // what one addition rounds away, seven make good
             (_, 0) => 4096.0,
-            (_, _) => f32::from(u8::from(j % 1024 == 0)),
+            (_, _) => f32::from(u8::from(j.is_multiple_of(1024))),
         }
     }
 
