@@ -57,20 +57,63 @@ const PART: usize = 64 << 10;
 #[cfg(target_os = "linux")]
 const PAGE_NS: usize = 500;
 
+/// Up to this size to ask the system whether memory is there takes a noticeable part of what a kernel does with it.
+#[cfg(all(target_os = "linux", not(miri)))]
+const ASKED_EACH_TIME: usize = 1 << 20;
+/// How often memory that was there is taken to be there still, before the system is asked again.
+#[cfg(all(target_os = "linux", not(miri)))]
+const TRUSTED: u64 = 8;
+
+/// Where memory was that the system said is there: an allocator gives the same piece again and again. One place for each of some hashes; a wrong answer
+/// costs time only, since pages that are gone come when they are touched.
+#[cfg(all(target_os = "linux", not(miri)))]
+struct Seen([std::sync::atomic::AtomicU64; 64]);
+
+#[cfg(all(target_os = "linux", not(miri)))]
+impl Seen {
+    /// Elements begin on multiples of this.
+    const ALIGNED: u64 = 16;
+
+    fn place(&self, start: usize) -> Option<&std::sync::atomic::AtomicU64> {
+        let hash = (start as u64 / Self::ALIGNED).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        self.0.get((hash >> 58) as usize)
+    }
+
+    /// Whether memory at `start` may be taken to be there.
+    fn is_trusted(&self, start: usize) -> bool {
+        let Some(place) = self.place(start) else { return false };
+        let seen = place.load(std::sync::atomic::Ordering::Relaxed);
+        let trusted = seen & !(Self::ALIGNED - 1) == start as u64 && seen % Self::ALIGNED > 0;
+        if trusted {
+            place.store(seen - 1, std::sync::atomic::Ordering::Relaxed);
+        }
+        trusted
+    }
+
+    /// Memory at `start` was there.
+    fn trust(&self, start: usize) {
+        if let (Some(place), true) = (self.place(start), (start as u64).is_multiple_of(Self::ALIGNED)) {
+            place.store(start as u64 + TRUSTED, std::sync::atomic::Ordering::Relaxed);
+        }
+    }
+}
+
 /// Sees to it that large memory is there, where the system can do so at once and most of it is not; its content stays as it is.
 #[cfg(all(target_os = "linux", not(miri)))]
 pub(super) fn populate(data: &mut Data) {
+    static SEEN: Seen = Seen([const { std::sync::atomic::AtomicU64::new(0) }; 64]);
     let bytes = data.bytes();
-    if bytes < POPULATE_FROM {
+    let start = data.address();
+    if bytes < POPULATE_FROM || bytes < ASKED_EACH_TIME && SEEN.is_trusted(start) {
         return;
     }
     let page = page();
-    let start = data.address();
     let (Some(first), Some(end)) = (start.checked_next_multiple_of(page), start.checked_add(bytes)) else {
         return;
     };
     let last = end / page * page;
     if first >= last || !(is_missing(first, last, page) || is_missing(last - PART.min(last - first), last, page)) {
+        SEEN.trust(start);
         return;
     }
     advise(start, bytes);
@@ -124,6 +167,22 @@ mod tests {
                 assert!(numbers.iter().enumerate().all(|(i, &x)| x == i as f32), "{len}");
             }
         }
+    }
+
+    #[test]
+    #[cfg(all(target_os = "linux", not(miri)))]
+    fn memory_is_trusted_some_times_and_by_its_own_address() {
+        let seen = Seen([const { std::sync::atomic::AtomicU64::new(0) }; 64]);
+        let trusted = |start: usize| (0..2 * TRUSTED).filter(|_| seen.is_trusted(start)).count() as u64;
+        for start in [16, 4096, 0x7f00_1234_5670] {
+            assert_eq!(trusted(start), 0, "{start}");
+            seen.trust(start);
+            assert!(!seen.is_trusted(start + 16));
+            assert_eq!(trusted(start), TRUSTED, "{start}");
+        }
+        // no multiple: the count has no room beside it
+        seen.trust(4100);
+        assert_eq!(trusted(4100), 0);
     }
 
     #[test]
