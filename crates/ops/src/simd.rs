@@ -157,6 +157,21 @@ pub fn arithmetic(rounds: usize) -> usize {
     0
 }
 
+/// Asks for a line of the cache, where the machine can be asked. For measuring how fast memory comes.
+#[cfg(feature = "testing")]
+#[doc(hidden)]
+#[inline(always)]
+pub fn ask_for(line: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 has the instruction, and it reads nothing.
+    unsafe {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        _mm_prefetch::<_MM_HINT_T0>(line.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;

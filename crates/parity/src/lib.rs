@@ -31,5 +31,5 @@ pub mod unsupported;
 pub mod value;
 pub mod verify;
 
-pub use candle_lazy_ops::simd::arithmetic;
+pub use candle_lazy_ops::simd::{arithmetic, ask_for};
 pub use error::{Error, Result};

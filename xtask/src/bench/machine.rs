@@ -2,7 +2,8 @@
 
 use super::measure::median;
 use candle_core::{DType, Device, Tensor};
-use candle_lazy_parity::arithmetic;
+use candle_lazy::exec::buffer::vec_with_huge_pages;
+use candle_lazy_parity::{arithmetic, ask_for};
 use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::sync::{Barrier, Mutex};
@@ -35,15 +36,17 @@ impl Machine {
         self.threads
     }
 
-    /// Bytes per second, read and written both counted, over a footprint of `bytes`: the faster of copying one half to the other
-    /// and of reading all of it.
+    /// Bytes per second, read and written both counted, over a footprint of `bytes`: the fastest of copying one half to the other, as the
+    /// platform does and with what comes a page later asked for ahead, and of reading all of it, on ordinary and on huge pages.
     pub(super) fn bandwidth(&self, bytes: usize) -> f64 {
         let bytes = bytes.max(1 << 12).next_power_of_two();
         // a panic elsewhere leaves the table whole
         let mut known = self.bandwidth.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         *known.entry(bytes).or_insert_with(|| {
             let threads = if bytes < PARALLEL { 1 } else { self.threads };
-            moved(bytes, threads, copy).max(moved(bytes, threads, read))
+            let ways: [fn(&mut [u64]) -> usize; 3] = [copy, copy_ahead, read];
+            let rates = ways.into_iter().flat_map(|way| [false, true].map(|huge| moved(bytes, threads, huge, way)));
+            rates.fold(0.0, f64::max)
         })
     }
 
@@ -62,6 +65,20 @@ fn copy(buffer: &mut [u64]) -> usize {
     2 * n * size_of::<u64>()
 }
 
+/// As [`copy`], line by line. A processor guesses what is read next, but not across a page.
+fn copy_ahead(buffer: &mut [u64]) -> usize {
+    const LINE: usize = 8;
+    let (to, from) = buffer.split_at_mut(buffer.len() / 2);
+    let (to, from) = (to.as_chunks_mut::<LINE>().0, black_box(&*from).as_chunks::<LINE>().0);
+    let lines = to.len().min(from.len());
+    for (to, from) in to.iter_mut().zip(from) {
+        ask_for(from.as_ptr().wrapping_byte_add(4096).cast());
+        *to = *from;
+    }
+    black_box(to);
+    2 * lines * LINE * size_of::<u64>()
+}
+
 fn read(buffer: &mut [u64]) -> usize {
     // eight sums, so that no addition waits for the one before
     let mut sums = [0u64; 32];
@@ -74,11 +91,12 @@ fn read(buffer: &mut [u64]) -> usize {
     std::mem::size_of_val(buffer)
 }
 
-/// Bytes per second of `threads` threads that share a footprint.
-fn moved(bytes: usize, threads: usize, work: fn(&mut [u64]) -> usize) -> f64 {
+/// Bytes per second of `threads` threads that share a footprint, on huge pages where that is wanted and granted.
+fn moved(bytes: usize, threads: usize, huge: bool, work: fn(&mut [u64]) -> usize) -> f64 {
     let mine = bytes / threads / size_of::<u64>();
     let one = || {
-        let mut buffer = vec![1u64; mine];
+        let mut buffer = if huge { vec_with_huge_pages(mine) } else { Vec::with_capacity(mine) };
+        buffer.resize(mine, 1u64);
         work(&mut buffer);
         let rounds = (1usize << 28).checked_div(bytes).unwrap_or(1).clamp(1, 1 << 14);
         let rates: Vec<f64> = (0..7)
