@@ -53,11 +53,11 @@ pub(super) fn write(root: &Path, checkout: &Checkout, folder: &Path) -> Result<V
 fn manifest(root: &Path, version: &str) -> Result<String, Error> {
     let workspace = read(&root.join("Cargo.toml"))?;
     let profile = workspace.find("[profile.").map_or("", |at| &workspace[at..]);
-    // a JSON string is a TOML string too
     // members there, which are optimised less than what they depend on; here they are dependencies too
     let members: String = ["candle-lazy", "candle-lazy-exec", "candle-lazy-graph", "candle-lazy-nn", "candle-lazy-ops"]
         .map(|member| format!("\n[profile.dev.package.{member}]\nopt-level = 1\n"))
         .concat();
+    // a JSON string is a TOML string too
     let umbrella = serde_json::Value::from(root.join("crates").join("candle-lazy").display().to_string());
     Ok(format!(
         r#"[package]

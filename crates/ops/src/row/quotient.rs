@@ -179,13 +179,21 @@ fn normal_row<T: Real>(dst: &mut [T], of: &Operands<'_, T>, f: impl Map1<T>) {
     }
 }
 
-/// One row of [`normal`].
+/// One row of [`normal`]; `next` is what is read next, if that is known.
 #[inline(always)]
-pub(super) fn normal_of<T: Real, const FMA: bool>(dst: &mut [T], of: &Operands<'_, T>, shift: T, root: T) {
-    match reciprocal::<T, FMA>(root) {
-        Some((high, low)) => normal_row(dst, of, Shifted { shift, f: Scale::<T, FMA> { high, low } }),
-        None => normal_row(dst, of, Shifted { shift, f: Divide(root) }),
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // prefetching is for AVX-512 alone
+pub(super) fn normal_of<T: Real, const FMA: bool>(dst: &mut [T], of: &Operands<'_, T>, shift: T, root: T, next: &[T]) {
+    let Some((high, low)) = reciprocal::<T, FMA>(root) else {
+        return normal_row(dst, of, Shifted { shift, f: Divide(root) });
+    };
+    #[cfg(target_arch = "x86_64")]
+    {
+        let of = super::wide::Normal { x: of.x, weight: of.weight, bias: of.bias, shift, high, low };
+        if super::wide::normal(dst, &of, next) {
+            return;
+        }
     }
+    normal_row(dst, of, Shifted { shift, f: Scale::<T, FMA> { high, low } });
 }
 
 /// The numbers of [`normal`] that a row has one of.
@@ -220,7 +228,7 @@ fn normal_body<T: Real, const FMA: bool>(
             weight: weight.map(|w| elements(w, r, cols)),
             bias: bias.map(|b| elements(b, r, cols)),
         };
-        normal_of::<T, FMA>(dst, &of, row.shift.map_or(T::ZERO, number), number(row.root));
+        normal_of::<T, FMA>(dst, &of, row.shift.map_or(T::ZERO, number), number(row.root), &[]);
         if fault::any() && fault::active("row.normal.tail") {
             dst[cols - 1] = fault::nudged(dst[cols - 1]);
         }

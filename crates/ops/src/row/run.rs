@@ -325,10 +325,7 @@ impl RowProgram {
 
     /// How many threads a run over so many elements may use.
     fn threads(&self, elements: usize) -> usize {
-        if self.work(elements) < PARALLEL {
-            return 1;
-        }
-        team::threads()
+        threads(self.work(elements))
     }
 
     /// What so many elements cost, roughly, in additions.
@@ -515,10 +512,18 @@ impl<T: Real> Job<'_, T> {
     }
 }
 
+/// How many threads so much work may use.
+fn threads(work: usize) -> usize {
+    if work < PARALLEL {
+        return 1;
+    }
+    team::threads()
+}
+
 /// How many of `units` that are so much work together a task has; `None` where the caller does all. About four tasks per thread even out, but
 /// none is to be over at once.
 pub(super) fn per_task(work: usize, units: usize) -> Option<usize> {
-    let threads = if work < PARALLEL { 1 } else { team::threads() };
+    let threads = threads(work);
     (threads > 1 && units > 1).then(|| units.div_ceil((work / WORK_PER_NS / TASK_NS).clamp(threads, threads * 4)))
 }
 

@@ -173,16 +173,11 @@ impl<'a, T: Real> Elements<'a, T> {
     /// Adds up row `r` in `room`, if its elements are sums.
     #[inline(always)]
     fn add(&self, r: usize, room: &mut [T]) {
+        let Some((first, others)) = self.plus.split_first() else { return };
         let cols = room.len();
-        let mut added = false;
-        for plus in &self.plus {
-            let (y, next) = (plus.row(r, cols), plus.row(r + 1, cols));
-            if added {
-                add_to(room, y, next);
-            } else {
-                sum_of(room, self.x.row(r, cols), y, next);
-            }
-            added = true;
+        sum_of(room, self.x.row(r, cols), first.row(r, cols), first.row(r + 1, cols));
+        for plus in others {
+            add_to(room, plus.row(r, cols), plus.row(r + 1, cols));
         }
     }
 
@@ -315,7 +310,7 @@ fn norm_body<T: Real, const FMA: bool>(
                 operands.bias = Some(rows.row(done, cols));
             }
             let out = &mut out[done * cols..][..cols];
-            normal_row::<T, FMA>(out, &operands, shift[third], root[third], of.x.row(r + 1, cols));
+            normal_of::<T, FMA>(out, &operands, shift[third], root[third], of.x.row(r + 1, cols));
             if let (true, Some(last)) = (fault::active("row.whole.norm"), out.last_mut()) {
                 *last = fault::nudged(*last);
             }
@@ -331,18 +326,4 @@ fn room_of<T>(room: &mut [T], k: usize, cols: usize) -> &mut [T] {
         Some(room) => room,
         None => &mut [],
     }
-}
-
-/// A normalised row, and a row that is read next.
-#[inline(always)]
-#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // prefetching is for AVX-512 alone
-fn normal_row<T: Real, const FMA: bool>(out: &mut [T], of: &Operands<'_, T>, shift: T, root: T, next: &[T]) {
-    #[cfg(target_arch = "x86_64")]
-    if let Some((high, low)) = reciprocal::<T, FMA>(root) {
-        let of = wide::Normal { x: of.x, weight: of.weight, bias: of.bias, shift, high, low };
-        if wide::normal(out, &of, next) {
-            return;
-        }
-    }
-    normal_of::<T, FMA>(out, of, shift, root);
 }

@@ -126,8 +126,8 @@ impl<'a> Block<'a> {
                 let panels = &mut self.panels[..R::STRIP * piece.len()];
                 w.pack(strip, within.clone(), panels);
                 // memory brings the next panels while this one is multiplied
-                let mut coming = self.pieces.enumerate().skip(p + 1).map(|(_, piece)| (strip, piece));
-                let next = coming.next().or_else(|| Some((strip + R::STRIP, { self.pieces }.next()?)));
+                let first = || Some((strip + R::STRIP, { self.pieces }.next()?));
+                let next = { self.pieces }.nth(p + 1).map(|piece| (strip, piece)).or_else(first);
                 let ahead = next
                     .filter(|(strip, _)| *strip < w.count())
                     .map(|(strip, piece)| w.ahead(strip, piece.start..piece.end.min(self.x.len)));
