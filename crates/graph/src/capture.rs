@@ -157,8 +157,9 @@ struct Frame {
     /// Where its inputs begin among those of all frames.
     inputs: u32,
     count: u32,
-    /// How many are done.
-    next: u32,
+    /// How many inputs of other frames were done before: those done since are its own. Nothing here is written twice, since a frame
+    /// that was just written in part takes long to read.
+    done: u32,
 }
 
 /// What an arena node is, as far as nodes above have to know.
@@ -318,15 +319,13 @@ impl Walk<'_, '_> {
                 continue;
             }
             self.enter(root.clone(), None)?;
-            while let Some(frame) = self.frames.last_mut() {
-                if frame.next == frame.count {
+            while let Some(&Frame { visit: reader, inputs, count, done }) = self.frames.last() {
+                let next = self.done.len() as u32 - done;
+                let input = self.todo.get_mut((inputs + next) as usize).filter(|_| next < count).and_then(Option::take);
+                let Some(input) = input else {
                     self.leave().map_err(CaptureFailure::Error)?;
                     continue;
-                }
-                let input = self.todo.get_mut((frame.inputs + frame.next) as usize).and_then(Option::take);
-                frame.next += 1;
-                let reader = frame.visit;
-                let Some(input) = input else { continue };
+                };
                 match self.visit_of(&input) {
                     Some(known) => {
                         let visit = &mut self.visits[known as usize];
@@ -363,7 +362,7 @@ impl Walk<'_, '_> {
             }
             Some(None) => {
                 let count = (self.todo.len() - from) as u32;
-                self.frames.push(Frame { visit, inputs: from as u32, count, next: 0 });
+                self.frames.push(Frame { visit, inputs: from as u32, count, done: self.done.len() as u32 });
                 (u32::MAX, false)
             }
         };
@@ -376,11 +375,11 @@ impl Walk<'_, '_> {
 
     /// All inputs of the last frame are done: its node goes to the arena.
     fn leave(&mut self) -> Result<()> {
-        let Some(Frame { visit, inputs: from, count, .. }) = self.frames.pop() else {
+        let Some(Frame { visit, inputs: from, done, .. }) = self.frames.pop() else {
             return Ok(());
         };
         let custom = self.customs.pop_if(|(of, _)| *of == visit).map(|(_, custom)| custom);
-        let (done, node) = (self.done.len() - count as usize, &self.nodes[visit as usize]);
+        let (done, node) = (done as usize, &self.nodes[visit as usize]);
         let id = self.builder.op(visit, node, custom, &self.done[done..])?;
         self.done.truncate(done);
         self.done.push(id);

@@ -7,56 +7,55 @@
 //! A node that depends on a *variable* ([`Node::variable`], or a tensor that Candle's autograd tracks) is *traced*: it keeps its inputs
 //! when it becomes ready, so that a gradient does not depend on what was evaluated before. It is freed with the last handle above it.
 
+mod extent;
 mod id;
 mod no_grad;
 mod pending;
+mod release;
+mod state;
 mod value;
 
 use crate::custom::CustomOp;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hash::FastMap;
-use crate::infer::{infer, Meta};
+use crate::infer::{infer, like_first, out, Meta};
 use crate::op::{Dims, Op, Scalars};
 use crate::site::BuildSite;
 use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Shape, Tensor};
+use extent::Extent;
 pub use id::{live_nodes, NodeId};
 pub use no_grad::{is_grad_enabled, no_grad, without_grad, WithoutGrad};
 use parking_lot::Mutex;
 use pending::Pending;
 use smallvec::{smallvec, SmallVec};
-use std::borrow::Borrow;
+use state::{State, Waiting};
+use std::borrow::{Borrow, Cow};
 use std::sync::{Arc, OnceLock};
 pub use value::{EngineValue, Expr, Look, Value};
 
-#[derive(Debug)]
-enum State {
-    Pending(Waiting),
-    Ready(Value),
-    /// The value was given to a running plan, which writes it in place; the plan gives it back if it fails.
-    Lent,
-}
-
-/// What a pending node holds and a ready one has dropped.
-#[derive(Debug)]
-struct Waiting {
-    inputs: SmallVec<[Arc<Node>; 3]>,
-    custom: Option<CustomOp>,
+/// What a node is from the beginning. It never changes, so reading it takes no lock.
+#[derive(Debug, Clone)]
+enum Origin {
+    /// A leaf that keeps its value, a tensor or a quantised weight.
+    Given(Value),
+    /// A leaf on memory of the engine, which a plan may borrow: its value is in the state.
+    Leaf,
+    Recorded(Op, Scalars),
 }
 
 /// A recorded operation or a leaf.
 #[derive(Debug)]
 pub struct Node {
     id: NodeId,
-    shape: Shape,
+    extent: Extent,
     dtype: DType,
     device: Device,
     tracked: bool,
     traced: bool,
     quantized: bool,
     site: BuildSite,
-    /// What was recorded; `None` for a leaf. It never changes, so reading it takes no lock.
-    recorded: Option<(Op, Scalars)>,
+    origin: Origin,
     /// What a traced node waited for, from when it is ready.
     history: OnceLock<Box<Waiting>>,
     /// For the pending budget.
@@ -70,17 +69,17 @@ impl Node {
     pub fn leaf(tensor: Tensor, site: BuildSite) -> Arc<Self> {
         Arc::new(Self {
             id: NodeId::next(),
-            shape: tensor.shape().clone(),
+            extent: Extent::from(tensor.shape()),
             dtype: tensor.dtype(),
             device: tensor.device().clone(),
             tracked: tensor.track_op(),
             traced: tensor.track_op(),
             quantized: false,
             site,
-            recorded: None,
+            origin: Origin::Given(Value::Tensor(tensor)),
             history: OnceLock::new(),
             pending: Pending::none(),
-            state: Mutex::new(State::Ready(Value::Tensor(tensor))),
+            state: Mutex::new(State::Given),
         })
     }
 
@@ -89,17 +88,17 @@ impl Node {
     pub fn quantized(weight: Arc<QTensor>, site: BuildSite) -> Arc<Self> {
         Arc::new(Self {
             id: NodeId::next(),
-            shape: weight.shape().clone(),
+            extent: Extent::from(weight.shape()),
             dtype: DType::F32,
             device: weight.device(),
             tracked: false,
             traced: false,
             quantized: true,
             site,
-            recorded: None,
+            origin: Origin::Given(Value::Quantized(weight)),
             history: OnceLock::new(),
             pending: Pending::none(),
-            state: Mutex::new(State::Ready(Value::Quantized(weight))),
+            state: Mutex::new(State::Given),
         })
     }
 
@@ -155,7 +154,10 @@ impl Node {
                     &many
                 }
             };
-            infer(&op, metas).map_err(|e| e.at(&site))?
+            match like_first(&op, metas) {
+                Some(first) => out(first.dims, first.dtype),
+                None => infer(&op, metas).map_err(|e| e.at(&site))?,
+            }
         };
         if scalars.len() != op.scalar_count() {
             let detail = format!("takes {} scalars, got {}", op.scalar_count(), scalars.len());
@@ -194,14 +196,14 @@ impl Node {
         let pending = Pending::above(id, inputs.iter().map(|n| &n.borrow().pending), own_bytes as u64);
         Ok(Arc::new(Self {
             id,
-            shape: Shape::from(meta.dims.as_slice()),
+            extent: Extent::from(meta.dims),
             dtype: meta.dtype,
             device,
             tracked,
             traced,
             quantized: false,
             site,
-            recorded: Some((op, Scalars::from_slice(scalars))),
+            origin: Origin::Recorded(op, Scalars::from_slice(scalars)),
             history: OnceLock::new(),
             pending,
             state: Mutex::new(State::Pending(Waiting { inputs: shared(inputs), custom })),
@@ -224,54 +226,46 @@ impl Node {
             let detail = "only floating-point tensors have gradients; cast it first, or leave it out".to_string();
             return Err(Error::new("variable", ErrorKind::DType(detail)).on(&[input.meta()]).at(&site));
         }
-        let value = match input.value() {
+        let (origin, state) = match input.value() {
             None => return Ok(Self::cut(input, true, site)),
-            Some(Value::Tensor(tensor)) => Value::Tensor(tensor.detach()),
-            Some(value) => value,
+            Some(Value::Tensor(tensor)) => (Origin::Given(Value::Tensor(tensor.detach())), State::Given),
+            Some(value) => (Origin::Leaf, State::Ready(value)),
         };
         // a leaf on the same data: a graph has the same key as when the variable was computed by a plan
         Ok(Arc::new(Self {
             id: NodeId::next(),
-            shape: input.shape.clone(),
+            extent: input.extent.clone(),
             dtype: input.dtype,
             device: input.device.clone(),
             tracked: false,
             traced: true,
             quantized: false,
             site,
-            recorded: None,
+            origin,
             history: OnceLock::new(),
             pending: Pending::none(),
-            state: Mutex::new(State::Ready(value)),
+            state: Mutex::new(state),
         }))
     }
 
     fn cut(input: &Arc<Node>, traced: bool, site: BuildSite) -> Arc<Self> {
-        let own_bytes = input.shape.elem_count() * input.dtype.size_in_bytes();
+        let own_bytes = input.elem_count() * input.dtype.size_in_bytes();
         let inputs = SmallVec::from_iter([input.clone()]);
         let id = NodeId::next();
         Arc::new(Self {
             id,
-            shape: input.shape.clone(),
+            extent: input.extent.clone(),
             dtype: input.dtype,
             device: input.device.clone(),
             tracked: false,
             traced,
             quantized: false,
             site,
-            recorded: Some((Op::Detach, Scalars::new())),
+            origin: Origin::Recorded(Op::Detach, Scalars::new()),
             history: OnceLock::new(),
             pending: Pending::above(id, std::iter::once(&input.pending), own_bytes as u64),
             state: Mutex::new(State::Pending(Waiting { inputs, custom: None })),
         })
-    }
-
-    /// What the node waits for or has kept of it; the node is being dropped.
-    fn take_waiting(&mut self) -> Option<Waiting> {
-        match std::mem::replace(self.state.get_mut(), State::Lent) {
-            State::Pending(waiting) => Some(waiting),
-            State::Ready(_) | State::Lent => self.history.take().map(|waiting| *waiting),
-        }
     }
 
     /// A ready node with this one's history and the value `value`, which nothing that this node holds refers to; `None` if it has none.
@@ -281,14 +275,14 @@ impl Node {
         let history = OnceLock::from(Box::new(Waiting { inputs, custom }));
         Some(Arc::new(Self {
             id: NodeId::next(),
-            shape: self.shape.clone(),
+            extent: self.extent.clone(),
             dtype: self.dtype,
             device: self.device.clone(),
             tracked: self.tracked,
             traced: self.traced,
             quantized: false,
             site: self.site.clone(),
-            recorded: self.recorded.clone(),
+            origin: self.origin.clone(),
             history,
             pending: Pending::none(),
             state: Mutex::new(State::Ready(value)),
@@ -296,6 +290,7 @@ impl Node {
     }
 
     /// The node's own number.
+    #[inline]
     #[must_use]
     pub fn id(&self) -> NodeId {
         self.id
@@ -304,28 +299,46 @@ impl Node {
     /// The shape of the result.
     #[must_use]
     pub fn shape(&self) -> &Shape {
-        &self.shape
+        self.extent.shape()
+    }
+
+    /// The dims of the result.
+    #[inline]
+    #[must_use]
+    pub fn dims(&self) -> &[usize] {
+        self.extent.dims()
+    }
+
+    /// How many elements the result has.
+    #[inline]
+    #[must_use]
+    pub fn elem_count(&self) -> usize {
+        self.extent.elem_count()
     }
 
     /// The dtype of the result.
+    #[inline]
     #[must_use]
     pub fn dtype(&self) -> DType {
         self.dtype
     }
 
     /// The device of the result.
+    #[inline]
     #[must_use]
     pub fn device(&self) -> &Device {
         &self.device
     }
 
     /// Whether Candle's autograd tracks a leaf that this node depends on.
+    #[inline]
     #[must_use]
     pub fn tracked(&self) -> bool {
         self.tracked
     }
 
     /// Whether the node is a variable or depends on one differentiably, so that gradients can be taken through it.
+    #[inline]
     #[must_use]
     pub fn traced(&self) -> bool {
         self.traced
@@ -334,7 +347,7 @@ impl Node {
     /// Whether gradients can be taken with respect to the node: a variable, or a leaf that Candle's autograd tracks.
     #[must_use]
     pub fn is_variable(&self) -> bool {
-        self.traced && self.recorded.as_ref().is_none_or(|(op, _)| *op == Op::Detach)
+        self.traced && self.recorded().is_none_or(|(op, _)| *op == Op::Detach)
     }
 
     /// Whether the node is a quantised weight.
@@ -350,58 +363,75 @@ impl Node {
     }
 
     /// Shape and dtype, as inference takes them.
+    #[inline]
     #[must_use]
     pub fn meta(&self) -> Meta<'_> {
-        Meta { dims: self.shape.dims(), dtype: self.dtype }
+        Meta { dims: self.dims(), dtype: self.dtype }
     }
 
     /// Whether the node holds a value.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        matches!(*self.state.lock(), State::Ready(_))
+        self.given().is_some() || matches!(*self.state.lock(), State::Ready(_))
+    }
+
+    /// The value of a leaf that keeps it.
+    #[inline]
+    fn given(&self) -> Option<&Value> {
+        match &self.origin {
+            Origin::Given(value) => Some(value),
+            Origin::Leaf | Origin::Recorded(..) => None,
+        }
     }
 
     /// Whether the node waits for its inputs.
     #[must_use]
     pub fn is_pending(&self) -> bool {
-        matches!(*self.state.lock(), State::Pending(_))
+        self.recorded().is_some() && matches!(*self.state.lock(), State::Pending(_))
     }
 
     /// The value, if the node is ready.
     #[must_use]
     pub fn value(&self) -> Option<Value> {
+        if let Some(value) = self.given() {
+            return Some(value.clone());
+        }
         match &*self.state.lock() {
             State::Ready(value) => Some(value.clone()),
-            State::Pending(_) | State::Lent => None,
+            State::Given | State::Pending(_) | State::Lent => None,
         }
     }
 
     /// The op that was recorded and its scalars, whether the node is pending or not; `None` for a leaf.
+    #[inline]
     #[must_use]
     pub fn recorded(&self) -> Option<(&Op, &[f64])> {
-        self.recorded.as_ref().map(|(op, scalars)| (op, scalars.as_slice()))
+        match &self.origin {
+            Origin::Recorded(op, scalars) => Some((op, scalars)),
+            Origin::Given(_) | Origin::Leaf => None,
+        }
     }
 
     /// What the node is now, in one look under the lock: a copy of the op and its inputs, the value, or lent out.
     #[must_use]
     pub fn look(&self) -> Look {
-        match (&*self.state.lock(), &self.recorded) {
-            (State::Pending(Waiting { inputs, custom }), Some((op, scalars))) => Look::Pending(Expr {
+        match (&*self.state.lock(), &self.origin) {
+            (State::Pending(Waiting { inputs, custom }), Origin::Recorded(op, scalars)) => Look::Pending(Expr {
                 op: op.clone(),
                 scalars: scalars.clone(),
                 inputs: inputs.clone(),
                 custom: custom.clone(),
             }),
-            (State::Ready(value), _) => Look::Ready(value.clone()),
-            // what is pending was recorded
-            (State::Lent, _) | (State::Pending(_), None) => Look::Lent,
+            (State::Ready(value), _) | (State::Given, Origin::Given(value)) => Look::Ready(value.clone()),
+            // what is pending was recorded, and what is given has a value
+            (State::Lent | State::Pending(_) | State::Given, _) => Look::Lent,
         }
     }
 
     /// The op and the inputs of a node that is pending, or ready and traced; `None` of a leaf, and of what has dropped them.
     #[must_use]
     pub fn history(&self) -> Option<Expr> {
-        let (op, scalars) = self.recorded.as_ref()?;
+        let Origin::Recorded(op, scalars) = &self.origin else { return None };
         let of = |waiting: &Waiting| Expr {
             op: op.clone(),
             scalars: scalars.clone(),
@@ -422,10 +452,13 @@ impl Node {
         pending: impl FnOnce(&[Arc<Node>], Option<&CustomOp>) -> R,
         ready: impl FnOnce(&Value) -> R,
     ) -> Option<R> {
+        if let Some(value) = self.given() {
+            return Some(ready(value));
+        }
         match &*self.state.lock() {
             State::Pending(Waiting { inputs, custom }) => Some(pending(inputs, custom.as_ref())),
             State::Ready(value) => Some(ready(value)),
-            State::Lent => None,
+            State::Given | State::Lent => None,
         }
     }
 
@@ -434,93 +467,20 @@ impl Node {
     pub fn with_inputs<R>(&self, f: impl FnOnce(&[Arc<Node>]) -> R) -> Option<R> {
         match &*self.state.lock() {
             State::Pending(Waiting { inputs, .. }) => Some(f(inputs)),
-            State::Ready(_) | State::Lent => None,
+            State::Given | State::Ready(_) | State::Lent => None,
         }
     }
 
-    /// The tensor of a ready node that holds one.
+    /// The tensor of a ready node that holds one; that of a leaf is borrowed.
     #[must_use]
-    pub fn tensor(&self) -> Option<Tensor> {
+    pub fn tensor(&self) -> Option<Cow<'_, Tensor>> {
+        if let Some(Value::Tensor(tensor)) = self.given() {
+            return Some(Cow::Borrowed(tensor));
+        }
         match &*self.state.lock() {
-            State::Ready(Value::Tensor(tensor)) => Some(tensor.clone()),
-            State::Ready(_) | State::Pending(_) | State::Lent => None,
+            State::Ready(Value::Tensor(tensor)) => Some(Cow::Owned(tensor.clone())),
+            State::Given | State::Ready(_) | State::Pending(_) | State::Lent => None,
         }
-    }
-
-    /// Makes a pending node ready: the first to publish wins. Returns whether `value` was taken.
-    ///
-    /// The inputs are dropped here, outside the lock, but for those of a traced node.
-    pub fn publish(&self, value: Value) -> bool {
-        let old = {
-            let mut state = self.state.lock();
-            if !matches!(*state, State::Pending(_)) {
-                return false;
-            }
-            let old = std::mem::replace(&mut *state, State::Ready(value));
-            match old {
-                // under the lock: whoever sees the value sees the history
-                State::Pending(waiting) if self.traced && !self.is_variable() => {
-                    // it is empty, since nothing becomes ready twice
-                    self.history.set(Box::new(waiting)).err().map(|waiting| *waiting)
-                }
-                State::Pending(waiting) => Some(waiting),
-                State::Ready(_) | State::Lent => None,
-            }
-        };
-        self.pending.set(0, 0);
-        drop_iteratively(old);
-        true
-    }
-
-    /// Takes an engine value out of a ready node for an in-place update. [`Node::give_back`] returns it.
-    #[must_use]
-    pub fn lend(&self) -> Option<Arc<dyn EngineValue>> {
-        let mut state = self.state.lock();
-        if !matches!(*state, State::Ready(Value::Engine(_))) {
-            return None;
-        }
-        match std::mem::replace(&mut *state, State::Lent) {
-            State::Ready(Value::Engine(value)) => Some(value),
-            other => {
-                *state = other;
-                None
-            }
-        }
-    }
-
-    /// Returns a value taken by [`Node::lend`].
-    pub fn give_back(&self, value: Arc<dyn EngineValue>) {
-        let mut state = self.state.lock();
-        if matches!(*state, State::Lent) {
-            *state = State::Ready(Value::Engine(value));
-        }
-    }
-
-    /// Makes a node whose value was taken by [`Node::lend`] ready again with `value`.
-    pub fn settle(&self, value: Value) {
-        let mut state = self.state.lock();
-        if matches!(*state, State::Lent) {
-            *state = State::Ready(value);
-        }
-    }
-
-    /// Gives a ready node the same value in another form. Returns whether it was ready.
-    pub fn replace(&self, value: Value) -> bool {
-        let mut state = self.state.lock();
-        let ready = matches!(*state, State::Ready(_));
-        if ready {
-            // the old value is dropped behind the lock: its tape may hold other nodes
-            let old = std::mem::replace(&mut *state, State::Ready(value));
-            drop(state);
-            drop(old);
-        }
-        ready
-    }
-
-    /// Whether the value is lent to a running plan.
-    #[must_use]
-    pub fn is_lent(&self) -> bool {
-        matches!(*self.state.lock(), State::Lent)
     }
 
     /// The inputs, if the node is pending.
@@ -528,12 +488,13 @@ impl Node {
     pub fn inputs(&self) -> SmallVec<[Arc<Node>; 3]> {
         match &*self.state.lock() {
             State::Pending(waiting) => waiting.inputs.clone(),
-            State::Ready(_) | State::Lent => SmallVec::new(),
+            State::Given | State::Ready(_) | State::Lent => SmallVec::new(),
         }
     }
 
     /// Upper estimates of the pending nodes and bytes at and above this node: exact for a graph that was recorded without another
     /// one between its nodes.
+    #[inline]
     #[must_use]
     pub fn pending_estimate(&self) -> (u64, u64) {
         self.pending.estimate()
@@ -549,7 +510,7 @@ impl Node {
         while let Some(node) = stack.pop() {
             if let State::Pending(waiting) = &*node.state.lock() {
                 nodes += 1;
-                bytes += (node.shape.elem_count() * node.dtype.size_in_bytes()) as u64;
+                bytes += (node.elem_count() * node.dtype.size_in_bytes()) as u64;
                 stack.extend(waiting.inputs.iter().filter(|n| seen.insert(n.id, ()).is_none()).cloned());
             }
         }
@@ -559,6 +520,7 @@ impl Node {
 }
 
 /// Handles on the nodes: a few are written one by one, without a loop that makes room.
+#[inline]
 fn shared<N: Borrow<Arc<Node>>>(inputs: &[N]) -> SmallVec<[Arc<Node>; 3]> {
     let of = |n: &N| n.borrow().clone();
     match inputs {
@@ -566,27 +528,6 @@ fn shared<N: Borrow<Arc<Node>>>(inputs: &[N]) -> SmallVec<[Arc<Node>; 3]> {
         [a, b] => smallvec![of(a), of(b)],
         [a, b, c] => smallvec![of(a), of(b), of(c)],
         _ => inputs.iter().map(of).collect(),
-    }
-}
-
-/// Drops a pending state without recursion: whoever holds the last reference to an input takes that input apart too.
-fn drop_iteratively(waiting: Option<Waiting>) {
-    let Some(waiting) = waiting else { return };
-    let mut stack = waiting.inputs;
-    while let Some(node) = stack.pop() {
-        // `into_inner` gives the node to exactly one of the threads that drop it at the same time
-        if let Some(mut node) = Arc::into_inner(node) {
-            if let Some(waiting) = node.take_waiting() {
-                stack.extend(waiting.inputs);
-            }
-        }
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        id::dropped();
-        drop_iteratively(self.take_waiting());
     }
 }
 

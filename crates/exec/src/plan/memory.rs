@@ -204,7 +204,7 @@ impl<'a> Planner<'a> {
             };
             let Some(held) = slots.get_mut(slot as usize) else { continue };
             let node = bindings.nodes.get(leaf.node as usize);
-            held.dims = node.map(|n| n.shape().dims().into()).unwrap_or_default();
+            held.dims = node.map(|n| n.dims().into()).unwrap_or_default();
             held.dtype = node.map(|n| n.dtype());
             (held.dense, held.whole, held.ours) = (facts.dense, true, facts.ours);
             if facts.given {

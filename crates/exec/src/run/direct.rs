@@ -9,7 +9,7 @@ use crate::buffer::Buffer;
 use crate::error::{Error, Result};
 use crate::lower::{binary, unary};
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Device, Shape, Storage, Tensor};
 use candle_lazy_graph::{Node, Op, Value};
 use candle_lazy_ops::fault;
 use candle_lazy_ops::kernels::{self, fresh};
@@ -17,6 +17,7 @@ use candle_lazy_ops::row::programs::Ready;
 use candle_lazy_ops::row::{direct, BinaryFn, UnaryFn};
 use candle_lazy_ops::view::SliceMut;
 use smallvec::SmallVec;
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// With more elements an elementwise op is a row program, which may use more threads.
@@ -35,9 +36,9 @@ enum Function {
 
 impl Function {
     fn of(node: &Node, op: &Op, scalars: &[f64]) -> Option<Self> {
-        let few = node.shape().elem_count() <= MOST;
+        let few = node.elem_count() <= MOST;
         let axis = |dim: usize| 1u32.checked_shl(u32::try_from(dim).ok()?);
-        let last = || axis(node.shape().rank().checked_sub(1)?);
+        let last = || axis(node.dims().len().checked_sub(1)?);
         Some(match (op, scalars) {
             (Op::Unary(f), []) if few => Function::Unary(unary(*f)),
             (Op::Unary(f), []) => Function::Row(Ready::Unary(unary(*f)), 0),
@@ -64,8 +65,8 @@ const MOST_READ: usize = 1 << 16;
 /// writes little.
 pub(crate) fn is_direct(node: &Node) -> bool {
     let little = || {
-        let read = node.with_inputs(|inputs| inputs.iter().map(|input| input.shape().elem_count()).sum::<usize>());
-        node.shape().elem_count() <= MOST && read.is_none_or(|read| read <= MOST_READ)
+        let read = node.with_inputs(|inputs| inputs.iter().map(|input| input.elem_count()).sum::<usize>());
+        node.elem_count() <= MOST && read.is_none_or(|read| read <= MOST_READ)
     };
     let known = || node.recorded().is_some_and(|(op, params)| Function::of(node, op, params).is_some());
     is_plain(node) && node.pending_estimate().0 <= 1 && little() && known()
@@ -88,21 +89,24 @@ pub(crate) fn eval_direct(node: &Arc<Node>) -> Option<Result<Tensor>> {
     }
     let (op, params) = node.recorded()?;
     let function = Function::of(node, op, params)?;
-    let inputs = node.with_inputs(|recorded| {
-        let elementwise = matches!(function, Function::Unary(_) | Function::Binary(_) | Function::Affine(..));
-        let alike = elementwise || matches!(function, Function::Row(_, 0));
-        let mut inputs: SmallVec<[Tensor; 4]> = SmallVec::new();
-        for input in recorded {
-            let fits = !alike || input.shape() == node.shape() && input.dtype() == DType::F32;
-            inputs.push(input.tensor().filter(|t| fits && (!elementwise || t.is_contiguous()))?);
-        }
-        Some(inputs)
-    })??;
-    let computed = match &function {
-        Function::Row(ready, axes) => rows(node, *ready, *axes, params, &inputs),
-        _ => small(node, &function, &inputs),
+    let direct = Direct { node, function, params };
+    // what takes no longer than another thread may wait for the node needs no handles on its inputs
+    let quick = |inputs: &[Arc<Node>]| {
+        node.elem_count() <= MOST && inputs.iter().map(|input| input.elem_count()).sum::<usize>() <= MOST_READ
     };
-    let tensor = match computed? {
+    let mut later: Option<Operands<'static>> = None;
+    let computed = node.compute(|inputs| {
+        let operands = direct.operands(inputs)?;
+        if quick(inputs) {
+            return direct.run(&operands);
+        }
+        later = Some(operands.into_iter().map(|operand| Cow::Owned(operand.into_owned())).collect());
+        None
+    });
+    if computed.is_some() {
+        return computed;
+    }
+    let tensor = match direct.run(&later?)? {
         Ok(tensor) => tensor,
         Err(error) => return Some(Err(error)),
     };
@@ -110,16 +114,47 @@ pub(crate) fn eval_direct(node: &Arc<Node>) -> Option<Result<Tensor>> {
         return Some(Ok(tensor));
     }
     // somebody else was first: all get the same tensor
-    node.tensor().map(Ok)
+    node.tensor().map(|tensor| Ok(tensor.into_owned()))
+}
+
+/// What an op reads: tensors of leaves are borrowed.
+type Operands<'a> = SmallVec<[Cow<'a, Tensor>; 4]>;
+
+/// One op to be computed at once.
+struct Direct<'a> {
+    node: &'a Node,
+    function: Function,
+    params: &'a [f64],
+}
+
+impl Direct<'_> {
+    /// The inputs, if they are ready tensors of a kind that the function takes.
+    fn operands<'i>(&self, inputs: &'i [Arc<Node>]) -> Option<Operands<'i>> {
+        let elementwise = matches!(self.function, Function::Unary(_) | Function::Binary(_) | Function::Affine(..));
+        let alike = elementwise || matches!(self.function, Function::Row(_, 0));
+        let mut operands = Operands::new();
+        for input in inputs {
+            let fits = !alike || input.dims() == self.node.dims() && input.dtype() == DType::F32;
+            operands.push(input.tensor().filter(|t| fits && (!elementwise || t.is_contiguous()))?);
+        }
+        Some(operands)
+    }
+
+    fn run(&self, inputs: &[Cow<'_, Tensor>]) -> Option<Result<Tensor>> {
+        match &self.function {
+            Function::Row(ready, axes) => rows(self.node, *ready, *axes, self.params, inputs),
+            function => small(self.node, function, inputs),
+        }
+    }
 }
 
 /// A row program on inputs that broadcast to the node's shape.
-fn rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Tensor]) -> Option<Result<Tensor>> {
-    let dims = node.shape().dims();
-    let mut out = Buffer::take(DType::F32, node.shape().elem_count()).ok()?;
+fn rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Cow<'_, Tensor>]) -> Option<Result<Tensor>> {
+    let dims = node.dims();
+    let mut out = Buffer::take(DType::F32, node.elem_count()).ok()?;
     if !dense_rows(node, ready, axes, params, inputs, &mut out) {
         let program = ready.program(DType::F32).ok()?;
-        let slots: SmallVec<[SlotValue; 4]> = inputs.iter().cloned().map(SlotValue::foreign).collect();
+        let slots: SmallVec<[SlotValue; 4]> = inputs.iter().map(|x| SlotValue::foreign(x.clone().into_owned())).collect();
         let inputs = [0, 1, 2, 3].get(..slots.len())?;
         // what fails here fails again with a plan, which knows how to say it
         row_program(&program, (dims, axes), params, &slots, inputs, std::slice::from_mut(&mut out)).ok()?;
@@ -131,15 +166,15 @@ fn rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Tensor])
 }
 
 /// The same of dense inputs, without a program, over the last dim or element by element; whether it was done.
-fn dense_rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Tensor], out: &mut Buffer) -> bool {
-    let rank = node.shape().rank();
+fn dense_rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Cow<'_, Tensor>], out: &mut Buffer) -> bool {
+    let rank = node.dims().len();
     let last = rank.checked_sub(1).and_then(|dim| 1u32.checked_shl(u32::try_from(dim).ok()?));
     let fits = axes == 0 || Some(axes) == last;
     if !(fits && inputs.iter().all(|t| t.dtype() == DType::F32 && t.is_contiguous())) {
         return false;
     }
     let SliceMut::F32(out) = out.slice_mut() else { return false };
-    let cols = if axes == 0 { out.len() } else { node.shape().dims().last().copied().unwrap_or(0) };
+    let cols = if axes == 0 { out.len() } else { node.dims().last().copied().unwrap_or(0) };
     let eps = params.first().copied().unwrap_or_default();
     let done = match inputs {
         [x] => with_dense([x], |x| direct::rows(ready, eps, &x, cols, out)),
@@ -151,8 +186,8 @@ fn dense_rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Te
 }
 
 /// A function of few elements.
-fn small(node: &Node, function: &Function, inputs: &[Tensor]) -> Option<Result<Tensor>> {
-    let mut out = fresh::<f32>(node.shape().elem_count());
+fn small(node: &Node, function: &Function, inputs: &[Cow<'_, Tensor>]) -> Option<Result<Tensor>> {
+    let mut out = fresh::<f32>(node.elem_count());
     let computed = match (function, inputs) {
         (Function::Unary(f), [x]) => with_dense([x], |[x]| direct::unary(*f, x, &mut out)),
         (Function::Affine(mul, add), [x]) => with_dense([x], |[x]| direct::affine(x, *mul, *add, &mut out)),
@@ -163,11 +198,11 @@ fn small(node: &Node, function: &Function, inputs: &[Tensor]) -> Option<Result<T
     // what fails here fails again with a plan, which knows how to say it
     computed?.ok()?;
     let storage = Storage::Cpu(CpuStorage::F32(out));
-    Some(Ok(Tensor::from_storage(storage, node.shape().clone(), BackpropOp::none(), false)))
+    Some(Ok(Tensor::from_storage(storage, Shape::from(node.dims()), BackpropOp::none(), false)))
 }
 
 /// A LoRA of few rows: its two products take less time than a plan.
-fn lora(scale: f64, inputs: &[Tensor], out: &mut [f32]) -> Option<()> {
+fn lora(scale: f64, inputs: &[Cow<'_, Tensor>], out: &mut [f32]) -> Option<()> {
     if dense_lora(scale, inputs, out).is_none() {
         lora_of_views(scale, inputs, out)?;
     }
@@ -177,8 +212,8 @@ fn lora(scale: f64, inputs: &[Tensor], out: &mut [f32]) -> Option<()> {
     Some(())
 }
 
-fn lora_of_views(scale: f64, inputs: &[Tensor], out: &mut [f32]) -> Option<()> {
-    let slots: SmallVec<[SlotValue; 4]> = inputs.iter().cloned().map(SlotValue::foreign).collect();
+fn lora_of_views(scale: f64, inputs: &[Cow<'_, Tensor>], out: &mut [f32]) -> Option<()> {
+    let slots: SmallVec<[SlotValue; 4]> = inputs.iter().map(|x| SlotValue::foreign(x.clone().into_owned())).collect();
     with_views(&slots, &[0, 1, 2, 3][..slots.len().min(4)], |v| match v {
         [x, a, b, base @ ..] => {
             kernels::lora(x, a, b, base.first(), scale, &mut SliceMut::F32(&mut *out)).map_err(kernel_error)
@@ -189,10 +224,10 @@ fn lora_of_views(scale: f64, inputs: &[Tensor], out: &mut [f32]) -> Option<()> {
 }
 
 /// The same of dense operands without a base, at a rank that hidden rows are kept in registers at.
-fn dense_lora(scale: f64, inputs: &[Tensor], out: &mut [f32]) -> Option<()> {
+fn dense_lora(scale: f64, inputs: &[Cow<'_, Tensor>], out: &mut [f32]) -> Option<()> {
     let [x, a, b] = inputs else { return None };
     let (&[k, r], &[_, n]) = (a.dims(), b.dims()) else { return None };
-    if !(kernels::lora_is_skinny(r) && inputs.iter().all(Tensor::is_contiguous)) {
+    if !(kernels::lora_is_skinny(r) && inputs.iter().all(|t| t.is_contiguous())) {
         return None;
     }
     with_dense([x, a, b], |operands| kernels::lora_dense(operands.into(), (k, r, n), scale, out))?.ok()
@@ -209,7 +244,13 @@ fn elements<'a>(storage: &'a Storage, tensor: &Tensor) -> Option<&'a [f32]> {
 
 /// Calls `f` with the elements of dense f32 tensors. One guard per storage, in the order of their addresses: as
 /// [`super::slots::with_views`], whose reasons hold here too.
-fn with_dense<const N: usize, R>(tensors: [&Tensor; N], f: impl FnOnce([&[f32]; N]) -> R) -> Option<R> {
+fn with_dense<const N: usize, R>(tensors: [&Cow<'_, Tensor>; N], f: impl FnOnce([&[f32]; N]) -> R) -> Option<R> {
+    if let [tensor] = tensors.as_slice() {
+        let (storage, _) = tensor.storage_and_layout();
+        let mut slices: [&[f32]; N] = [&[]; N];
+        *slices.first_mut()? = elements(&storage, tensor)?;
+        return Some(f(slices));
+    }
     let addresses = tensors.map(|t| std::ptr::from_ref::<Storage>(&t.storage_and_layout().0) as usize);
     let mut order: [usize; N] = std::array::from_fn(|i| i);
     order.sort_unstable_by_key(|&i| addresses.get(i));

@@ -91,7 +91,7 @@ pub(super) fn ready_tensor(node: &Arc<Node>) -> Result<Tensor> {
             Some(Value::Tensor(tensor)) => return Ok(tensor),
             Some(Value::Quantized(weight)) => return Ok(weight.dequantize(node.device())?),
             Some(Value::Engine(shared)) => {
-                return Ok(slots::to_tensor(bind::buffer_value(shared)?, node.shape().dims())?.0);
+                return Ok(slots::to_tensor(bind::buffer_value(shared)?, node.dims())?.0);
             }
             None if node.is_pending() => return Err(Error::Internal("a leaf has no value".into())),
             None => wait_for_lent(seen),

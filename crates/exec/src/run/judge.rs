@@ -32,7 +32,7 @@ pub(super) fn judge(node: &Node, expr: &Expr, inputs: &[Tensor], planned: &Tenso
     let difference = |index, planned, eager, exact, ulp| Difference {
         op: expr.op.to_string(),
         operands: describe(&metas),
-        dims: node.shape().dims().to_vec(),
+        dims: node.dims().to_vec(),
         dtype,
         site: node.site().clone(),
         index,

@@ -275,7 +275,7 @@ fn announce_returned() {
 
 /// The value of a ready node as a tensor: an engine buffer moves into one where nobody else holds it.
 fn tensor_of(node: &Arc<Node>) -> Result<Tensor> {
-    let dims = node.shape().dims();
+    let dims = node.dims();
     loop {
         let seen = *LENT.lock();
         match node.value() {

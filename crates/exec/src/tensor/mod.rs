@@ -123,7 +123,7 @@ impl LazyTensor {
     /// The dimensions.
     #[must_use]
     pub fn dims(&self) -> &[usize] {
-        self.node.shape().dims()
+        self.node.dims()
     }
 
     /// The size of one dim.
@@ -145,7 +145,7 @@ impl LazyTensor {
     /// The number of elements.
     #[must_use]
     pub fn elem_count(&self) -> usize {
-        self.shape().elem_count()
+        self.node.elem_count()
     }
 
     /// The element type.

@@ -163,7 +163,7 @@ impl<'a, 'o> Builder<'a, 'o> {
         }
         let id = self.len() as u32;
         self.arena.same.insert(identity, id);
-        let (dims, dtype) = (node.shape().dims(), node.dtype());
+        let (dims, dtype) = (node.dims(), node.dtype());
         let device = self.device(node.device());
         self.key.push(with_rank(header(dtype, device, 0, 0), dims.len()));
         // where an op has its discriminant, a leaf has a number that no discriminant is
@@ -202,7 +202,7 @@ impl<'a, 'o> Builder<'a, 'o> {
             self.current.1 = None;
             return expanded.map_err(|e| e.at(node.site()));
         }
-        let meta = Meta { dims: node.shape().dims(), dtype: node.dtype() };
+        let meta = Meta { dims: node.dims(), dtype: node.dtype() };
         Ok(self.intern(visit, node.device(), op, scalars, inputs, meta))
     }
 

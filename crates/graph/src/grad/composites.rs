@@ -124,11 +124,11 @@ fn norm(call: &Call<'_>, weight: bool, bias: bool, centred: bool, r: &mut R<'_, 
     }
     if weight && call.needs(1) {
         let full = mul(r, &g, &normal)?;
-        parts[1] = Some(unbroadcast(r, &full, call.x(1).shape().dims())?);
+        parts[1] = Some(unbroadcast(r, &full, call.x(1).dims())?);
     }
     let b = 1 + usize::from(weight);
     if bias && call.needs(b) {
-        parts[b] = Some(unbroadcast(r, &g, call.x(b).shape().dims())?);
+        parts[b] = Some(unbroadcast(r, &g, call.x(b).dims())?);
     }
     Ok(parts)
 }

@@ -31,7 +31,7 @@ pub(super) fn apply(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
             if call.needs(0) {
                 let bt = r.swap_last(b)?;
                 let full = r.matmul(g, &bt)?;
-                parts[0] = Some(unbroadcast(r, &full, a.shape().dims())?);
+                parts[0] = Some(unbroadcast(r, &full, a.dims())?);
             }
             if call.needs(1) {
                 // a matrix that serves every batch: one product of all rows instead of one per batch and a sum
@@ -41,7 +41,7 @@ pub(super) fn apply(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
                     let at = r.swap_last(a)?;
                     r.matmul(&at, g)?
                 };
-                parts[1] = Some(unbroadcast(r, &full, b.shape().dims())?);
+                parts[1] = Some(unbroadcast(r, &full, b.dims())?);
             }
         }
         Op::Linear { .. } => {
@@ -52,7 +52,7 @@ pub(super) fn apply(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
                 parts[1] = Some(outer(r, g, call.x(0))?);
             }
             if call.needs(2) {
-                parts[2] = Some(unbroadcast(r, g, call.x(2).shape().dims())?);
+                parts[2] = Some(unbroadcast(r, g, call.x(2).dims())?);
             }
         }
         Op::Lora { .. } => {

@@ -157,11 +157,11 @@ pub(super) fn apply(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
         Op::Where => {
             let g = call.g;
             let zero = r.0.push(Op::Full { shape: Dims::new(), dtype: g.dtype() }, smallvec![0.0], &[])?;
-            let zero = broadcast(r, &zero, g.shape().dims())?;
+            let zero = broadcast(r, &zero, g.dims())?;
             for (i, (a, b)) in [(1, (g, &zero)), (2, (&zero, g))] {
                 if call.needs(i) {
                     let chosen = r.0.push(Op::Where, smallvec![], &[call.x(0).clone(), a.clone(), b.clone()])?;
-                    parts[i] = Some(unbroadcast(r, &chosen, call.x(i).shape().dims())?);
+                    parts[i] = Some(unbroadcast(r, &chosen, call.x(i).dims())?);
                 }
             }
             return Ok(parts);
@@ -277,7 +277,7 @@ fn binary(call: &Call<'_>, op: BinaryOp, r: &mut R<'_, '_>) -> Result<Parts> {
                 mul(r, &g, &slope)?
             }
         };
-        let part = unbroadcast(r, &full, call.x(i).shape().dims())?;
+        let part = unbroadcast(r, &full, call.x(i).dims())?;
         parts[i] = Some(r.cast(&part, dtype)?);
     }
     Ok(parts)

@@ -65,7 +65,7 @@ impl Recorder for OnNodes<'_> {
     type Ref = Ref;
 
     fn dims(&self, node: &Ref) -> Dims {
-        Dims::from_slice(node.shape().dims())
+        Dims::from_slice(node.dims())
     }
 
     fn dtype(&self, node: &Ref) -> DType {
@@ -324,7 +324,7 @@ pub fn why_unreached(outputs: &[Ref], variable: &Ref) -> Error {
                 let detail = format!(
                     "no gradient passes it, and the variable of {} {:?} is used behind it alone",
                     variable.dtype().as_str(),
-                    variable.shape().dims()
+                    variable.dims()
                 );
                 return Error::new(op, ErrorKind::Unsupported(detail)).at(cut.site());
             }
@@ -345,7 +345,7 @@ pub fn why_unreached(outputs: &[Ref], variable: &Ref) -> Error {
             None => {}
         }
     }
-    let what = format!("variable of {} {:?}", variable.dtype().as_str(), variable.shape().dims());
+    let what = format!("variable of {} {:?}", variable.dtype().as_str(), variable.dims());
     let error = Error::new(
         "grad",
         ErrorKind::Unsupported(match &forgotten {

@@ -24,7 +24,7 @@ fn padded(r: &mut R<'_, '_>, part: &Ref, dim: u8, start: usize, dims: &[usize]) 
 pub(super) fn apply(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
     let mut parts = call.none();
     let g = call.g;
-    let first = call.expr.inputs.first().map(|x| Dims::from_slice(x.shape().dims())).unwrap_or_default();
+    let first = call.expr.inputs.first().map(|x| Dims::from_slice(x.dims())).unwrap_or_default();
     match &call.expr.op {
         Op::Reshape { .. } => parts[0] = Some(r.reshape(g, &first)?),
         Op::Permute { perm } => {
@@ -50,7 +50,7 @@ pub(super) fn apply(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
         Op::Concat { dim } => {
             let mut start = 0;
             for (i, part) in parts.iter_mut().enumerate() {
-                let len = call.x(i).shape().dims()[usize::from(*dim)];
+                let len = call.x(i).dims()[usize::from(*dim)];
                 if call.needs(i) {
                     *part = Some(r.narrow(g, usize::from(*dim), start, len)?);
                 }
@@ -63,7 +63,7 @@ pub(super) fn apply(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
             parts[0] = Some(r.0.push(Op::IndexAdd { dim: *dim }, smallvec![], &inputs)?);
         }
         Op::Embedding => {
-            let ids = r.reshape(call.x(1), &[call.x(1).shape().elem_count()])?;
+            let ids = r.reshape(call.x(1), &[call.x(1).elem_count()])?;
             let rows = r.reshape(g, &[r.0.dims(&ids)[0], first[1]])?;
             let zeros = full(r, 0.0, &first, g.dtype())?;
             parts[0] = Some(r.0.push(Op::IndexAdd { dim: 0 }, smallvec![], &[zeros, ids, rows])?);
@@ -71,7 +71,7 @@ pub(super) fn apply(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
         Op::Gather { dim } => {
             // the ids may be smaller than x outside `dim`: there the gradient fills the corner that they reach
             let ids = call.x(1);
-            let mut reached = Dims::from_slice(ids.shape().dims());
+            let mut reached = Dims::from_slice(ids.dims());
             reached[usize::from(*dim)] = first[usize::from(*dim)];
             let zeros = full(r, 0.0, &reached, g.dtype())?;
             let scatter = Op::Scatter { op: ScatterOp::Add, dim: *dim };
@@ -91,7 +91,7 @@ pub(super) fn apply(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
             }
         }
         Op::SliceAssign { dim, start } => {
-            let src = Dims::from_slice(call.x(1).shape().dims());
+            let src = Dims::from_slice(call.x(1).dims());
             if call.needs(0) {
                 let zeros = full(r, 0.0, &src, g.dtype())?;
                 let op = Op::SliceAssign { dim: *dim, start: *start };
@@ -109,7 +109,7 @@ pub(super) fn apply(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
 fn scatter(call: &Call<'_>, op: ScatterOp, dim: u8, r: &mut R<'_, '_>) -> Result<Parts> {
     let mut parts = call.none();
     let (g, ids) = (call.g, call.x(1));
-    let dims = Dims::from_slice(ids.shape().dims());
+    let dims = Dims::from_slice(ids.dims());
     if call.needs(0) {
         parts[0] = Some(match op {
             ScatterOp::Add => g.clone(),
@@ -134,7 +134,7 @@ fn scatter(call: &Call<'_>, op: ScatterOp, dim: u8, r: &mut R<'_, '_>) -> Result
                 let numbers = r.reshape(&numbers, &line)?;
                 let numbers = broadcast(r, &numbers, &dims)?;
                 let numbers = r.0.push(Op::Contiguous, smallvec![], &[numbers])?;
-                let board = full(r, 0.0, call.x(0).shape().dims(), DType::U32)?;
+                let board = full(r, 0.0, call.x(0).dims(), DType::U32)?;
                 let op = Op::Scatter { op: ScatterOp::Set, dim };
                 let board = r.0.push(op, smallvec![], &[board, ids.clone(), numbers.clone()])?;
                 let last = r.0.push(Op::Gather { dim }, smallvec![], &[board, ids.clone()])?;

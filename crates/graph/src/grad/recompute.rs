@@ -184,7 +184,7 @@ fn held_back(x: &Ref, gradients: &[Ref]) -> Result<Ref> {
 fn record_again(node: &Ref, expr: &Expr, inputs: &[Ref]) -> Result<Ref> {
     let site = node.site().clone();
     match &expr.custom {
-        Some(custom) => Node::record_custom(custom.clone(), node.shape().dims(), node.dtype(), inputs, site),
+        Some(custom) => Node::record_custom(custom.clone(), node.dims(), node.dtype(), inputs, site),
         None => Node::record(expr.op.clone(), &expr.scalars, inputs, Some(node.device()), site),
     }
 }

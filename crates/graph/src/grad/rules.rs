@@ -81,7 +81,7 @@ fn custom(call: &Call<'_>) -> Result<Parts> {
             inputs.extend([call.y.clone(), call.g.clone()]);
             let backward = CustomOp::Backward(Box::new(op.clone()), i as u8);
             let (x, site) = (call.x(i), call.y.site().clone());
-            *part = Some(Node::record_custom(backward, x.shape().dims(), x.dtype(), &inputs, site)?);
+            *part = Some(Node::record_custom(backward, x.dims(), x.dtype(), &inputs, site)?);
         }
     }
     Ok(parts)

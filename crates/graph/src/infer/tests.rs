@@ -34,6 +34,28 @@ fn elementwise_broadcasts() {
 }
 
 #[test]
+fn inputs_that_are_alike_are_inferred_as_any_others() {
+    let ops = [Op::Unary(UnaryOp::Exp), Op::Affine, Op::Binary(BinaryOp::Mul), Op::Binary(BinaryOp::Pow)];
+    let huge = [usize::MAX / 2, 3];
+    let all: [&[usize]; 7] = [&[], &[0], &[4], &[2, 0, 3], &[2, 3, 4], &[1; 9], &huge];
+    let mut quick = 0;
+    for op in &ops {
+        for (dims, other) in all.iter().flat_map(|a| [(*a, *a), (*a, [1].as_slice())]) {
+            for (dtype, second) in DTYPES.iter().chain(&[DType::I32]).flat_map(|&d| [(d, d), (d, F16)]) {
+                let inputs = [Meta { dims, dtype }, Meta { dims: other, dtype: second }];
+                let inputs = &inputs[..op.arity().unwrap()];
+                if let Some(first) = like_first(op, inputs) {
+                    let result = infer_checked(op, inputs).unwrap();
+                    assert_eq!((result.dims.as_slice(), result.dtype), (first.dims, first.dtype), "{op} {inputs:?}");
+                    quick += 1;
+                }
+            }
+        }
+    }
+    assert!(quick > 100, "{quick}");
+}
+
+#[test]
 fn where_takes_an_integer_condition() {
     ok(Op::Where, &[(&[2, 1], U8), (&[3], F32), (&[], F32)], &[2, 3], F32);
     fails(Op::Where, &[(&[2], F32), (&[2], F32), (&[2], F32)], &["u8, u32 or i64", "f32"]);

@@ -11,6 +11,7 @@ static DROPPED: AtomicU64 = AtomicU64::new(0);
 
 impl NodeId {
     /// From 1 on.
+    #[inline]
     pub(super) fn next() -> Self {
         Self(ISSUED.fetch_add(1, Ordering::Relaxed) + 1)
     }
@@ -25,6 +26,7 @@ impl NodeId {
     }
 
     /// The number itself.
+    #[inline]
     #[must_use]
     pub fn get(self) -> u64 {
         self.0
@@ -32,6 +34,7 @@ impl NodeId {
 }
 
 /// Counts a node that is no more.
+#[inline]
 pub(super) fn dropped() {
     DROPPED.fetch_add(1, Ordering::Release);
 }

@@ -35,6 +35,7 @@ pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
 }
 
 /// Whether what this thread records now keeps the history that gradients need.
+#[inline]
 #[must_use]
 pub fn is_grad_enabled() -> bool {
     !OFF.get()

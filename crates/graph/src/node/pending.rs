@@ -23,6 +23,7 @@ pub(super) struct Pending {
 
 impl Pending {
     /// Of a node that is ready.
+    #[inline]
     pub(super) fn none() -> Self {
         Self { nodes: AtomicU64::new(0), bytes: AtomicU64::new(0), since: (0, 0), until: (0, 0) }
     }
@@ -48,11 +49,13 @@ impl Pending {
         Self { nodes: AtomicU64::new(nodes), bytes: AtomicU64::new(bytes), since, until: (id.0 + 1, after) }
     }
 
+    #[inline]
     fn sums(&self) -> (u64, u64) {
         (self.nodes.load(Ordering::Relaxed), self.bytes.load(Ordering::Relaxed))
     }
 
     /// Nodes and bytes.
+    #[inline]
     pub(super) fn estimate(&self) -> (u64, u64) {
         let (nodes, bytes) = self.sums();
         let (since, until) = (self.since, self.until);
@@ -61,6 +64,7 @@ impl Pending {
     }
 
     /// Replaces the sums: by an exact count, or by nothing where the node has become ready.
+    #[inline]
     pub(super) fn set(&self, nodes: u64, bytes: u64) {
         self.nodes.store(nodes, Ordering::Relaxed);
         self.bytes.store(bytes, Ordering::Relaxed);

@@ -126,7 +126,7 @@ fn contained<R>(f: impl FnOnce() -> Result<R>) -> Result<R> {
 /// Runs what needs no plan, and gives back the rest.
 fn directly(all: Vec<Pending>, company: &Company<'_>) -> Vec<Pending> {
     // about: reading and writing, and the function of each element
-    let ns = |p: &Pending| REQUEST_NS + p.request.first().map_or(0, |x| x.shape().elem_count());
+    let ns = |p: &Pending| REQUEST_NS + p.request.first().map_or(0, |x| x.elem_count());
     // one that is alone may use all threads
     if let [one] = all.as_slice() {
         return match contained(|| Ok(direct(&one.request))) {
