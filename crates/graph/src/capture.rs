@@ -157,8 +157,7 @@ struct Frame {
     /// Where its inputs begin among those of all frames.
     inputs: u32,
     count: u32,
-    /// How many inputs of other frames were done before: those done since are its own. Nothing here is written twice, since a frame
-    /// that was just written in part takes long to read.
+    /// How many inputs of other frames were done before: those done since are its own.
     done: u32,
 }
 
@@ -319,11 +318,13 @@ impl Walk<'_, '_> {
                 continue;
             }
             self.enter(root.clone(), None)?;
-            while let Some(&Frame { visit: reader, inputs, count, done }) = self.frames.last() {
+            while let Some(&frame) = self.frames.last() {
+                let Frame { visit: reader, inputs, count, done } = frame;
                 let next = self.done.len() as u32 - done;
                 let input = self.todo.get_mut((inputs + next) as usize).filter(|_| next < count).and_then(Option::take);
                 let Some(input) = input else {
-                    self.leave().map_err(CaptureFailure::Error)?;
+                    self.frames.pop();
+                    self.leave(frame).map_err(CaptureFailure::Error)?;
                     continue;
                 };
                 match self.visit_of(&input) {
@@ -373,11 +374,8 @@ impl Walk<'_, '_> {
         Ok(())
     }
 
-    /// All inputs of the last frame are done: its node goes to the arena.
-    fn leave(&mut self) -> Result<()> {
-        let Some(Frame { visit, inputs: from, done, .. }) = self.frames.pop() else {
-            return Ok(());
-        };
+    /// All inputs of a frame are done: its node goes to the arena.
+    fn leave(&mut self, Frame { visit, inputs: from, done, .. }: Frame) -> Result<()> {
         let custom = self.customs.pop_if(|(of, _)| *of == visit).map(|(_, custom)| custom);
         let (done, node) = (done as usize, &self.nodes[visit as usize]);
         let id = self.builder.op(visit, node, custom, &self.done[done..])?;

@@ -35,6 +35,13 @@ pub struct OutMeta {
 /// The dtypes that can be recorded.
 pub const DTYPES: [DType; 7] = [DType::U8, DType::U32, DType::I64, DType::BF16, DType::F16, DType::F32, DType::F64];
 
+/// Whether the dtype can be recorded: asked several times of every op, so it is no search.
+#[inline]
+fn is_known(dtype: DType) -> bool {
+    use DType::{BF16, F16, F32, F64, I64, U32, U8};
+    matches!(dtype, U8 | U32 | I64 | BF16 | F16 | F32 | F64)
+}
+
 /// The largest rank that can be recorded.
 pub const MAX_RANK: usize = 8;
 
@@ -90,7 +97,7 @@ impl Ctx<'_> {
     }
 
     fn known(&self, dtype: DType) -> Result<()> {
-        if DTYPES.contains(&dtype) {
+        if is_known(dtype) {
             return Ok(());
         }
         Err(Error::new(self.op, ErrorKind::Unsupported(format!("dtype {}", dtype.as_str()))))
@@ -98,7 +105,7 @@ impl Ctx<'_> {
 
     fn float(&self, i: usize) -> Result<DType> {
         let dtype = self.ty(i);
-        if dtype.is_float() && DTYPES.contains(&dtype) {
+        if dtype.is_float() && is_known(dtype) {
             return Ok(dtype);
         }
         self.dtype(format!(

@@ -66,10 +66,12 @@ impl<'a, 'o> Builder<'a, 'o> {
     }
 
     /// How many nodes the arena has.
+    #[inline]
     pub(super) fn len(&self) -> usize {
         self.arena.infos.len()
     }
 
+    #[inline]
     fn shared_sym(&mut self, size: usize) -> Sym {
         if size < 2 {
             return Sym(size as u32);
@@ -88,6 +90,7 @@ impl<'a, 'o> Builder<'a, 'o> {
         sym
     }
 
+    #[inline]
     fn free_sym(&mut self, size: usize) -> Sym {
         let sym = Sym(self.bindings.sizes.len() as u32);
         self.bindings.sizes.push(size);
@@ -128,6 +131,7 @@ impl<'a, 'o> Builder<'a, 'o> {
         }
     }
 
+    #[inline]
     fn device(&mut self, device: &Device) -> u16 {
         if let Some(i) = self.bindings.devices.iter().position(|d| d.same_device(device)) {
             return i as u16;
@@ -207,6 +211,7 @@ impl<'a, 'o> Builder<'a, 'o> {
     }
 
     #[allow(clippy::too_many_arguments)] // the parts of a node, once
+    #[inline]
     fn intern(&mut self, visit: u32, device: &Device, op: &Op, scalars: &[f64], inputs: &[u32], meta: Meta<'_>) -> u32 {
         let device = match inputs.first() {
             Some(&first) if !matches!(op, Op::ToDevice) => self.arena.infos[first as usize].device,
@@ -260,6 +265,7 @@ impl<'a, 'o> Builder<'a, 'o> {
     }
 
     /// Adds the words of dims to the key, and the dims to the arena: says where they lie there.
+    #[inline]
     fn push_dims(&mut self, dims: &[usize]) -> u32 {
         for pair in dims.chunks(2) {
             let low = self.shared_sym(pair[0]).0;
@@ -272,6 +278,7 @@ impl<'a, 'o> Builder<'a, 'o> {
     }
 
     /// Adds a new node, whose params are the last ones; `op` is called if there is a graph.
+    #[inline]
     fn add(&mut self, visit: u32, info: Info, inputs: &[u32], scalars: usize, op: impl FnOnce() -> GOp) {
         self.arena.infos.push(info);
         self.bindings.recorded.push(visit);

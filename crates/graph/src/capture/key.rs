@@ -42,11 +42,13 @@ impl Hasher for Words<'_> {
 }
 
 /// Appends `value`.
+#[inline]
 pub(super) fn push(words: &mut Vec<u64>, value: &impl Hash) {
     value.hash(&mut Words(words));
 }
 
 /// Appends indices, two to a word. Their number must be known from what comes before.
+#[inline]
 pub(super) fn push_indices(words: &mut Vec<u64>, indices: &[u32]) {
     for pair in indices.chunks(2) {
         let second = pair.get(1).copied().unwrap_or(0);
@@ -55,6 +57,7 @@ pub(super) fn push_indices(words: &mut Vec<u64>, indices: &[u32]) {
 }
 
 /// A hash of some words: four sums side by side, since a product has to wait for the one before.
+#[inline]
 pub(super) fn hash(words: &[u64]) -> u64 {
     use crate::hash::MULTIPLIER;
     let step = |sum: u64, word: u64| (sum.rotate_left(5) ^ word).wrapping_mul(MULTIPLIER);

@@ -20,12 +20,14 @@ impl Table {
     }
 
     /// The slot where a search for `key` begins: the upper bits of a product, into which all bits of the key went.
+    #[inline]
     fn home(&self, key: u64) -> usize {
         let bits = self.slots.len().trailing_zeros();
         (key.wrapping_mul(crate::hash::MULTIPLIER) >> (64 - bits)) as usize
     }
 
     /// The first index under `key` that `is` accepts.
+    #[inline]
     pub(super) fn find(&self, key: u64, mut is: impl FnMut(u32) -> bool) -> Option<u32> {
         let mask = self.slots.len() - 1;
         let mut at = self.home(key);
@@ -42,6 +44,7 @@ impl Table {
     }
 
     /// Adds an index under `key`.
+    #[inline]
     pub(super) fn insert(&mut self, key: u64, index: u32) {
         if 2 * (self.len + 1) > self.slots.len() {
             let size = 2 * self.slots.len();
@@ -56,6 +59,7 @@ impl Table {
         self.len += 1;
     }
 
+    #[inline]
     fn put(&mut self, key: u64, index: u32) {
         let mask = self.slots.len() - 1;
         let mut at = self.home(key);

@@ -22,6 +22,13 @@ fn fails(op: Op, inputs: &[(&[usize], DType)], needles: &[&str]) {
 }
 
 #[test]
+fn known_are_the_dtypes_of_the_list() {
+    use DType::{F8E4M3, I16, I32};
+    assert!(DTYPES.into_iter().all(is_known));
+    assert!(![I16, I32, F8E4M3].into_iter().any(is_known));
+}
+
+#[test]
 fn elementwise_broadcasts() {
     let add = Op::Binary(BinaryOp::Add);
     ok(add.clone(), &[(&[2, 3], F32), (&[3], F32)], &[2, 3], F32);
