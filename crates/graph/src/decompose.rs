@@ -95,6 +95,7 @@ pub fn decompose<R: Recorder>(op: &Op, scalars: &[f64], inputs: &[R::Ref], into:
             }
             Ok(y)
         }
+        Op::LoraSegments { rows } => lora_segments(&mut r, rows, scalars, inputs),
         Op::Glu { act } => {
             let dtype = r.0.dtype(&inputs[0]);
             let (gate, up) = (r.widen(&inputs[0])?, r.widen(&inputs[1])?);
@@ -127,6 +128,42 @@ pub fn decompose<R: Recorder>(op: &Op, scalars: &[f64], inputs: &[R::Ref], into:
             r.cast(&y, dtype)
         }
         other => invalid(other, "no composite"),
+    }
+}
+
+/// The rows of a base in pieces: those of a segment with what its adapter adds, the others as they are.
+fn lora_segments<R: Recorder>(
+    r: &mut Rec<'_, R>,
+    segments: &[usize],
+    scales: &[f64],
+    inputs: &[R::Ref],
+) -> Result<R::Ref> {
+    let [x, base, adapters @ ..] = inputs else {
+        return Err(Error::new("lora_segments", ErrorKind::Invalid("no input".into())));
+    };
+    let dims = r.0.dims(base);
+    let (dim, all) = (dims.len() - 2, dims[dims.len() - 2]);
+    let mut pieces = Vec::new();
+    let mut start = 0;
+    for ((sizes, adapter), &scale) in segments.chunks_exact(2).zip(adapters.chunks_exact(2)).zip(scales) {
+        let (gap, rows) = (sizes[0], sizes[1]);
+        if gap > 0 {
+            pieces.push(r.narrow(base, dim, start, gap)?);
+        }
+        start += gap;
+        if rows > 0 {
+            let (x, base) = (r.narrow(x, dim, start, rows)?, r.narrow(base, dim, start, rows)?);
+            let inputs = [x, adapter[0].clone(), adapter[1].clone(), base];
+            pieces.push(r.0.push(Op::Lora { base: true }, smallvec![scale], &inputs)?);
+        }
+        start += rows;
+    }
+    if start < all || pieces.is_empty() {
+        pieces.push(r.narrow(base, dim, start, all - start)?);
+    }
+    match <[R::Ref; 1]>::try_from(pieces) {
+        Ok([only]) => Ok(only),
+        Err(pieces) => r.0.push(Op::Concat { dim: dim as u8 }, smallvec![], &pieces),
     }
 }
 

@@ -11,7 +11,7 @@ mod composites;
 use crate::error::{Error, ErrorKind, Result};
 use crate::op::{BinaryOp, Dims, Op, ReduceOp, UnaryOp};
 use candle_core::DType;
-use composites::{attention, attention_backward, group_norm, linear, lora, norm, qmatmul, rope};
+use composites::{attention, attention_backward, group_norm, linear, lora, lora_segments, norm, qmatmul, rope};
 use smallvec::SmallVec;
 
 /// What inference knows of an input.
@@ -477,6 +477,7 @@ fn infer_op(op: &Op, ctx: &Ctx<'_>) -> Result<OutMeta> {
         Op::RmsNorm { .. } | Op::LayerNorm { .. } => norm(op, ctx)?,
         Op::Linear { bias } => linear(ctx, *bias)?,
         Op::Lora { base } => lora(ctx, *base)?,
+        Op::LoraSegments { rows } => lora_segments(ctx, rows)?,
         Op::Glu { act } => {
             if !matches!(act, UnaryOp::Silu | UnaryOp::Gelu | UnaryOp::GeluErf | UnaryOp::Relu | UnaryOp::Sigmoid) {
                 return Err(Error::new(

@@ -363,6 +363,13 @@ pub enum Op<S = usize> {
         /// Whether a base to add to follows.
         base: bool,
     },
+    /// base, and on segments of its rows (x·A·B)·scale with an A, a B and a scale of each segment's own (the segmented products of Punica,
+    /// Chen et al., arXiv:2310.18547, §4). Inputs: x (…, n, in), base (…, n, out), then A (in, r) and B (r, out) of each segment, whose r
+    /// may differ; scalars: the segments' scales. Composite.
+    LoraSegments {
+        /// Two sizes for each segment: the rows between the segment before (or the first row) and it, and its own.
+        rows: Dims<S>,
+    },
     /// act(gate)·up: SwiGLU and GeGLU (Shazeer, arXiv:2002.05202, §2). Inputs: gate, up. Composite.
     Glu {
         /// The activation of the gate.

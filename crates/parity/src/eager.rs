@@ -140,6 +140,7 @@ pub fn run(op: &Op, s: &[f64], x: &[Tensor]) -> Result<Tensor> {
                 y
             }
         }
+        Op::LoraSegments { rows } => lora_segments(x, s, rows)?,
         Op::Glu { act } => (unary(*act, &x[0])? * &x[1])?,
         Op::Rope { interleaved } => rope(&x[0], &x[1], &x[2], *interleaved)?,
         Op::Attention { mask, causal, softcap, window } => {
@@ -342,6 +343,27 @@ fn slice_assign(x: &Tensor, src: &Tensor, dim: usize, start: usize) -> Result<Te
         parts.push(x.narrow(dim, end, x.dim(dim)? - end)?);
     }
     Ok(Tensor::cat(&parts, dim)?)
+}
+
+/// A base in pieces: those of a segment with what its adapter adds, the others as they are.
+fn lora_segments(x: &[Tensor], scales: &[f64], sizes: &[usize]) -> Result<Tensor> {
+    let dim = x[0].rank() - 2;
+    let mut pieces = Vec::new();
+    let mut start = 0;
+    for ((sizes, factors), &scale) in sizes.chunks_exact(2).zip(x[2..].chunks_exact(2)).zip(scales) {
+        pieces.push(x[1].narrow(dim, start, sizes[0])?);
+        start += sizes[0];
+        let (own, base) = (x[0].narrow(dim, start, sizes[1])?.contiguous()?, x[1].narrow(dim, start, sizes[1])?);
+        let hidden = own.broadcast_matmul(&factors[0].contiguous()?)?;
+        pieces.push((base + (hidden.broadcast_matmul(&factors[1].contiguous()?)? * scale)?)?);
+        start += sizes[1];
+    }
+    pieces.push(x[1].narrow(dim, start, x[1].dim(dim)? - start)?);
+    pieces.retain(|piece| piece.dims()[dim] > 0);
+    match pieces.as_slice() {
+        [] => Ok(x[1].clone()),
+        _ => Ok(Tensor::cat(&pieces, dim)?),
+    }
 }
 
 fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, interleaved: bool) -> Result<Tensor> {

@@ -3,7 +3,7 @@
 use crate::case::Case;
 use crate::{opaque, Error, Result};
 use candle_core::Device;
-use candle_lazy_exec::{AttentionOptions, LazyTensor};
+use candle_lazy_exec::{AttentionOptions, LazyTensor, LoraSegment};
 use candle_lazy_graph::{ArgOp, BinaryOp, BuildSite, CmpOp, Distribution, Node, Op, ReduceOp, ScatterOp, UnaryOp};
 
 /// The result of a case on `x`, whose weight may be quantised.
@@ -97,6 +97,14 @@ pub fn record(op: &Op, s: &[f64], x: &[LazyTensor]) -> Result<LazyTensor> {
         Op::Linear { bias } => x[0].linear(&x[1], bias.then(|| &x[2]))?,
         Op::Lora { base: false } => x[0].lora(&x[1], &x[2], s[0])?,
         Op::Lora { base: true } => x[0].lora_add(&x[3], &x[1], &x[2], s[0])?,
+        Op::LoraSegments { rows } => {
+            let mut segments = Vec::new();
+            for (i, sizes) in rows.chunks_exact(2).enumerate() {
+                segments.push(LoraSegment { rows: sizes[0], adapter: None });
+                segments.push(LoraSegment { rows: sizes[1], adapter: Some((&x[2 + 2 * i], &x[3 + 2 * i], s[i])) });
+            }
+            x[0].lora_segments(&x[1], &segments)?
+        }
         Op::Glu { act: UnaryOp::Silu } => x[0].silu_mul(&x[1])?,
         Op::Glu { act: UnaryOp::Gelu } => x[0].gelu_mul(&x[1])?,
         Op::Glu { act: UnaryOp::GeluErf } => x[0].gelu_erf_mul(&x[1])?,

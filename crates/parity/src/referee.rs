@@ -292,6 +292,10 @@ pub fn judge(op: &Op, s: &[f64], x: &[&Arr], dtype: DType) -> Result<Judged> {
         }
         Op::Linear { bias } => Judged::summed(r::linear(x[0], x[1], bias.then(|| x[2]))?),
         Op::Lora { base } => Judged::summed(r::lora(x[0], x[1], x[2], s[0], base.then(|| x[3]))?),
+        Op::LoraSegments { rows } => {
+            let factors: Vec<_> = x[2..].chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
+            Judged::summed(r::lora_segments(x[0], x[1], rows, &factors, s)?)
+        }
         Op::Glu { act } => {
             let product = r::binary(r::Binary::Mul, x[0], x[1])?.map(f64::abs);
             gelu_like(*act, r::glu(unary_of(*act), x[0], x[1]), product, dtype)

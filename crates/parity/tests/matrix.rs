@@ -41,7 +41,7 @@ ops! {
     movement: "cat", "index_select", "slice_assign", "embedding";
     placed: "gather", "scatter", "scatter_add", "index_add";
     groups_and_losses: "group_norm", "cross_entropy";
-    products: "matmul", "linear", "lora";
+    products: "matmul", "linear", "lora", "lora_segments";
     rows: "softmax", "log_softmax", "rms_norm", "layer_norm", "glu";
     opaque: "custom_op1", "custom_op2", "custom_op3", "qmatmul";
     rope: "rope";

@@ -115,6 +115,7 @@ fn kernel_step(op: &Op<Sym>, node: &GNode) -> Result<StepKind> {
         Op::Matmul => StepKind::Matmul,
         Op::Linear { .. } => StepKind::Linear,
         Op::Lora { .. } => StepKind::Lora,
+        Op::LoraSegments { rows } => StepKind::LoraSegments { rows: rows.clone() },
         Op::Rope { interleaved } => StepKind::Rope { interleaved: *interleaved },
         Op::Attention { mask, causal, softcap, window } => {
             let causal = &(*causal && !fault::active("lower.attention_causal"));

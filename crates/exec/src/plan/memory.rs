@@ -429,6 +429,14 @@ impl<'a> Planner<'a> {
                 extra::products(&x, &needs.collect::<Vec<_>>())
             }),
             StepKind::Lora => of(0, 1).and_then(|(x, a)| Some(extra::lora(&x, &a, &operand(2)?, operand(3).as_ref()))),
+            StepKind::LoraSegments { rows } => of(0, 1).map(|(x, base)| {
+                let factors = step.inputs.get(2..).unwrap_or_default().chunks_exact(2).enumerate();
+                let segments = factors.filter_map(|(i, _)| {
+                    let rows = rows.get(2 * i + 1).map_or(0, |&n| self.bindings.size(n));
+                    Some((operand(2 + 2 * i)?, operand(3 + 2 * i)?, rows))
+                });
+                extra::lora_segments(&x, &base, segments)
+            }),
             StepKind::Attention { .. } => of(0, 2).map(|(q, v)| extra::attention(&q, &v)),
             StepKind::AttentionBackward { softcap, .. } => {
                 of(0, 1).and_then(|(q, k)| Some(extra::attention_backward(&q, &k, &operand(2)?, *softcap)))

@@ -101,6 +101,11 @@ pub enum StepKind {
     },
     /// Two skinny products, scaled, onto a base if there is one.
     Lora,
+    /// The same onto segments of rows, each with factors of its own.
+    LoraSegments {
+        /// Two sizes for each segment: rows before it that are in none, and its own.
+        rows: Dims<Sym>,
+    },
     /// Rotary position embedding.
     Rope {
         /// Neighbouring pairs.
@@ -212,6 +217,7 @@ impl StepKind {
                 | Self::Linear
                 | Self::Products { .. }
                 | Self::Lora
+                | Self::LoraSegments { .. }
                 | Self::Attention { .. }
                 | Self::AttentionBackward { .. }
                 | Self::Arange
@@ -232,6 +238,7 @@ impl StepKind {
             Self::Matmul => "matmul",
             Self::Linear | Self::Products { .. } => "linear",
             Self::Lora => "lora",
+            Self::LoraSegments { .. } => "lora_segments",
             Self::Rope { .. } => "rope",
             Self::Attention { .. } => "attention",
             Self::AttentionBackward { .. } => "attention_backward",

@@ -156,6 +156,15 @@ fn single_output(ctx: &Ctx<'_>, slots: &[SlotValue]) -> Result<Buffer> {
             StepKind::Lora => {
                 kernels::lora(at(0)?, at(1)?, at(2)?, v.get(3), ctx.param(0)?, &mut out).map_err(kernel_error)
             }
+            StepKind::LoraSegments { rows } => {
+                let factors = v.get(2..).unwrap_or_default().chunks_exact(2);
+                let segments = rows.chunks_exact(2).zip(factors).enumerate().map(|(i, (sizes, factors))| {
+                    let (gap, rows) = (ctx.bindings.size(sizes[0]), ctx.bindings.size(sizes[1]));
+                    Ok(kernels::Segment { gap, rows, a: &factors[0], b: &factors[1], scale: ctx.param(i)? })
+                });
+                let segments = segments.collect::<Result<Vec<_>>>()?;
+                kernels::lora_segments(at(0)?, at(1)?, &segments, &mut out).map_err(kernel_error)
+            }
             StepKind::Rope { interleaved } => {
                 kernels::rope(at(0)?, at(1)?, at(2)?, *interleaved, &mut out).map_err(kernel_error)
             }

@@ -3,7 +3,7 @@
 use super::LazyTensor;
 use crate::error::Result;
 use candle_core::shape::Dim;
-use candle_lazy_graph::{ErrorKind, Op, UnaryOp};
+use candle_lazy_graph::{Dims, ErrorKind, Op, UnaryOp};
 
 /// Options of [`LazyTensor::attention`].
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -42,6 +42,15 @@ impl AttentionOptions {
     pub fn window(self, keys: usize) -> Self {
         Self { window: Some(keys), ..self }
     }
+}
+
+/// Neighbouring rows that have one adapter, or none: a segment of [`LazyTensor::lora_segments`].
+#[derive(Debug, Clone, Copy)]
+pub struct LoraSegment<'a> {
+    /// How many rows.
+    pub rows: usize,
+    /// A (in, r), B (r, out) and the scale of their product.
+    pub adapter: Option<(&'a LazyTensor, &'a LazyTensor, f64)>,
 }
 
 impl LazyTensor {
@@ -138,6 +147,30 @@ impl LazyTensor {
     #[track_caller]
     pub fn lora_add(&self, base: &Self, a: &Self, b: &Self, scale: f64) -> Result<Self> {
         Self::record(Op::Lora { base: true }, &[scale], &[self, a, b, base])
+    }
+
+    /// `base` (…, n, out), and in segments of its rows what an adapter of the segment's own adds for the rows of `self` (…, n, in):
+    /// (x·A·B)·scale, as [`LazyTensor::lora_add`] gives it (the segmented products of Punica, arXiv:2310.18547). The segments follow one
+    /// another along the n rows and need not cover them: rows of no adapter are the base's.
+    ///
+    /// # Errors
+    /// When there is no segment with an adapter, the shapes do not fit, the segments have more rows than there are, or the dtypes differ.
+    #[track_caller]
+    pub fn lora_segments(&self, base: &Self, segments: &[LoraSegment<'_>]) -> Result<Self> {
+        let mut rows = Dims::new();
+        let (mut inputs, mut scales) = (vec![self, base], Vec::new());
+        let mut gap = 0;
+        for segment in segments {
+            match segment.adapter {
+                None => gap += segment.rows,
+                Some((a, b, scale)) => {
+                    rows.extend([std::mem::take(&mut gap), segment.rows]);
+                    inputs.extend([a, b]);
+                    scales.push(scale);
+                }
+            }
+        }
+        Self::record(Op::LoraSegments { rows }, &scales, &inputs)
     }
 
     /// silu(self)·up: SwiGLU (arXiv:2002.05202, §2).

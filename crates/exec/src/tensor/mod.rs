@@ -19,7 +19,7 @@ mod read;
 mod reduce;
 mod views;
 
-pub use composites::AttentionOptions;
+pub use composites::{AttentionOptions, LoraSegment};
 pub use elementwise::TensorOrScalar;
 pub use index::{IndexOp, TensorIndexer};
 pub use module::{Module, ModuleT};

@@ -1,10 +1,11 @@
 //! Derivatives of products.
 
 use super::elementwise::unbroadcast;
+use super::movement::full;
 use super::{Call, Parts, Ref, R};
 use crate::error::{Error, ErrorKind, Result};
 use crate::node::{Node, Value};
-use crate::op::Op;
+use crate::op::{Dims, Op, Scalars};
 use crate::recorder::Recorder;
 
 /// All rows of `x` (…, n) as one matrix.
@@ -56,27 +57,14 @@ pub(super) fn apply(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
             }
         }
         Op::Lora { .. } => {
-            let (x, a, b) = (call.x(0), call.x(1), call.x(2));
-            let g = r.affine(g, call.expr.scalars[0], 0.0)?;
-            if call.needs(2) {
-                let hidden = r.product(x, a)?;
-                parts[2] = Some(outer(r, &hidden, &g)?);
-            }
-            if call.needs(0) || call.needs(1) {
-                let bt = r.swap_last(b)?;
-                let dh = r.product(&g, &bt)?;
-                if call.needs(1) {
-                    parts[1] = Some(outer(r, x, &dh)?);
-                }
-                if call.needs(0) {
-                    let at = r.swap_last(a)?;
-                    parts[0] = Some(r.product(&dh, &at)?);
-                }
-            }
+            let needs = [0, 1, 2].map(|i| call.needs(i));
+            let [x, a, b] = lora(r, [call.x(0), call.x(1), call.x(2)], (g, call.expr.scalars[0]), needs)?;
+            (parts[0], parts[1], parts[2]) = (x, a, b);
             if call.needs(3) {
                 parts[3] = Some(call.g.clone());
             }
         }
+        Op::LoraSegments { rows } => segments(call, r, rows, &mut parts)?,
         Op::QMatmul if call.needs(0) => {
             // no kernel multiplies with a quantised weight from its other side
             let Some(Value::Quantized(weight)) = call.x(1).value() else {
@@ -91,4 +79,74 @@ pub(super) fn apply(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
         _ => {}
     }
     Ok(parts)
+}
+
+/// The gradients of x, A and B of (x·A·B)·scale, those that are needed.
+fn lora(
+    r: &mut R<'_, '_>,
+    [x, a, b]: [&Ref; 3],
+    (g, scale): (&Ref, f64),
+    needs: [bool; 3],
+) -> Result<[Option<Ref>; 3]> {
+    let mut parts = [None, None, None];
+    if needs == [false; 3] {
+        return Ok(parts);
+    }
+    let g = r.affine(g, scale, 0.0)?;
+    if needs[2] {
+        let hidden = r.product(x, a)?;
+        parts[2] = Some(outer(r, &hidden, &g)?);
+    }
+    if needs[0] || needs[1] {
+        let bt = r.swap_last(b)?;
+        let dh = r.product(&g, &bt)?;
+        if needs[1] {
+            parts[1] = Some(outer(r, x, &dh)?);
+        }
+        if needs[0] {
+            let at = r.swap_last(a)?;
+            parts[0] = Some(r.product(&dh, &at)?);
+        }
+    }
+    Ok(parts)
+}
+
+/// Each segment's adapter gets its gradient from the segment's rows; rows of no segment pass none to x.
+fn segments(call: &Call<'_>, r: &mut R<'_, '_>, segments: &[usize], parts: &mut Parts) -> Result<()> {
+    let (x, g) = (call.x(0), call.g);
+    let Some(dim) = x.dims().len().checked_sub(2) else { return Ok(()) };
+    let all = x.dims()[dim];
+    let zeros = |r: &mut R<'_, '_>, rows: usize| {
+        let mut dims = Dims::from_slice(x.dims());
+        dims[dim] = rows;
+        full(r, 0.0, &dims, x.dtype())
+    };
+    let mut of_x = Vec::new();
+    let mut start = 0;
+    for (i, (sizes, &scale)) in segments.chunks_exact(2).zip(&call.expr.scalars).enumerate() {
+        let (gap, rows, at) = (sizes[0], sizes[1], 2 + 2 * i);
+        let needs = [call.needs(0), call.needs(at), call.needs(at + 1)];
+        if needs[0] && gap > 0 {
+            of_x.push(zeros(r, gap)?);
+        }
+        start += gap;
+        let (rows_x, rows_g) = (r.narrow(x, dim, start, rows)?, r.narrow(g, dim, start, rows)?);
+        let [dx, da, db] = lora(r, [&rows_x, call.x(at), call.x(at + 1)], (&rows_g, scale), needs)?;
+        of_x.extend(dx.filter(|_| rows > 0));
+        (parts[at], parts[at + 1]) = (da, db);
+        start += rows;
+    }
+    if call.needs(0) {
+        if start < all || of_x.is_empty() {
+            of_x.push(zeros(r, all - start)?);
+        }
+        parts[0] = Some(match <[Ref; 1]>::try_from(of_x) {
+            Ok([only]) => only,
+            Err(pieces) => r.0.push(Op::Concat { dim: dim as u8 }, Scalars::new(), &pieces)?,
+        });
+    }
+    if call.needs(1) {
+        parts[1] = Some(g.clone());
+    }
+    Ok(())
 }

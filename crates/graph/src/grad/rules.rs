@@ -52,7 +52,9 @@ pub(super) fn apply(call: &Call<'_>, r: &mut R<'_, '_>) -> Result<Parts> {
         | Op::IndexAdd { .. }
         | Op::SliceAssign { .. }
         | Op::Embedding => movement::apply(call, r),
-        Op::Matmul | Op::Linear { .. } | Op::Lora { .. } | Op::QMatmul => contractions::apply(call, r),
+        Op::Matmul | Op::Linear { .. } | Op::Lora { .. } | Op::LoraSegments { .. } | Op::QMatmul => {
+            contractions::apply(call, r)
+        }
         Op::Softmax { .. }
         | Op::LogSoftmax { .. }
         | Op::RmsNorm { .. }

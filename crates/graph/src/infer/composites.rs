@@ -94,6 +94,34 @@ pub(super) fn lora(ctx: &Ctx<'_>, base: bool) -> Result<OutMeta> {
     Ok(out(dims, dtype))
 }
 
+pub(super) fn lora_segments(ctx: &Ctx<'_>, segments: &[usize]) -> Result<OutMeta> {
+    ctx.float(0)?;
+    let dtype = ctx.same_dtype(0..ctx.inputs.len())?;
+    let (x, base) = (ctx.dims(0), ctx.dims(1));
+    let ([lead @ .., n, k], [base_lead @ .., base_n, out_width]) = (x, base) else {
+        return ctx.shape(format!("input {x:?}, base {base:?}: needs (…, rows, in) and (…, rows, out)"));
+    };
+    if lead != base_lead || n != base_n {
+        return ctx.shape(format!("input {x:?} and base {base:?} differ in their rows"));
+    }
+    if segments.is_empty() || segments.len() % 2 != 0 {
+        return ctx.shape("needs two sizes for each segment, and at least one segment");
+    }
+    if segments.iter().try_fold(0usize, |sum, &size| sum.checked_add(size)).is_none_or(|sum| sum > *n) {
+        return ctx.range(format!("the segments {segments:?} have more rows than the {n} of {x:?}"));
+    }
+    for i in (2..ctx.inputs.len()).step_by(2) {
+        let (a, b) = (ctx.dims(i), ctx.dims(i + 1));
+        if !matches!((a, b), ([ka, r], [rb, nb]) if ka == k && r == rb && nb == out_width) {
+            let segment = i / 2 - 1;
+            return ctx.shape(format!(
+                "A {a:?} and B {b:?} of segment {segment}: input {x:?} and base {base:?} need ({k}, rank) and (rank, {out_width})"
+            ));
+        }
+    }
+    Ok(out(base, dtype))
+}
+
 pub(super) fn rope(ctx: &Ctx<'_>) -> Result<OutMeta> {
     ctx.float(0)?;
     let dtype = ctx.same_dtype(0..3)?;

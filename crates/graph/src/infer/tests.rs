@@ -69,6 +69,23 @@ fn where_takes_an_integer_condition() {
 }
 
 #[test]
+fn segments_of_rows_fit_their_adapters() {
+    let op = |rows: &[usize]| Op::LoraSegments { rows: Dims::from_slice(rows) };
+    let x: (&[usize], DType) = (&[1, 6, 3], F32);
+    let base: (&[usize], DType) = (&[1, 6, 5], F32);
+    let (a, b): ((&[usize], DType), (&[usize], DType)) = ((&[3, 8], F32), (&[8, 5], F32));
+    let other = ((&[3usize, 2][..], F32), (&[2usize, 5][..], F32));
+    ok(op(&[0, 2, 1, 3]), &[x, base, a, b, other.0, other.1], &[1, 6, 5], F32);
+    ok(op(&[6, 0]), &[x, base, a, b], &[1, 6, 5], F32);
+    fails(op(&[0, 2, 1, 3]), &[x, base, a, b], &["takes 6 inputs, got 4"]);
+    fails(op(&[2, 5]), &[x, base, a, b], &["more rows than the 6"]);
+    fails(op(&[]), &[x, base], &["at least one segment"]);
+    fails(op(&[0, 2, 0, 1]), &[x, base, a, b, b, a], &["segment 1", "[8, 5]"]);
+    fails(op(&[0, 2]), &[x, (&[1, 5, 5], F32), a, b], &["differ in their rows"]);
+    fails(op(&[0, 2]), &[x, base, (&[3, 8], F16), b], &["f16"]);
+}
+
+#[test]
 fn unary_wants_floats_and_says_which_cast() {
     ok(Op::Unary(UnaryOp::Exp), &[(&[4], F16)], &[4], F16);
     fails(Op::Unary(UnaryOp::Exp), &[(&[4], U32)], &["u32", ".to_dtype(DType::F32)"]);

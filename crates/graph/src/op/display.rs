@@ -42,6 +42,7 @@ impl<S: fmt::Display> fmt::Display for Op<S> {
             Self::SliceAssign { dim, start } => write!(f, "slice_assign({dim}, {start})"),
             Self::Softmax { dim } => write!(f, "softmax({dim})"),
             Self::LogSoftmax { dim } => write!(f, "log_softmax({dim})"),
+            Self::LoraSegments { rows } => write!(f, "lora_segments([{}])", list(rows)),
             Self::Glu { act } => write!(f, "glu({})", act.name()),
             Self::Rope { interleaved } => {
                 write!(f, "rope({})", if *interleaved { "interleaved" } else { "half-split" })

@@ -45,6 +45,7 @@ impl<S> Op<S> {
             Self::LayerNorm { .. } => "layer_norm",
             Self::Linear { .. } => "linear",
             Self::Lora { .. } => "lora",
+            Self::LoraSegments { .. } => "lora_segments",
             Self::Glu { .. } => "glu",
             Self::Rope { .. } => "rope",
             Self::Attention { .. } => "attention",
@@ -97,6 +98,7 @@ impl<S> Op<S> {
             | Self::LayerNorm { .. }
             | Self::Linear { .. }
             | Self::Lora { .. }
+            | Self::LoraSegments { .. }
             | Self::Glu { .. }
             | Self::Rope { .. }
             | Self::Attention { .. }
@@ -200,6 +202,7 @@ impl<S> Op<S> {
             | Self::LayerNorm { .. }
             | Self::Linear { .. }
             | Self::Lora { .. }
+            | Self::LoraSegments { .. }
             | Self::Glu { .. }
             | Self::Rope { .. }
             | Self::Attention { .. }
@@ -221,6 +224,7 @@ impl<S> Op<S> {
             | Self::Broadcast { .. }
             | Self::SliceAssign { .. }
             | Self::GroupNorm { .. }
+            | Self::LoraSegments { .. }
             | Self::Custom { .. } => true,
             Self::Attention { window, .. } | Self::AttentionBackward { window, .. } => window.is_some(),
             _ => false,
@@ -275,6 +279,7 @@ impl<S> Op<S> {
             Self::LayerNorm { weight, bias } => Op::LayerNorm { weight: *weight, bias: *bias },
             Self::Linear { bias } => Op::Linear { bias: *bias },
             Self::Lora { base } => Op::Lora { base: *base },
+            Self::LoraSegments { rows } => Op::LoraSegments { rows: rows.iter().map(f).collect() },
             Self::Glu { act } => Op::Glu { act: *act },
             Self::Rope { interleaved } => Op::Rope { interleaved: *interleaved },
             Self::Attention { mask, causal, softcap, window } => {
@@ -315,6 +320,7 @@ impl<S> Op<S> {
             }
             Self::Linear { bias } => 2 + usize::from(*bias),
             Self::Lora { base } => 3 + usize::from(*base),
+            Self::LoraSegments { rows } => 2 + rows.len(),
             Self::Attention { mask, .. } => 3 + usize::from(*mask),
             Self::AttentionBackward { mask, .. } => 4 + usize::from(*mask),
             _ => 1,
@@ -336,6 +342,7 @@ impl<S> Op<S> {
             | Self::LayerNorm { .. }
             | Self::Lora { .. } => 1,
             Self::Attention { softcap, .. } | Self::AttentionBackward { softcap, .. } => 1 + usize::from(*softcap),
+            Self::LoraSegments { rows } => rows.len() / 2,
             _ => 0,
         }
     }

@@ -44,6 +44,7 @@ pub(crate) fn one_of_each() -> Vec<Op> {
         Op::LayerNorm { weight: true, bias: false },
         Op::Linear { bias: true },
         Op::Lora { base: true },
+        Op::LoraSegments { rows: Dims::from_slice(&[0, 2, 1, 3]) },
         Op::Glu { act: UnaryOp::Silu },
         Op::Rope { interleaved: false },
         Op::Attention { mask: true, causal: true, softcap: true, window: Some(7) },

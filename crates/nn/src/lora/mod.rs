@@ -18,7 +18,7 @@ use crate::module::{detached, Module};
 use crate::params::Param;
 use crate::scope;
 use candle_core::DType;
-use candle_lazy_exec::{LazyTensor, RandomKey};
+use candle_lazy_exec::{LazyTensor, LoraSegment, RandomKey};
 use parking_lot::Mutex;
 use std::sync::Arc;
 
@@ -285,27 +285,54 @@ impl LoraLinear {
     #[track_caller]
     pub(crate) fn forward_packed(&self, xs: &LazyTensor, stretches: &[AdaptedRows<'_>]) -> Result<LazyTensor> {
         let base = self.base.forward(xs)?;
-        let adapter = |of: Option<&'_ LoraWeights>| of.or(self.adapter.as_ref()).cloned();
-        if let [(_, of)] = stretches {
-            return match adapter(*of) {
-                Some(lora) => self.adapted(&lora, xs, base),
-                None => Ok(base),
-            };
+        let adapters: Vec<_> = stretches.iter().map(|(_, of)| of.or(self.adapter.as_ref())).collect();
+        let Some(first) = adapters.iter().flatten().next() else { return Ok(base) };
+        if let [Some(lora)] = adapters.as_slice() {
+            return self.adapted(lora, xs, base);
         }
-        if stretches.iter().all(|(_, of)| of.is_none()) && self.adapter.is_none() {
-            return Ok(base);
+        let alike = |lora: &&LoraWeights| lora.dropout.is_none() && lora.dtype() == first.dtype();
+        if adapters.iter().flatten().all(alike) {
+            return self.adapted_segments(first.dtype(), xs, &base, stretches, &adapters);
         }
         let mut pieces = Vec::with_capacity(stretches.len());
         let mut start = 0;
-        for (rows, of) in stretches {
+        for ((rows, _), of) in stretches.iter().zip(&adapters) {
             let piece = base.narrow(1, start, *rows)?;
-            pieces.push(match adapter(*of) {
-                Some(lora) => self.adapted(&lora, &xs.narrow(1, start, *rows)?, piece)?,
+            pieces.push(match of {
+                Some(lora) => self.adapted(lora, &xs.narrow(1, start, *rows)?, piece)?,
                 None => piece,
             });
             start += rows;
         }
         Ok(LazyTensor::cat(&pieces, 1)?)
+    }
+
+    /// All stretches in one op: `base`, which is the base's result for `xs`, plus what the adapters of dtype `wide` add.
+    #[track_caller]
+    fn adapted_segments(
+        &self,
+        wide: DType,
+        xs: &LazyTensor,
+        base: &LazyTensor,
+        stretches: &[AdaptedRows<'_>],
+        adapters: &[Option<&LoraWeights>],
+    ) -> Result<LazyTensor> {
+        let _scope = scope::enter(self.base.path());
+        let mut factors = Vec::with_capacity(adapters.len());
+        for of in adapters {
+            factors.push(match of {
+                Some(lora) => Some((lora.a()?, lora.b()?, lora.scale)),
+                None => None,
+            });
+        }
+        let segments: Vec<_> = stretches
+            .iter()
+            .zip(&factors)
+            .map(|(&(rows, _), of)| LoraSegment { rows, adapter: of.as_ref().map(|(a, b, scale)| (a, b, *scale)) })
+            .collect();
+        // as `adapted` computes each stretch
+        let sum = xs.to_dtype(wide)?.lora_segments(&base.to_dtype(wide)?, &segments)?;
+        Ok(sum.to_dtype(base.dtype())?)
     }
 
     /// `base`, which is the base's result for `xs`, plus what the adapter adds.

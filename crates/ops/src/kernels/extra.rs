@@ -209,6 +209,25 @@ pub fn lora(x: &Operand<'_>, a: &Operand<'_>, b: &Operand<'_>, base: Option<&Ope
     Extra::passing(middle.saturating_add(copies).saturating_add(products))
 }
 
+/// Of [`lora_segments`](super::lora_segments): the factors and the number of rows of each segment.
+#[must_use]
+pub fn lora_segments<'a>(
+    x: &Operand<'_>,
+    base: &Operand<'_>,
+    segments: impl Iterator<Item = (Operand<'a>, Operand<'a>, usize)>,
+) -> Extra {
+    // each may run beside all others
+    let matrices = x.elements() / x.last(0).saturating_mul(x.last(1)).max(1);
+    let passing = segments.fold(0usize, |sum, (a, b, rows)| {
+        let (own, its_base) = ([rows, x.last(0)], [rows, base.last(0)]);
+        let own = Operand { dims: &own, ..x.clone() };
+        let its_base = Operand { dims: &its_base, ..base.clone() };
+        let one = lora(&own, &a, &b, Some(&its_base)).bytes() as usize;
+        sum.saturating_add(one.saturating_mul(matrices))
+    });
+    Extra::passing(passing)
+}
+
 /// Of [`attention`](super::attention()): q (b, h, sq, d), v (b, hk, skv, dv).
 #[must_use]
 pub fn attention(q: &Operand<'_>, v: &Operand<'_>) -> Extra {

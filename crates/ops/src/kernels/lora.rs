@@ -2,6 +2,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod segments;
 mod skinny;
 
 use super::matmul::{gemm_into, gemm_scalar::Scalar, widen_matrix, Matrix};
@@ -12,6 +13,8 @@ use crate::fault;
 use crate::row::space::{Offsets, Space};
 use crate::view::{count, Slice, SliceMut, Strided, View};
 use half::{bf16, f16};
+
+pub use segments::{lora_segments, Segment};
 
 const OP: &str = "lora";
 /// Rows that are widened together for f16 and bf16.

@@ -27,7 +27,7 @@ pub use copy::{arange, cast, copy_into, fill};
 pub use fresh::{fresh, spoil};
 pub use index::index_select;
 pub(crate) use index::{index_select_as, read_ids};
-pub use lora::{lora, lora_dense, lora_is_skinny};
+pub use lora::{lora, lora_dense, lora_is_skinny, lora_segments, Segment};
 pub use matmul::matmul;
 pub use products::{products, Epilogue, Head, Source};
 pub use random::{philox, random, Distribution};

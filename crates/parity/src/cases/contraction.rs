@@ -39,6 +39,13 @@ pub(super) fn add(t: &mut Table) {
         (&[0, 8], 2, 4),
         (&[2, 2, 3, 8], 1, 6),
     ];
+    // for each segment: the rows before it, its own, and the rank
+    let segmented: [(&[usize], &[(usize, usize, usize)]); 4] = [
+        (&[1, 6, 16], &[(0, 2, 4), (1, 1, 8), (0, 2, 3)]),
+        (&[3, 5, 9], &[(2, 2, 70)]),
+        (&[7, 32], &[(0, 0, 2), (0, 3, 2), (0, 4, 5)]),
+        (&[2, 0, 8], &[(0, 0, 2)]),
+    ];
     for dtype in FLOATS {
         for (a, b) in t.some(&products, 2, 9) {
             t.laid_out(&Op::Matmul, &[], &[(a, dtype, Domain::Any), (b, dtype, Domain::Small)]);
@@ -69,6 +76,21 @@ pub(super) fn add(t: &mut Table) {
             t.laid_out(&Op::Lora { base: false }, &[0.5], &inputs);
             inputs.push((&base, dtype, Domain::Any));
             t.laid_out(&Op::Lora { base: true }, &[1.75], &inputs);
+        }
+        for (x, segments) in t.some(&segmented, 2, 3) {
+            let mut base = x.to_vec();
+            if let Some(last) = base.last_mut() {
+                *last = 12;
+            }
+            let width = x.last().copied().unwrap_or(1);
+            let factors: Vec<_> = segments.iter().map(|(.., rank)| ([width, *rank], [*rank, 12])).collect();
+            let mut inputs = vec![(*x, dtype, Domain::Any), (&base[..], dtype, Domain::Any)];
+            for (a, b) in &factors {
+                inputs.extend([(&a[..], dtype, Domain::Small), (&b[..], dtype, Domain::Small)]);
+            }
+            let rows = segments.iter().flat_map(|&(gap, rows, _)| [gap, rows]).collect();
+            let scales: Vec<f64> = (0..segments.len()).map(|i| 0.5 + i as f64).collect();
+            t.laid_out(&Op::LoraSegments { rows }, &scales, &inputs);
         }
     }
     attentions(t);

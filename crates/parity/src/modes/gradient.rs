@@ -254,7 +254,7 @@ pub fn judge_gradients(subject: &Subject, ours: Result<Gradients>, fold: Fold) -
         let (dtype, got) = (ours.dtype(), to_arr(ours)?);
         let (off, eager) = (worst(&got, measure, dtype), worst(&to_arr(same)?, measure, dtype));
         // one product behind another rounds twice
-        let products = if matches!(subject.case.op, Op::Lora { .. }) { 2.0 } else { 1.0 };
+        let products = if matches!(subject.case.op, Op::Lora { .. } | Op::LoraSegments { .. }) { 2.0 } else { 1.0 };
         let floor = products * if dtype == DType::F64 && !measure.precise { F64_ULP } else { ALLOWED_ULP };
         let limit = if eager.ulp.is_finite() { (eager.ulp * EAGER_FACTOR).max(floor) } else { floor };
         let wrong = (off.ulp > limit).then(|| {

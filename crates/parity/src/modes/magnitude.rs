@@ -94,7 +94,9 @@ pub(super) fn magnitudes(case: &Case, x: &[Tensor], g: &Tensor) -> Result<Magnit
             let widest = ((x[0].abs()?.broadcast_add(&y.abs()?)?) * factor)?.maximum(1.0)?;
             vec![Some(weight.broadcast_mul(&g)?.mul(&widest)?)]
         }
-        Op::Matmul | Op::Linear { .. } | Op::Lora { .. } | Op::Embedding => without_signs(case, x, g)?,
+        Op::Matmul | Op::Linear { .. } | Op::Lora { .. } | Op::LoraSegments { .. } | Op::Embedding => {
+            without_signs(case, x, g)?
+        }
         _ => vec![None; x.len()],
     })
 }

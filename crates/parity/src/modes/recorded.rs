@@ -46,6 +46,7 @@ pub const DECOMPOSE_FAULTS: &[DecomposeFault] = &[
     ("decompose.linear.bias", "linear", "add", 0, Wrong::Dropped),
     ("decompose.lora.scale", "lora", "affine", 0, Wrong::Scalar(0, 1.0)),
     ("decompose.lora.base", "lora", "add", 0, Wrong::Dropped),
+    ("decompose.lora_segments.scale", "lora_segments", "lora", 0, Wrong::Scalar(0, 1.0)),
     ("decompose.glu.activation", "glu", "silu", 0, Wrong::Dropped),
     ("decompose.rope.sign", "rope", "sub", 0, Wrong::Swapped),
     ("decompose.rope.halves", "rope", "cat", 0, Wrong::Swapped),

@@ -101,6 +101,8 @@ const KERNELS: &[Row] = &[
     ("matmul.batch_stride_a", "every batch reads the first left side", "matmul", "all-passes"),
     ("matmul.batch_stride_b", "every batch reads the first right side", "matmul", "all-passes"),
     ("matmul.stale_widened", "a widened right side is used for the next batch", "matmul", "all-passes"),
+    ("lora_segments.start", "every segment reads the first rows", "lora_segments", "all-passes"),
+    ("lora_segments.first", "every segment has the first one's factors", "lora_segments", "all-passes"),
     ("lora.scale", "lora without its scale", "lora", "all-passes"),
     ("lora.base", "lora without its base", "lora", "all-passes"),
     ("lora.rank", "the last column of x·A is lost", "lora", "all-passes"),

@@ -14,7 +14,7 @@ mod reduce;
 mod rows;
 
 pub use attention::{attention, attention_backward, causal_mask, AttentionSpec};
-pub use contraction::{linear, lora, matmul};
+pub use contraction::{linear, lora, lora_segments, matmul};
 pub use elementwise::{binary, compare, select, unary, Binary, Compare, Unary};
 pub use gradients::{
     cross_entropy_gradient, gather_gradient, log_softmax_gradient, log_sum_exp_gradient, norm_gradient, power_gradient,
