@@ -38,4 +38,6 @@ pub use run::{
     eval_all, eval_all_checked, eval_all_with, eval_all_with_report, first_nan, first_nonfinite, materialize, prepare,
     NonFinite,
 };
-pub use tensor::{AttentionOptions, IndexOp, LazyTensor, LoraSegment, Module, ModuleT, RandomKey, TensorIndexer, TensorOrScalar};
+pub use tensor::{
+    AttentionOptions, IndexOp, LazyTensor, LoraSegment, Module, ModuleT, RandomKey, TensorIndexer, TensorOrScalar,
+};

@@ -6,10 +6,12 @@
 //! Where Candle is laxer, this says so: `matmul` compares the batch dims one by one (Candle compares their product),
 //! `max` and `min` over an empty dim are errors, and no op promotes a dtype.
 
+mod alike;
 mod composites;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::op::{BinaryOp, Dims, Op, ReduceOp, UnaryOp};
+pub(crate) use alike::like_first;
 use candle_core::DType;
 use composites::{attention, attention_backward, group_norm, linear, lora, lora_segments, norm, qmatmul, rope};
 use smallvec::SmallVec;
@@ -215,21 +217,6 @@ pub(crate) fn out(dims: impl Into<Dims>, dtype: DType) -> OutMeta {
 /// An [`Error`] naming the op, the shapes and the dtypes when the inputs do not fit.
 pub fn infer(op: &Op, inputs: &[Meta<'_>]) -> Result<OutMeta> {
     infer_checked(op, inputs).map_err(|e| e.on(inputs))
-}
-
-/// The first input of an elementwise op on inputs that are alike, as most are: [`infer`] says that the result is like it. `None` says
-/// nothing.
-#[inline]
-pub(crate) fn like_first<'a>(op: &Op, inputs: &[Meta<'a>]) -> Option<Meta<'a>> {
-    let first = match (op, inputs) {
-        (Op::Unary(_) | Op::Affine, [x]) => x,
-        (Op::Binary(_), [x, y]) if x.dtype == y.dtype && x.dims == y.dims => x,
-        _ => return None,
-    };
-    // so few elements that no later size computation overflows
-    let few = first.dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d.max(1)).filter(|&n| n < 1 << 27)).is_some();
-    let plain = matches!(first.dtype, DType::F32 | DType::F64 | DType::F16 | DType::BF16);
-    (few && plain && first.dims.len() <= MAX_RANK).then_some(*first)
 }
 
 fn infer_checked(op: &Op, inputs: &[Meta<'_>]) -> Result<OutMeta> {

@@ -33,7 +33,9 @@ pub fn no_function(op: &Op) -> Option<&'static str> {
             Some("neither `LazyTensor` nor `ops` names this gated unit: no model of today's has it")
         }
         Op::Unary(UnaryOp::Gelu | UnaryOp::GeluErf | UnaryOp::Silu) | Op::Matmul => None,
-        Op::LoraSegments { .. } => Some("an op that Candle tracks takes three inputs; `kernels::lora_segments` takes views"),
+        Op::LoraSegments { .. } => {
+            Some("an op that Candle tracks takes three inputs; `kernels::lora_segments` takes views")
+        }
         Op::AttentionBackward { .. } => Some("on plain tensors it is what `ops::attention` leaves on Candle's tape"),
         op if op.class() == OpClass::Composite => None,
         _ => Some("`ops` offers composites only; a primitive on plain tensors is Candle's"),

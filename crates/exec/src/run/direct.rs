@@ -154,7 +154,8 @@ fn rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Cow<'_, 
     let mut out = Buffer::take(DType::F32, node.elem_count()).ok()?;
     if !dense_rows(node, ready, axes, params, inputs, &mut out) {
         let program = ready.program(DType::F32).ok()?;
-        let slots: SmallVec<[SlotValue; 4]> = inputs.iter().map(|x| SlotValue::foreign(x.clone().into_owned())).collect();
+        let slots: SmallVec<[SlotValue; 4]> =
+            inputs.iter().map(|x| SlotValue::foreign(x.clone().into_owned())).collect();
         let inputs = [0, 1, 2, 3].get(..slots.len())?;
         // what fails here fails again with a plan, which knows how to say it
         row_program(&program, (dims, axes), params, &slots, inputs, std::slice::from_mut(&mut out)).ok()?;
@@ -166,7 +167,14 @@ fn rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Cow<'_, 
 }
 
 /// The same of dense inputs, without a program, over the last dim or element by element; whether it was done.
-fn dense_rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Cow<'_, Tensor>], out: &mut Buffer) -> bool {
+fn dense_rows(
+    node: &Node,
+    ready: Ready,
+    axes: u32,
+    params: &[f64],
+    inputs: &[Cow<'_, Tensor>],
+    out: &mut Buffer,
+) -> bool {
     let rank = node.dims().len();
     let last = rank.checked_sub(1).and_then(|dim| 1u32.checked_shl(u32::try_from(dim).ok()?));
     let fits = axes == 0 || Some(axes) == last;

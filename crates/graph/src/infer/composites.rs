@@ -104,7 +104,7 @@ pub(super) fn lora_segments(ctx: &Ctx<'_>, segments: &[usize]) -> Result<OutMeta
     if lead != base_lead || n != base_n {
         return ctx.shape(format!("input {x:?} and base {base:?} differ in their rows"));
     }
-    if segments.is_empty() || segments.len() % 2 != 0 {
+    if segments.is_empty() || !segments.len().is_multiple_of(2) {
         return ctx.shape("needs two sizes for each segment, and at least one segment");
     }
     if segments.iter().try_fold(0usize, |sum, &size| sum.checked_add(size)).is_none_or(|sum| sum > *n) {

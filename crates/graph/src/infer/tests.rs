@@ -71,11 +71,10 @@ fn where_takes_an_integer_condition() {
 #[test]
 fn segments_of_rows_fit_their_adapters() {
     let op = |rows: &[usize]| Op::LoraSegments { rows: Dims::from_slice(rows) };
-    let x: (&[usize], DType) = (&[1, 6, 3], F32);
-    let base: (&[usize], DType) = (&[1, 6, 5], F32);
-    let (a, b): ((&[usize], DType), (&[usize], DType)) = ((&[3, 8], F32), (&[8, 5], F32));
-    let other = ((&[3usize, 2][..], F32), (&[2usize, 5][..], F32));
-    ok(op(&[0, 2, 1, 3]), &[x, base, a, b, other.0, other.1], &[1, 6, 5], F32);
+    type Input = (&'static [usize], DType);
+    let [x, base]: [Input; 2] = [(&[1, 6, 3], F32), (&[1, 6, 5], F32)];
+    let [a, b, other_a, other_b]: [Input; 4] = [(&[3, 8], F32), (&[8, 5], F32), (&[3, 2], F32), (&[2, 5], F32)];
+    ok(op(&[0, 2, 1, 3]), &[x, base, a, b, other_a, other_b], &[1, 6, 5], F32);
     ok(op(&[6, 0]), &[x, base, a, b], &[1, 6, 5], F32);
     fails(op(&[0, 2, 1, 3]), &[x, base, a, b], &["takes 6 inputs, got 4"]);
     fails(op(&[2, 5]), &[x, base, a, b], &["more rows than the 6"]);

@@ -105,13 +105,7 @@ pub fn lora(x: &Arr, a: &Arr, b: &Arr, scale: f64, base: Option<&Arr>) -> Result
 ///
 /// # Errors
 /// When the shapes do not fit.
-pub fn lora_segments(
-    x: &Arr,
-    base: &Arr,
-    sizes: &[usize],
-    factors: &[(&Arr, &Arr)],
-    scales: &[f64],
-) -> Result<Summed> {
+pub fn lora_segments(x: &Arr, base: &Arr, sizes: &[usize], factors: &[(&Arr, &Arr)], scales: &[f64]) -> Result<Summed> {
     let ([lead @ .., n, k], Some(&width)) = (&x.dims[..], base.dims.last()) else {
         return bad("x and the base have two dims at least");
     };
@@ -121,8 +115,9 @@ pub fn lora_segments(
         for ((sizes, (a, b)), &scale) in sizes.chunks_exact(2).zip(factors).zip(scales) {
             row += sizes[0];
             let (from, to) = (row, row + sizes[1]);
-            let part = |of: &Arr, width: usize| {
-                Arr { dims: vec![sizes[1], width], data: of.data[from * width..to * width].to_vec() }
+            let part = |of: &Arr, width: usize| Arr {
+                dims: vec![sizes[1], width],
+                data: of.data[from * width..to * width].to_vec(),
             };
             let one = lora(&part(x, *k), a, b, scale, Some(&part(base, width)))?;
             out.value.data[from * width..to * width].copy_from_slice(&one.value.data);

@@ -211,7 +211,8 @@ mod tests {
         let segment = Segment { gap: 1, rows: 3, a: &a, b: &b, scale: 1.0 };
         let run = |dims: &[usize], base: &[usize], segments: &[Segment<'_>], len: usize| {
             let mut out = vec![0f32; len];
-            lora_segments(&view(&x, dims), &view(&x, base), segments, &mut SliceMut::F32(&mut out)).map_err(|e| e.to_string())
+            lora_segments(&view(&x, dims), &view(&x, base), segments, &mut SliceMut::F32(&mut out))
+                .map_err(|e| e.to_string())
         };
         assert!(run(&[6, 8], &[6, 5], &[segment], 30).is_ok());
         assert!(run(&[6, 8], &[6, 5], &[segment, segment], 30).unwrap_err().contains("8 rows"));
