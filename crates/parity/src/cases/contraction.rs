@@ -5,6 +5,9 @@ use crate::case::{Case, Domain, InputSpec, Layout};
 use candle_core::DType;
 use candle_lazy_graph::Op;
 
+/// A segment of rows: the rows before it, its own, and its adapter's rank.
+type Segment = (usize, usize, usize);
+
 pub(super) fn add(t: &mut Table) {
     let products: [(&[usize], &[usize]); 12] = [
         (&[3, 8], &[8, 5]),
@@ -39,8 +42,7 @@ pub(super) fn add(t: &mut Table) {
         (&[0, 8], 2, 4),
         (&[2, 2, 3, 8], 1, 6),
     ];
-    // for each segment: the rows before it, its own, and the rank
-    let segmented: [(&[usize], &[(usize, usize, usize)]); 4] = [
+    let segmented: [(&[usize], &[Segment]); 4] = [
         (&[1, 6, 16], &[(0, 2, 4), (1, 1, 8), (0, 2, 3)]),
         (&[3, 5, 9], &[(2, 2, 70)]),
         (&[7, 32], &[(0, 0, 2), (0, 3, 2), (0, 4, 5)]),
