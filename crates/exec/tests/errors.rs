@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use candle_core::{DType, Device, Shape, Tensor, D};
-use candle_lazy_exec::{AttentionOptions, Error, LazyTensor, Result};
+use candle_lazy_exec::{AttentionOptions, Error, LazyTensor, LoraSegment, Result};
 use std::collections::BTreeSet;
 
 const CPU: Device = Device::Cpu;
@@ -240,6 +240,9 @@ fn composites_refuse_what_does_not_fit() {
     let (zero_cap, no_cause) =
         (AttentionOptions { softcap: Some(0.0), ..plain }, AttentionOptions { window: Some(2), ..plain });
     let seen = &mut Seen::default();
+    let (factor_a, factor_b) = (f(&[3, 2]), f(&[2, 4]));
+    let own = |rows: usize| LoraSegment { rows, adapter: Some((&factor_a, &factor_b, 1.0)) };
+    let none = |rows: usize| LoraSegment { rows, adapter: None };
     refused! { seen;
         "softmax", ["f32 [2, 3]"]: a.softmax(2);
         "softmax", ["u32 [2, 3]"]: i.softmax(0);
@@ -253,6 +256,12 @@ fn composites_refuse_what_does_not_fit() {
         "linear", ["f32 [3]"]: a.linear(&f(&[3]), None);
         "lora", ["f32 [2, 3], f32 [3, 2], f32 [3, 4]"]: a.lora(&f(&[3, 2]), &f(&[3, 4]), 1.0);
         "lora", ["the base"]: a.lora_add(&f(&[2, 2]), &f(&[3, 2]), &f(&[2, 4]), 1.0);
+        "lora_segments", ["3 rows", "has 2"]: a.lora_segments(&f(&[2, 4]), &[own(3)]);
+        "lora_segments", ["has 2"]: a.lora_segments(&f(&[2, 4]), &[none(usize::MAX), none(2), own(1)]);
+        "lora_segments", ["has 2"]: a.lora_segments(&f(&[2, 4]), &[own(1), none(2)]);
+        "lora_segments", ["at least one segment"]: a.lora_segments(&f(&[2, 4]), &[none(2)]);
+        "lora_segments", ["adapter 0"]: a.lora_segments(&f(&[2, 5]), &[none(1), own(1)]);
+        "lora_segments", ["(…, rows, in)"]: f(&[3]).lora_segments(&f(&[4]), &[own(0)]);
         "glu", ["f32 [2, 3], f32 [3]"]: a.silu_mul(&f(&[3]));
         "glu", ["u32 [2, 3]"]: i.gelu_mul(&i);
         "rope", ["f32 [2, 3]"]: a.rope(&a, &a);

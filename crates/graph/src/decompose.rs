@@ -1,4 +1,4 @@
-//! What each composite means, in primitives: its specification, and what runs where no kernel serves.
+//! What each composite means, in primitives and simpler composites: its specification, and what runs where no kernel serves.
 //!
 //! f16 and bf16 composites compute in f32 inside and round once at the end, so their decompositions begin and end with
 //! a cast; `linear` and `lora` round like the products they are made of.
@@ -161,10 +161,7 @@ fn lora_segments<R: Recorder>(
     if start < all || pieces.is_empty() {
         pieces.push(r.narrow(base, dim, start, all - start)?);
     }
-    match <[R::Ref; 1]>::try_from(pieces) {
-        Ok([only]) => Ok(only),
-        Err(pieces) => r.0.push(Op::Concat { dim: dim as u8 }, smallvec![], &pieces),
-    }
+    r.cat(&pieces, dim)
 }
 
 fn group_norm<R: Recorder>(

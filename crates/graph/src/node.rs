@@ -40,7 +40,7 @@ enum Origin {
     /// A leaf that keeps its value, a tensor or a quantised weight.
     Given(Value),
     /// A leaf on memory of the engine, which a plan may borrow: its value is in the state.
-    Leaf,
+    Held,
     Recorded(Op, Scalars),
 }
 
@@ -229,7 +229,7 @@ impl Node {
         let (origin, state) = match input.value() {
             None => return Ok(Self::cut(input, true, site)),
             Some(Value::Tensor(tensor)) => (Origin::Given(Value::Tensor(tensor.detach())), State::Given),
-            Some(value) => (Origin::Leaf, State::Ready(value)),
+            Some(value) => (Origin::Held, State::Ready(value)),
         };
         // a leaf on the same data: a graph has the same key as when the variable was computed by a plan
         Ok(Arc::new(Self {
@@ -380,7 +380,7 @@ impl Node {
     fn given(&self) -> Option<&Value> {
         match &self.origin {
             Origin::Given(value) => Some(value),
-            Origin::Leaf | Origin::Recorded(..) => None,
+            Origin::Held | Origin::Recorded(..) => None,
         }
     }
 
@@ -408,7 +408,7 @@ impl Node {
     pub fn recorded(&self) -> Option<(&Op, &[f64])> {
         match &self.origin {
             Origin::Recorded(op, scalars) => Some((op, scalars)),
-            Origin::Given(_) | Origin::Leaf => None,
+            Origin::Given(_) | Origin::Held => None,
         }
     }
 

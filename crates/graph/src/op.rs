@@ -367,7 +367,7 @@ pub enum Op<S = usize> {
     /// Chen et al., arXiv:2310.18547, §4). Inputs: x (…, n, in), base (…, n, out), then A (in, r) and B (r, out) of each segment, whose r
     /// may differ; scalars: the segments' scales. Composite.
     LoraSegments {
-        /// Two sizes for each segment: the rows between the segment before (or the first row) and it, and its own.
+        /// For each segment a gap, rows of no segment that come before it, and its own rows.
         rows: Dims<S>,
     },
     /// act(gate)·up: SwiGLU and GeGLU (Shazeer, arXiv:2002.05202, §2). Inputs: gate, up. Composite.

@@ -69,6 +69,13 @@ impl<R: Recorder> Rec<'_, R> {
         let op = Op::Narrow { dim: dim as u8, start, len };
         self.0.push(op, smallvec![], std::slice::from_ref(x))
     }
+    /// Pieces behind one another along a dim; a single one as it is.
+    pub(crate) fn cat(&mut self, pieces: &[R::Ref], dim: usize) -> Result<R::Ref> {
+        match pieces {
+            [only] => Ok(only.clone()),
+            _ => self.0.push(Op::Concat { dim: dim as u8 }, smallvec![], pieces),
+        }
+    }
     pub(crate) fn matmul(&mut self, a: &R::Ref, b: &R::Ref) -> Result<R::Ref> {
         self.0.push(Op::Matmul, smallvec![], &[a.clone(), b.clone()])
     }

@@ -103,7 +103,7 @@ pub enum StepKind {
     Lora,
     /// The same onto segments of rows, each with factors of its own.
     LoraSegments {
-        /// Two sizes for each segment: rows before it that are in none, and its own.
+        /// For each segment a gap, rows of no segment that come before it, and its own rows.
         rows: Dims<Sym>,
     },
     /// Rotary position embedding.

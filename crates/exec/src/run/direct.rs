@@ -64,12 +64,14 @@ const MOST_READ: usize = 1 << 16;
 /// Whether [`eval_direct`] takes the node, as far as can be seen at a glance, and needs microseconds for it: one pending op that reads and
 /// writes little.
 pub(crate) fn is_direct(node: &Node) -> bool {
-    let little = || {
-        let read = node.with_inputs(|inputs| inputs.iter().map(|input| input.elem_count()).sum::<usize>());
-        node.elem_count() <= MOST && read.is_none_or(|read| read <= MOST_READ)
-    };
+    let little = || node.with_inputs(|inputs| is_little(node, inputs)).unwrap_or(node.elem_count() <= MOST);
     let known = || node.recorded().is_some_and(|(op, params)| Function::of(node, op, params).is_some());
     is_plain(node) && node.pending_estimate().0 <= 1 && little() && known()
+}
+
+/// Whether an op reads and writes little, and so takes microseconds.
+fn is_little(node: &Node, inputs: &[Arc<Node>]) -> bool {
+    node.elem_count() <= MOST && inputs.iter().map(|input| input.elem_count()).sum::<usize>() <= MOST_READ
 }
 
 /// Of f32, on the CPU, and not of Candle's tape.
@@ -90,14 +92,11 @@ pub(crate) fn eval_direct(node: &Arc<Node>) -> Option<Result<Tensor>> {
     let (op, params) = node.recorded()?;
     let function = Function::of(node, op, params)?;
     let direct = Direct { node, function, params };
-    // what takes no longer than another thread may wait for the node needs no handles on its inputs
-    let quick = |inputs: &[Arc<Node>]| {
-        node.elem_count() <= MOST && inputs.iter().map(|input| input.elem_count()).sum::<usize>() <= MOST_READ
-    };
     let mut later: Option<Operands<'static>> = None;
     let computed = node.compute(|inputs| {
         let operands = direct.operands(inputs)?;
-        if quick(inputs) {
+        // what takes no longer than another thread may wait for the node needs no handles on its inputs
+        if is_little(node, inputs) {
             return direct.run(&operands);
         }
         later = Some(operands.into_iter().map(|operand| Cow::Owned(operand.into_owned())).collect());

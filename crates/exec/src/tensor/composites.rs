@@ -157,12 +157,17 @@ impl LazyTensor {
     /// When there is no segment with an adapter, the shapes do not fit, the segments have more rows than there are, or the dtypes differ.
     #[track_caller]
     pub fn lora_segments(&self, base: &Self, segments: &[LoraSegment<'_>]) -> Result<Self> {
+        let all = segments.iter().fold(0usize, |sum, segment| sum.saturating_add(segment.rows));
+        if let Some(&n) = self.dims().iter().rev().nth(1).filter(|&&n| all > n) {
+            let detail = format!("the segments have {all} rows, the input {:?} has {n}", self.dims());
+            return Self::refuse_on("lora_segments", ErrorKind::Range(detail), &[self, base]);
+        }
         let mut rows = Dims::new();
         let (mut inputs, mut scales) = (vec![self, base], Vec::new());
-        let mut gap = 0;
+        let mut gap = 0usize;
         for segment in segments {
             match segment.adapter {
-                None => gap += segment.rows,
+                None => gap = gap.saturating_add(segment.rows),
                 Some((a, b, scale)) => {
                     rows.extend([std::mem::take(&mut gap), segment.rows]);
                     inputs.extend([a, b]);

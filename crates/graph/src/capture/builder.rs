@@ -32,11 +32,11 @@ pub(super) struct Builder<'a, 'o> {
     current: (u32, Option<Device>),
 }
 
-/// What a node's words begin with: all that does not vary in length, and how long the rest is. The rank of the dims that follow is
-/// added by [`with_rank`].
+/// What a node's words begin with: all that does not vary in length, and how long the rest is, but for the scalars, whose number is the
+/// op's. The rank of the dims that follow is added by [`with_rank`].
 #[inline(always)]
-fn header(dtype: DType, device: u16, inputs: usize, scalars: usize) -> u64 {
-    (dtype as u64) | (scalars as u64) << 9 | u64::from(device) << 20 | (inputs as u64) << 36
+fn header(dtype: DType, device: u16, inputs: usize) -> u64 {
+    (dtype as u64) | u64::from(device) << 20 | (inputs as u64) << 36
 }
 
 /// A header before dims.
@@ -109,6 +109,8 @@ impl<'a, 'o> Builder<'a, 'o> {
                 len: self.shared_sym(*len),
                 step: self.free_sym(*step),
             },
+            // nothing compares them, as the start of a narrow
+            Op::LoraSegments { rows } => Op::LoraSegments { rows: rows.iter().map(|&n| self.free_sym(n)).collect() },
             Op::GroupNorm { groups, weight, bias } => {
                 Op::GroupNorm { groups: self.free_sym(*groups), weight: *weight, bias: *bias }
             }
@@ -169,7 +171,7 @@ impl<'a, 'o> Builder<'a, 'o> {
         self.arena.same.insert(identity, id);
         let (dims, dtype) = (node.dims(), node.dtype());
         let device = self.device(node.device());
-        self.key.push(with_rank(header(dtype, device, 0, 0), dims.len()));
+        self.key.push(with_rank(header(dtype, device, 0), dims.len()));
         // where an op has its discriminant, a leaf has a number that no discriminant is
         self.key.push(!(leaf.kind as u64 * 2 + u64::from(leaf.contiguous)));
         let (at, rank) = (self.push_dims(dims), dims.len() as u16);
@@ -217,7 +219,7 @@ impl<'a, 'o> Builder<'a, 'o> {
             Some(&first) if !matches!(op, Op::ToDevice) => self.arena.infos[first as usize].device,
             _ => self.device(device),
         };
-        let header = header(meta.dtype, device, inputs.len(), scalars.len());
+        let header = header(meta.dtype, device, inputs.len());
         let Arena { infos, words, equal, dims, .. } = &mut *self.arena;
         let from = words.len();
         words.push(header);

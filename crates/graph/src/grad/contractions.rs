@@ -5,7 +5,7 @@ use super::movement::full;
 use super::{Call, Parts, Ref, R};
 use crate::error::{Error, ErrorKind, Result};
 use crate::node::{Node, Value};
-use crate::op::{Dims, Op, Scalars};
+use crate::op::{Dims, Op};
 use crate::recorder::Recorder;
 
 /// All rows of `x` (…, n) as one matrix.
@@ -140,10 +140,7 @@ fn segments(call: &Call<'_>, r: &mut R<'_, '_>, segments: &[usize], parts: &mut 
         if start < all || of_x.is_empty() {
             of_x.push(zeros(r, all - start)?);
         }
-        parts[0] = Some(match <[Ref; 1]>::try_from(of_x) {
-            Ok([only]) => only,
-            Err(pieces) => r.0.push(Op::Concat { dim: dim as u8 }, Scalars::new(), &pieces)?,
-        });
+        parts[0] = Some(r.cat(&of_x, dim)?);
     }
     if call.needs(1) {
         parts[1] = Some(g.clone());

@@ -107,15 +107,16 @@ pub(super) fn lora_segments(ctx: &Ctx<'_>, segments: &[usize]) -> Result<OutMeta
     if segments.is_empty() || !segments.len().is_multiple_of(2) {
         return ctx.shape("needs two sizes for each segment, and at least one segment");
     }
-    if segments.iter().try_fold(0usize, |sum, &size| sum.checked_add(size)).is_none_or(|sum| sum > *n) {
-        return ctx.range(format!("the segments {segments:?} have more rows than the {n} of {x:?}"));
+    let all = segments.iter().fold(0usize, |sum, &size| sum.saturating_add(size));
+    if all > *n {
+        return ctx.range(format!("the segments have {all} rows, the input {x:?} has {n}"));
     }
     for i in (2..ctx.inputs.len()).step_by(2) {
         let (a, b) = (ctx.dims(i), ctx.dims(i + 1));
         if !matches!((a, b), ([ka, r], [rb, nb]) if ka == k && r == rb && nb == out_width) {
-            let segment = i / 2 - 1;
+            let adapter = i / 2 - 1;
             return ctx.shape(format!(
-                "A {a:?} and B {b:?} of segment {segment}: input {x:?} and base {base:?} need ({k}, rank) and (rank, {out_width})"
+                "A {a:?} and B {b:?} of adapter {adapter}: input {x:?} and base {base:?} need ({k}, rank) and (rank, {out_width})"
             ));
         }
     }

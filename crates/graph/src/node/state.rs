@@ -1,4 +1,4 @@
-//! How a node stands: pending, ready, or lent to a running plan; and how it becomes the next.
+//! How a node stands: a leaf with its value, pending, ready, or lent to a running plan; and how it becomes the next.
 
 use super::release::drop_iteratively;
 use super::{EngineValue, Node, Value};
@@ -39,7 +39,9 @@ impl Node {
     }
 
     /// Makes a pending node ready with the tensor that `f` computes from its inputs, and returns the tensor. Meanwhile the node is
-    /// locked, and whoever asks for its value or its inputs waits: for what is quick. `None` if it is not pending, or `f` says so.
+    /// locked, and whoever asks for its value or its inputs waits: for what is quick. `f` must not ask this node for what the lock guards,
+    /// and of others only those above: locks are taken from a node to its inputs, then their storages. `None` if it is not pending, or
+    /// `f` says so.
     ///
     /// # Errors
     /// What `f` returns; the node is pending still.

@@ -290,9 +290,11 @@ impl LoraLinear {
         if let [Some(lora)] = adapters.as_slice() {
             return self.adapted(lora, xs, base);
         }
-        let alike = |lora: &&LoraWeights| lora.dropout.is_none() && lora.dtype() == first.dtype();
-        if adapters.iter().flatten().all(alike) {
-            return self.adapted_segments(first.dtype(), xs, &base, stretches, &adapters);
+        // rows without an adapter go to the adapters' dtype and back, which must change nothing
+        let wide = first.dtype();
+        let alike = |lora: &&LoraWeights| lora.dropout.is_none() && lora.dtype() == wide;
+        if (wide == base.dtype() || wide == compute_dtype(base.dtype())) && adapters.iter().flatten().all(alike) {
+            return self.adapted_segments(wide, xs, &base, stretches, &adapters);
         }
         let mut pieces = Vec::with_capacity(stretches.len());
         let mut start = 0;
@@ -372,6 +374,30 @@ mod tests {
 
     use super::*;
     use candle_core::{Device, Tensor};
+
+    #[test]
+    fn rows_beside_an_adapter_of_lower_precision_keep_their_bits() {
+        let random = |seed: u64, shape: (usize, usize), dtype: DType| {
+            let key = RandomKey::new(seed);
+            LazyTensor::rand(key, -1., 1., shape, DType::F32, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+        };
+        let xs = random(1, (5, 10), DType::F32).reshape((1, 5, 10)).unwrap();
+        let bits = |t: &LazyTensor, start: usize, rows: usize| -> Vec<u32> {
+            let rows = t.narrow(1, start, rows).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            rows.into_iter().map(f32::to_bits).collect()
+        };
+        let layer = LoraLinear::new(Linear::new(random(2, (7, 10), DType::F32), None).unwrap());
+        for dtype in [DType::F32, DType::BF16, DType::F64] {
+            let (a, b) = (random(3, (10, 2), dtype), random(4, (2, 7), dtype));
+            let adapter = LoraWeights::new(a, b, 0.5).unwrap();
+            let alone = layer.forward(&xs).unwrap();
+            let mixed = layer.forward_packed(&xs, &[(2, Some(&adapter)), (3, None)]).unwrap();
+            assert_eq!(bits(&mixed, 2, 3), bits(&alone, 2, 3), "{dtype:?}");
+            let adapted =
+                layer.adapted(&adapter, &xs.narrow(1, 0, 2).unwrap(), alone.narrow(1, 0, 2).unwrap()).unwrap();
+            assert_eq!(bits(&mixed, 0, 2), bits(&adapted, 0, 2), "{dtype:?}");
+        }
+    }
 
     #[test]
     fn a_steps_dropout_is_of_the_input_by_the_steps_and_the_maps_key() {

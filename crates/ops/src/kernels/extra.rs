@@ -216,16 +216,18 @@ pub fn lora_segments<'a>(
     base: &Operand<'_>,
     segments: impl Iterator<Item = (Operand<'a>, Operand<'a>, usize)>,
 ) -> Extra {
-    // each may run beside all others
-    let matrices = x.elements() / x.last(0).saturating_mul(x.last(1)).max(1);
-    let passing = segments.fold(0usize, |sum, (a, b, rows)| {
+    let matrices = x.dims.iter().rev().skip(2).fold(1usize, |n, &d| n.saturating_mul(d));
+    // short ones run side by side, each on one thread; a long one has all of them
+    let (mut together, mut alone) = (0usize, 0);
+    for (a, b, rows) in segments {
         let (own, its_base) = ([rows, x.last(0)], [rows, base.last(0)]);
         let own = Operand { dims: &own, ..x.clone() };
         let its_base = Operand { dims: &its_base, ..base.clone() };
-        let one = lora(&own, &a, &b, Some(&its_base)).bytes() as usize;
-        sum.saturating_add(one.saturating_mul(matrices))
-    });
-    Extra::passing(passing)
+        let one = || lora(&own, &a, &b, Some(&its_base)).bytes() as usize;
+        together = together.saturating_add(team::with_threads(1, one).saturating_mul(matrices));
+        alone = alone.max(one());
+    }
+    Extra::passing(together.max(alone))
 }
 
 /// Of [`attention`](super::attention()): q (b, h, sq, d), v (b, hk, skv, dv).

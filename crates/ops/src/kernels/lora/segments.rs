@@ -9,7 +9,7 @@ use crate::view::{count, Dims, SliceMut, Strided, View};
 use parking_lot::Mutex;
 
 const OP: &str = "lora_segments";
-/// A segment of more multiplications is cut for the threads itself.
+/// A segment of so many multiplications is cut for the threads itself.
 const LONG: usize = 1 << 18;
 /// Multiplications, and bytes of factors, that a thread gets through in a nanosecond, roughly: a few rows take as long as the factors need
 /// to come from memory.
@@ -18,7 +18,7 @@ const PER_NS: (usize, usize) = (20, 8);
 /// Rows that share an adapter.
 #[derive(Debug, Clone, Copy)]
 pub struct Segment<'a> {
-    /// How many rows without an adapter lie between the segment before, or the first row, and this one.
+    /// How many rows of no segment come before it.
     pub gap: usize,
     /// How many rows it has.
     pub rows: usize,
@@ -31,10 +31,9 @@ pub struct Segment<'a> {
 }
 
 impl Segment<'_> {
-    /// How many numbers are multiplied, and how many bytes the factors have.
-    fn work(&self) -> (usize, usize) {
-        let factors = count(self.a.dims()).saturating_add(count(self.b.dims()));
-        (self.rows.saturating_mul(factors), factors.saturating_mul(self.a.dtype().size_in_bytes()))
+    /// How many numbers its factors have.
+    fn factors(&self) -> usize {
+        count(self.a.dims()).saturating_add(count(self.b.dims()))
     }
 }
 
@@ -47,6 +46,22 @@ struct Task<'a, 'o> {
 }
 
 impl Task<'_, '_> {
+    /// Whether all threads work on its rows together.
+    fn is_long(&self) -> bool {
+        self.of.is_some_and(|of| of.rows.saturating_mul(of.factors()) >= LONG)
+    }
+
+    /// About how many nanoseconds one thread takes for it.
+    fn ns(&self) -> usize {
+        let bytes = self.x.dtype().size_in_bytes();
+        let moved = count(self.base.dims()).saturating_mul(bytes) / PER_NS.1;
+        let product = self.of.map_or(0, |of| {
+            let factors = of.factors();
+            (of.rows.saturating_mul(factors) / PER_NS.0).max(factors.saturating_mul(bytes) / PER_NS.1)
+        });
+        moved.saturating_add(product)
+    }
+
     fn run(mut self) -> Result<()> {
         match self.of {
             Some(of) => lora(&self.x, of.a, of.b, Some(&self.base), of.scale, &mut self.out),
@@ -108,7 +123,7 @@ pub fn lora_segments<'a>(
         return Err(bad(format!("segments of {covered} rows")));
     }
     check_out(OP, out, x.dtype(), count(base.dims()))?;
-    let (mut tasks, mut ns, mut long) = (Vec::new(), 0usize, false);
+    let mut tasks = Vec::new();
     let mut rest = out.reborrow();
     for index in 0..count(lead) {
         let mut start = 0;
@@ -125,19 +140,15 @@ pub fn lora_segments<'a>(
         };
         for of in segments {
             take(of.gap, None)?;
-            let (multiplied, bytes) = of.work();
-            ns = ns.saturating_add((multiplied / PER_NS.0).max(bytes / PER_NS.1));
-            long |= multiplied > LONG;
             let adapter = if fault::active("lora_segments.first") { &segments[0] } else { of };
             take(of.rows, Some(Segment { rows: of.rows, ..*adapter }))?;
         }
         take(n - covered, None)?;
     }
-    if long {
-        return tasks.into_iter().try_for_each(Task::run);
-    }
+    let (long, short): (Vec<_>, Vec<_>) = tasks.into_iter().partition(Task::is_long);
+    long.into_iter().try_for_each(Task::run)?;
     let failed = Mutex::new(None);
-    team::each(ns, tasks, |task| {
+    team::each(short.iter().map(Task::ns).fold(0, usize::saturating_add), short, |task| {
         if let Err(error) = task.run() {
             failed.lock().get_or_insert(error);
         }
