@@ -9,10 +9,12 @@ use crate::math::Real;
 use crate::view::{each_dtype, Slice, Strided};
 use std::ops::Range;
 
-/// Work below this many products is not shared.
-const ALONE: usize = 1 << 18;
+/// What takes one thread less is not shared.
+const ALONE_NS: usize = 8000;
 /// Products that a thread makes in a nanosecond, roughly, the exponentials between them included.
 const WORK_PER_NS: usize = 20;
+/// Bytes of keys and values that a thread reads in a nanosecond, roughly: what one query sees is rarely in a cache.
+const BYTES_PER_NS: usize = 8;
 
 /// Queries that share keys: rows `first..` of those of the heads of one key head, which are `group` times `sq`.
 #[derive(Clone, Copy)]
@@ -90,7 +92,9 @@ impl Job<'_> {
         let rows = s.group * s.sq;
         let heads = out.len() / (rows * s.dv).max(1);
         let work = [s.skv, s.d + s.dv, heads].into_iter().fold(rows, usize::saturating_mul);
-        let (threads, ns) = (if work < ALONE { 1 } else { team::threads() }, work / WORK_PER_NS);
+        let read = (work / rows.max(1)).saturating_mul(size_of::<E>());
+        let ns = (work / WORK_PER_NS).max(read / BYTES_PER_NS);
+        let threads = if ns < ALONE_NS { 1 } else { team::threads() };
         let key_heads = s.h / s.group.max(1);
         // smaller tiles where there would be too few to share, segments on their own where there are too few queries
         let mut size = QUERIES;
