@@ -76,6 +76,26 @@ fn offsets_do_not_share_symbols_with_dims() {
 }
 
 #[test]
+fn segments_share_a_key_at_any_lengths_and_none_with_other_numbers() {
+    let key = |sizes: &[(usize, usize)], rank: usize| {
+        let all = 2 + sizes.iter().map(|(gap, rows)| gap + rows).sum::<usize>();
+        let lead = vec![3; rank - 2];
+        let of = |width: usize| leaf(&[&lead[..], &[all, width]].concat());
+        let (a, b) = (leaf(&[16, 4]), leaf(&[4, 12]));
+        let mut inputs = vec![of(16), of(12)];
+        inputs.extend(sizes.iter().flat_map(|_| [a.clone(), b.clone()]));
+        let rows = sizes.iter().flat_map(|&(gap, rows)| [gap, rows]).collect();
+        let scales: Vec<f64> = (0..sizes.len()).map(|i| i as f64).collect();
+        get(&[rec(Op::LoraSegments { rows }, &scales, &inputs.iter().collect::<Vec<_>>())]).key
+    };
+    assert_eq!(key(&[(0, 7), (5, 9)], 3), key(&[(6, 20), (0, 31)], 3));
+    let all: Vec<_> = (1..30).flat_map(|n| [2, 3, 4].map(|rank| key(&vec![(1, 50); n], rank))).collect();
+    for (i, one) in all.iter().enumerate() {
+        assert!(!all[..i].contains(one), "{i}");
+    }
+}
+
+#[test]
 fn what_is_held_outside_becomes_an_output() {
     let x = leaf(&[4]);
     let held = rec(Op::Unary(UnaryOp::Exp), &[], &[&x]);
