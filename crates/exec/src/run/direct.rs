@@ -153,8 +153,7 @@ fn rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Cow<'_, 
     let mut out = Buffer::take(DType::F32, node.elem_count()).ok()?;
     if !dense_rows(node, ready, axes, params, inputs, &mut out) {
         let program = ready.program(DType::F32).ok()?;
-        let slots: SmallVec<[SlotValue; 4]> =
-            inputs.iter().map(|x| SlotValue::foreign(x.clone().into_owned())).collect();
+        let slots = slots_of(inputs);
         let inputs = [0, 1, 2, 3].get(..slots.len())?;
         // what fails here fails again with a plan, which knows how to say it
         row_program(&program, (dims, axes), params, &slots, inputs, std::slice::from_mut(&mut out)).ok()?;
@@ -163,6 +162,11 @@ fn rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Cow<'_, 
         *last += 1.0;
     }
     Some(out.into_tensor(dims))
+}
+
+/// The inputs as a plan has them.
+fn slots_of(inputs: &[Cow<'_, Tensor>]) -> SmallVec<[SlotValue; 4]> {
+    inputs.iter().map(|x| SlotValue::foreign(Tensor::clone(x))).collect()
 }
 
 /// The same of dense inputs, without a program, over the last dim or element by element; whether it was done.
@@ -220,7 +224,7 @@ fn lora(scale: f64, inputs: &[Cow<'_, Tensor>], out: &mut [f32]) -> Option<()> {
 }
 
 fn lora_of_views(scale: f64, inputs: &[Cow<'_, Tensor>], out: &mut [f32]) -> Option<()> {
-    let slots: SmallVec<[SlotValue; 4]> = inputs.iter().map(|x| SlotValue::foreign(x.clone().into_owned())).collect();
+    let slots = slots_of(inputs);
     with_views(&slots, &[0, 1, 2, 3][..slots.len().min(4)], |v| match v {
         [x, a, b, base @ ..] => {
             kernels::lora(x, a, b, base.first(), scale, &mut SliceMut::F32(&mut *out)).map_err(kernel_error)
@@ -252,13 +256,9 @@ fn elements<'a>(storage: &'a Storage, tensor: &Tensor) -> Option<&'a [f32]> {
 /// Calls `f` with the elements of dense f32 tensors. One guard per storage, in the order of their addresses: as
 /// [`super::slots::with_views`], whose reasons hold here too.
 fn with_dense<const N: usize, R>(tensors: [&Cow<'_, Tensor>; N], f: impl FnOnce([&[f32]; N]) -> R) -> Option<R> {
-    if let [tensor] = tensors.as_slice() {
-        let (storage, _) = tensor.storage_and_layout();
-        let mut slices: [&[f32]; N] = [&[]; N];
-        *slices.first_mut()? = elements(&storage, tensor)?;
-        return Some(f(slices));
-    }
-    let addresses = tensors.map(|t| std::ptr::from_ref::<Storage>(&t.storage_and_layout().0) as usize);
+    let address = |t: &Tensor| std::ptr::from_ref::<Storage>(&t.storage_and_layout().0) as usize;
+    // one has no order
+    let addresses = tensors.map(|t| if N == 1 { 0 } else { address(t) });
     let mut order: [usize; N] = std::array::from_fn(|i| i);
     order.sort_unstable_by_key(|&i| addresses.get(i));
     let mut guards: [Option<_>; N] = std::array::from_fn(|_| None);

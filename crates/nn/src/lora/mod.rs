@@ -320,13 +320,8 @@ impl LoraLinear {
         adapters: &[Option<&LoraWeights>],
     ) -> Result<LazyTensor> {
         let _scope = scope::enter(self.base.path());
-        let mut factors = Vec::with_capacity(adapters.len());
-        for of in adapters {
-            factors.push(match of {
-                Some(lora) => Some((lora.a()?, lora.b()?, lora.scale)),
-                None => None,
-            });
-        }
+        let of = |lora: &LoraWeights| Ok((lora.a()?, lora.b()?, lora.scale));
+        let factors = adapters.iter().map(|lora| lora.map(of).transpose()).collect::<Result<Vec<_>>>()?;
         let segments: Vec<_> = stretches
             .iter()
             .zip(&factors)

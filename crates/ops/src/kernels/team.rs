@@ -79,7 +79,12 @@ pub fn each<T: Send>(ns: usize, items: Vec<T>, f: impl Fn(T) + Sync) {
 
 /// About how many nanoseconds one thread takes to read and write so much data.
 pub(crate) fn moving<T>(data: &[T]) -> usize {
-    std::mem::size_of_val(data) / 8
+    moving_bytes(std::mem::size_of_val(data))
+}
+
+/// The same of so many bytes.
+pub(crate) fn moving_bytes(bytes: usize) -> usize {
+    bytes / 8
 }
 
 /// Pieces of work for each thread: several, so that they even out.

@@ -13,8 +13,6 @@ use std::ops::Range;
 const ALONE_NS: usize = 8000;
 /// Products that a thread makes in a nanosecond, roughly, the exponentials between them included.
 const WORK_PER_NS: usize = 20;
-/// Bytes of keys and values that a thread reads in a nanosecond, roughly: what one query sees is rarely in a cache.
-const BYTES_PER_NS: usize = 8;
 
 /// Queries that share keys: rows `first..` of those of the heads of one key head, which are `group` times `sq`.
 #[derive(Clone, Copy)]
@@ -93,7 +91,8 @@ impl Job<'_> {
         let heads = out.len() / (rows * s.dv).max(1);
         let work = [s.skv, s.d + s.dv, heads].into_iter().fold(rows, usize::saturating_mul);
         let read = (work / rows.max(1)).saturating_mul(size_of::<E>());
-        let ns = (work / WORK_PER_NS).max(read / BYTES_PER_NS);
+        // the keys and values that one query sees are rarely in a cache
+        let ns = (work / WORK_PER_NS).max(team::moving_bytes(read));
         let threads = if ns < ALONE_NS { 1 } else { team::threads() };
         let key_heads = s.h / s.group.max(1);
         // smaller tiles where there would be too few to share, segments on their own where there are too few queries

@@ -1,7 +1,7 @@
 //! LoRA of rows with different adapters: each segment of the rows has its own (the segmented products of Punica, Chen et al.,
 //! arXiv:2310.18547, §4).
 
-use super::lora;
+use super::{lora, PARALLEL, WORK_PER_NS};
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::kernels::{check_float, check_out, copy_into, team};
@@ -9,11 +9,6 @@ use crate::view::{count, Dims, SliceMut, Strided, View};
 use parking_lot::Mutex;
 
 const OP: &str = "lora_segments";
-/// A segment of so many multiplications is cut for the threads itself.
-const LONG: usize = 1 << 18;
-/// Multiplications, and bytes of factors, that a thread gets through in a nanosecond, roughly: a few rows take as long as the factors need
-/// to come from memory.
-const PER_NS: (usize, usize) = (20, 8);
 
 /// Rows that share an adapter.
 #[derive(Debug, Clone, Copy)]
@@ -35,6 +30,11 @@ impl Segment<'_> {
     fn factors(&self) -> usize {
         count(self.a.dims()).saturating_add(count(self.b.dims()))
     }
+
+    /// How many multiplications it takes.
+    fn work(&self) -> usize {
+        self.rows.saturating_mul(self.factors())
+    }
 }
 
 /// Rows of one segment, or of none.
@@ -46,20 +46,18 @@ struct Task<'a, 'o> {
 }
 
 impl Task<'_, '_> {
-    /// Whether all threads work on its rows together.
+    /// Whether all threads work on its rows together, as [`lora`] has them.
     fn is_long(&self) -> bool {
-        self.of.is_some_and(|of| of.rows.saturating_mul(of.factors()) >= LONG)
+        self.of.is_some_and(|of| of.work() >= PARALLEL)
     }
 
     /// About how many nanoseconds one thread takes for it.
     fn ns(&self) -> usize {
         let bytes = self.x.dtype().size_in_bytes();
-        let moved = count(self.base.dims()).saturating_mul(bytes) / PER_NS.1;
-        let product = self.of.map_or(0, |of| {
-            let factors = of.factors();
-            (of.rows.saturating_mul(factors) / PER_NS.0).max(factors.saturating_mul(bytes) / PER_NS.1)
-        });
-        moved.saturating_add(product)
+        let moving = |numbers: usize| team::moving_bytes(numbers.saturating_mul(bytes));
+        // a few rows take as long as the factors need to come from memory
+        let product = self.of.map_or(0, |of| (of.work() / WORK_PER_NS).max(moving(of.factors())));
+        moving(count(self.base.dims())).saturating_add(product)
     }
 
     fn run(mut self) -> Result<()> {
