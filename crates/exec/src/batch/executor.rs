@@ -5,7 +5,9 @@ use super::window::Window;
 use super::BatchStats;
 use crate::config::{is_recording, TARGET};
 use crate::error::{Error, Result};
-use crate::run::{eval_group, eval_small, in_group, is_small, message_of, refuse_while_recording, Request, Values};
+use crate::run::{
+    eval_group, eval_now, eval_small, in_group, is_small, message_of, refuse_while_recording, Request, Values,
+};
 use crate::tensor::LazyTensor;
 use candle_core::Tensor;
 use parking_lot::Mutex;
@@ -156,7 +158,7 @@ impl BatchExecutor {
     }
 
     /// Asks for the value of `tensor`. Sleeps while the line is full. Where requests take a few microseconds, which is less than handing them
-    /// to another thread takes, the calling thread serves those that wait once sixteen do.
+    /// to another thread takes, the calling thread evaluates it at once if nobody waits, or serves those that wait once sixteen do.
     ///
     /// # Errors
     /// [`QueueError`](crate::error::QueueError) where it is not let in; the ticket's are those of [`LazyTensor::eval`].
@@ -181,6 +183,9 @@ impl BatchExecutor {
         // a full line is emptied by this very thread
         if in_group() {
             return self.try_submit_all(tensors, how);
+        }
+        if let Some(result) = self.at_once(tensors, how) {
+            return Ok(SubmissionAll(Asked::Answered(Some(result))));
         }
         let (submission, small) = self.enter(tensors, |request| self.0.line.submit(request, how))?;
         if small && self.0.line.len() >= TURN {
@@ -209,6 +214,16 @@ impl BatchExecutor {
         })
     }
 
+    /// The answer to a small request before which nobody waits: to put it into the line and to draw it would take as long as it does.
+    fn at_once(&self, tensors: &[&LazyTensor], how: &SubmitOptions) -> Option<Result<Values>> {
+        let [root] = tensors else { return None };
+        // a function that is being recorded evaluates nothing on its thread
+        if how.deadline.is_some() || is_recording() {
+            return None;
+        }
+        self.0.line.at_once(&self.0.window, || eval_now(root.node()))
+    }
+
     /// Lets a request in; whether it is small.
     fn enter(
         &self,
@@ -217,7 +232,7 @@ impl BatchExecutor {
     ) -> Result<(SubmissionAll, bool)> {
         let request = request(tensors);
         let small = is_small(&request);
-        let submission = SubmissionAll { ticket: let_in(request)?, window: self.0.window };
+        let submission = SubmissionAll(Asked::InLine(let_in(request)?, self.0.window));
         // the executor's thread is not to take its time over one that nobody else serves
         if !small {
             self.0.line.hurry();
@@ -248,15 +263,27 @@ fn request(tensors: &[&LazyTensor]) -> Request {
     tensors.iter().map(|&t| t.clone()).collect()
 }
 
+/// How far a request is.
+enum Asked {
+    /// In the line of an executor that draws so.
+    InLine(Ticket<Request, Values>, Window),
+    /// It was answered while it was submitted; nothing once the answer was taken.
+    Answered(Option<Result<Values>>),
+}
+
 /// A request for several tensors; made by [`BatchExecutor::submit_all`]. A future, for any runtime.
 ///
 /// Dropping it cancels what has not begun, and frees what it held.
 #[must_use = "a request that is dropped before it has begun never begins"]
-#[derive(Debug)]
-pub struct SubmissionAll {
-    ticket: Ticket<Request, Values>,
-    /// The executor's.
-    window: Window,
+pub struct SubmissionAll(Asked);
+
+impl std::fmt::Debug for SubmissionAll {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.0 {
+            Asked::InLine(ticket, _) => write!(f, "SubmissionAll({ticket:?})"),
+            Asked::Answered(_) => f.write_str("SubmissionAll(answered)"),
+        }
+    }
 }
 
 /// A request for one tensor; made by [`BatchExecutor::submit`]. As [`SubmissionAll`].
@@ -275,39 +302,50 @@ impl SubmissionAll {
     }
 
     fn values(self) -> Result<Values> {
-        if let Some(result) = self.here() {
+        let (ticket, window) = match self.0 {
+            Asked::InLine(ticket, window) => (ticket, window),
+            Asked::Answered(answer) => return once(answer),
+        };
+        if let Some(result) = here(&ticket) {
             return result;
         }
         // to hand a small request to another thread takes longer than to do it
         loop {
-            if let Some(result) = self.ticket.ready_now() {
+            if let Some(result) = ticket.ready_now() {
                 return result;
             }
-            if !(self.ticket.is_waiting() && serve_small(self.ticket.inbox(), &self.window)) {
-                return self.ticket.wait();
+            if !(ticket.is_waiting() && serve_small(ticket.inbox(), &window)) {
+                return ticket.wait();
             }
         }
     }
 
     fn poll_values(&mut self, context: &mut Context<'_>) -> Poll<Result<Values>> {
-        match self.here() {
-            Some(result) => Poll::Ready(result),
-            None => Pin::new(&mut self.ticket).poll(context),
+        match &mut self.0 {
+            Asked::Answered(answer) => Poll::Ready(once(answer.take())),
+            Asked::InLine(ticket, _) => match here(ticket) {
+                Some(result) => Poll::Ready(result),
+                None => Pin::new(ticket).poll(context),
+            },
         }
     }
+}
 
-    /// On a thread that evaluates for an executor: nobody else will evaluate this one meanwhile.
-    fn here(&self) -> Option<Result<Values>> {
-        if !in_group() {
-            return None;
-        }
-        let Some(job) = self.ticket.take_back() else {
-            return self.ticket.ready_now().or_else(|| {
-                Some(Err(Error::msg("an op that is being evaluated waits for a request of the same batch")))
-            });
-        };
-        Some(crate::run::eval_all(&job.iter().collect::<Vec<_>>()).map(Values::from_vec))
+fn once(answer: Option<Result<Values>>) -> Result<Values> {
+    answer.unwrap_or_else(|| Err(Error::msg("the answer to a request was taken before")))
+}
+
+/// On a thread that evaluates for an executor: nobody else will evaluate this one meanwhile.
+fn here(ticket: &Ticket<Request, Values>) -> Option<Result<Values>> {
+    if !in_group() {
+        return None;
     }
+    let Some(job) = ticket.take_back() else {
+        return ticket
+            .ready_now()
+            .or_else(|| Some(Err(Error::msg("an op that is being evaluated waits for a request of the same batch"))));
+    };
+    Some(crate::run::eval_all(&job.iter().collect::<Vec<_>>()).map(Values::from_vec))
 }
 
 impl Submission {
@@ -355,7 +393,7 @@ impl Future for Submitting {
         match &mut self.get_mut().0 {
             Ok((entering, window)) => {
                 let window = *window;
-                Pin::new(entering).poll(context).map(|ticket| Ok(SubmissionAll { ticket: ticket?, window }))
+                Pin::new(entering).poll(context).map(|ticket| Ok(SubmissionAll(Asked::InLine(ticket?, window))))
             }
             Err(error) => {
                 let after = || Error::msg("a submission was polled after it had given its ticket");
@@ -366,135 +404,4 @@ impl Future for Submitting {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::EvalOptions;
-    use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape};
-    use std::sync::mpsc::{channel, Receiver, Sender};
-    use std::time::Duration;
-
-    /// Says that it runs, and goes on when it is told to.
-    struct Slow {
-        runs: Sender<()>,
-        end: Mutex<Receiver<()>>,
-    }
-
-    impl CustomOp1 for Slow {
-        fn name(&self) -> &'static str {
-            "slow"
-        }
-        fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-            self.runs.send(()).map_err(candle_core::Error::wrap)?;
-            self.end.lock().recv().map_err(candle_core::Error::wrap)?;
-            Ok((storage.clone(), layout.shape().clone()))
-        }
-    }
-
-    /// Requests take a microsecond, whatever this machine says.
-    fn as_if_small(executor: &BatchExecutor) {
-        (0..64).for_each(|_| executor.0.line.ran(1, Duration::from_micros(1)));
-    }
-
-    #[test]
-    fn small_requests_are_served_by_who_asks_while_the_executor_is_busy() {
-        let executor = BatchExecutor::new().unwrap();
-        let ((runs, started), (go, end)) = (channel(), channel());
-        let x = LazyTensor::new(&[1f32, 2., 3.], &Device::Cpu).unwrap();
-        let slow = x.custom_op1(Slow { runs, end: Mutex::new(end) }, 3, candle_core::DType::F32).unwrap();
-        let slow = executor.submit(&slow).unwrap();
-        started.recv().unwrap();
-        // the executor's thread does nothing else until it is told
-        let ones: Vec<_> = (0..3 * TURN + 5).map(|i| x.affine(i as f64, 1.0).unwrap()).collect();
-        let asked: Vec<_> = ones
-            .iter()
-            .map(|one| {
-                as_if_small(&executor);
-                executor.submit(one).unwrap()
-            })
-            .collect();
-        assert!(executor.0.line.len() < TURN, "who asks served what had come together");
-        for (i, one) in asked.into_iter().enumerate() {
-            as_if_small(&executor);
-            assert_eq!(one.wait().unwrap().to_vec1::<f32>().unwrap(), [1, 2, 3].map(|x| (x * i + 1) as f32));
-        }
-        // one that is not small is not taken, and nor is what is behind it
-        let large = x.softmax(0).and_then(|y| y.sum_keepdim(0)).unwrap();
-        let (large, one) = (executor.submit(&large).unwrap(), executor.submit(&ones[0]).unwrap());
-        as_if_small(&executor);
-        assert!(!serve_small(&executor.0.line, &Window::default()));
-        assert_eq!(executor.stats().queued, 2);
-        go.send(()).unwrap();
-        assert_eq!(slow.wait().unwrap().to_vec1::<f32>().unwrap(), [1., 2., 3.]);
-        assert_eq!((large.wait().unwrap().dims(), one.wait().unwrap().dims()), (&[1][..], &[3][..]));
-    }
-
-    #[test]
-    fn nobody_is_served_by_a_function_that_is_being_recorded() {
-        let executor = BatchExecutor::new().unwrap();
-        let x = LazyTensor::new(&[1f32, 2., 3.], &Device::Cpu).unwrap();
-        as_if_small(&executor);
-        let other = executor.submit(&x.affine(3.0, 0.0).unwrap()).unwrap();
-        let mine = executor.submit(&x.affine(2.0, 0.0).unwrap()).unwrap();
-        let mine = Mutex::new(Some(mine));
-        let twice = crate::compile(|inputs: &[LazyTensor]| -> Result<Vec<LazyTensor>> {
-            as_if_small(&executor);
-            if let Some(mine) = mine.lock().take() {
-                assert!(!serve_small(&executor.0.line, &Window::default()));
-                assert_eq!(mine.wait()?.to_vec1::<f32>()?, [2., 4., 6.]);
-            }
-            Ok(vec![inputs[0].affine(2.0, 0.0)?])
-        });
-        let values = twice.call(&[&x]).unwrap();
-        assert_eq!(values[0].eval().unwrap().to_vec1::<f32>().unwrap(), [2., 4., 6.]);
-        assert_eq!(other.wait().unwrap().to_vec1::<f32>().unwrap(), [3., 6., 9.]);
-    }
-
-    #[test]
-    fn what_takes_long_or_is_looked_for_by_a_waker_is_not_small() {
-        let of = |dims: &[usize]| {
-            LazyTensor::from(candle_core::Tensor::ones(dims, candle_core::DType::F32, &Device::Cpu).unwrap())
-        };
-        let (row, wide, tall) = (of(&[1, 64]), of(&[64, 4096]), of(&[4096, 64]));
-        let small = |y: &LazyTensor| is_small(&request(&[y]));
-        assert!(small(&row.softmax(1).unwrap()) && small(&row.exp().unwrap()));
-        assert!(!small(&wide.softmax(1).unwrap()) && !small(&wide.exp().unwrap()));
-        assert!(!small(&row.lora(&wide, &tall, 1.0).unwrap()), "few results of much");
-        assert!(!small(&row.softmax(1).unwrap().exp().unwrap()));
-        // one who polls is woken by the executor's thread, not by whoever happens to wait
-        let executor = BatchExecutor::new().unwrap();
-        let ((runs, started), (go, end)) = (channel(), channel());
-        let slow = row.custom_op1(Slow { runs, end: Mutex::new(end) }, (1, 64), candle_core::DType::F32).unwrap();
-        let slow = executor.submit(&slow).unwrap();
-        started.recv().unwrap();
-        let mut polled = executor.submit(&row.exp().unwrap()).unwrap();
-        as_if_small(&executor);
-        let mut context = Context::from_waker(std::task::Waker::noop());
-        assert!(Pin::new(&mut polled).poll(&mut context).is_pending());
-        assert!(!serve_small(&executor.0.line, &Window::default()));
-        go.send(()).unwrap();
-        assert!(slow.wait().is_ok() && polled.wait().is_ok());
-    }
-
-    #[test]
-    fn cancelled_requests_beside_wanted_ones_are_left_out() {
-        let executor = BatchExecutor::new().unwrap();
-        let x = LazyTensor::new(&[1f32, 2., 3.], &Device::Cpu).unwrap();
-        as_if_small(&executor);
-        // cancelled requests beside wanted ones
-        let mut kept = Vec::new();
-        for i in 0..TURN - 1 {
-            let one = executor.submit(&x.affine(2.0, i as f64).unwrap()).unwrap();
-            if i % 2 == 0 {
-                kept.push((i, one));
-            }
-        }
-        for (i, one) in kept {
-            assert_eq!(one.wait().unwrap().to_vec1::<f32>().unwrap()[0], 2.0 + i as f32);
-        }
-        let (values, _) = crate::eval_all_with(&[&x.exp().unwrap()], &EvalOptions::default()).unwrap();
-        assert_eq!(
-            executor.submit(&x.exp().unwrap()).unwrap().wait().unwrap().to_vec1::<f32>().unwrap(),
-            values[0].to_vec1::<f32>().unwrap()
-        );
-    }
-}
+mod tests;

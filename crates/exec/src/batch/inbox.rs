@@ -201,6 +201,23 @@ impl<J, T> Inbox<J, T> {
         }
     }
 
+    /// Answers a job by `answer`, here and now, where jobs take so little that to let it in would cost as much, and nobody waits before it.
+    /// `None` where that is not so, or there is no answer.
+    pub(super) fn at_once(&self, window: &Window, answer: impl FnOnce() -> Option<Result<T>>) -> Option<Result<T>> {
+        let Shared { line, pace, counters } = &*self.0;
+        if !(window.max_wait == MaxWait::Adaptive && pace.is_small() && line.is_idle()) {
+            return None;
+        }
+        // what the clock says takes a tenth of such a job
+        let begin = counters.samples().then(Instant::now);
+        let answer = answer()?;
+        counters.at_once(answer.as_ref().err());
+        if let Some(begin) = begin {
+            pace.took(begin.elapsed());
+        }
+        Some(answer)
+    }
+
     /// Somebody waits: a drawer at leisure comes.
     pub(super) fn hurry(&self) {
         self.0.line.hurry();

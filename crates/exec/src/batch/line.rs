@@ -161,6 +161,12 @@ impl<J, T> Line<J, T> {
         held(self.state.lock()).closed
     }
 
+    /// Whether it is open and nobody waits.
+    pub(super) fn is_idle(&self) -> bool {
+        let state = held(self.state.lock());
+        state.live == 0 && !state.closed
+    }
+
     /// Lets a job in if there is room.
     pub(super) fn push(&self, job: J, place: Place) -> Result<Arc<Task<J, T>>, Refused<J>> {
         let (task, calls) = {

@@ -89,6 +89,9 @@ pub struct BatchStats {
     pub expired: u64,
     /// Requests that nobody wanted any more before they were answered.
     pub cancelled: u64,
+    /// Requests that were small enough to be answered while they were submitted. They are among those let in and those answered, and in no
+    /// batch.
+    pub at_once: u64,
     /// Products that were made for several requests of a [`BatchExecutor`](super::BatchExecutor) at once.
     pub merged_products: u64,
     /// Requests per batch.
@@ -107,6 +110,9 @@ pub(super) struct Counters {
     failed: AtomicU64,
     expired: AtomicU64,
     cancelled: AtomicU64,
+    at_once: AtomicU64,
+    /// Those of them that were answered with an error.
+    at_once_failed: AtomicU64,
     merged_products: AtomicU64,
     batch_sizes: Buckets,
     wait_us: Buckets,
@@ -161,16 +167,31 @@ impl Counters {
         });
     }
 
+    /// Whether it is time to look how long a request takes that is answered at once: each eighth time.
+    pub(super) fn samples(&self) -> bool {
+        self.at_once.load(Ordering::Relaxed) % 8 == 0
+    }
+
+    /// A request was answered while it was submitted.
+    pub(super) fn at_once(&self, error: Option<&Error>) {
+        one(&self.at_once);
+        if error.is_some() {
+            one(&self.at_once_failed);
+        }
+    }
+
     pub(super) fn snapshot(&self, queued: usize) -> BatchStats {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let (at_once, at_once_failed) = (count(&self.at_once), count(&self.at_once_failed));
         BatchStats {
             queued,
-            submitted: count(&self.submitted),
+            submitted: count(&self.submitted) + at_once,
             refused_full: count(&self.refused_full),
-            completed: count(&self.completed),
-            failed: count(&self.failed),
+            completed: count(&self.completed) + at_once.saturating_sub(at_once_failed),
+            failed: count(&self.failed) + at_once_failed,
             expired: count(&self.expired),
             cancelled: count(&self.cancelled),
+            at_once,
             merged_products: count(&self.merged_products),
             batch_sizes: self.batch_sizes.snapshot(),
             wait_us: self.wait_us.snapshot(),

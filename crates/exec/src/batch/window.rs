@@ -2,6 +2,7 @@
 
 use super::line::Wanted;
 use parking_lot::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long the first request of a batch waits for others.
@@ -49,7 +50,11 @@ const PART: u32 = 8;
 
 /// What adaptive waiting has seen.
 #[derive(Debug, Default)]
-pub(super) struct Pace(Mutex<Seen>);
+pub(super) struct Pace {
+    seen: Mutex<Seen>,
+    /// Whether a request took so little lately that who waits for one does it: asked for each.
+    small: AtomicBool,
+}
 
 #[derive(Debug, Default)]
 struct Seen {
@@ -59,6 +64,14 @@ struct Seen {
     each: Duration,
     /// How many requests were there at once, lately.
     expected: usize,
+}
+
+impl Seen {
+    /// A request took `each`. Whether they are small.
+    fn took(&mut self, each: Duration) -> bool {
+        self.each = if self.each.is_zero() { each } else { (self.each * 3 + each) / 4 };
+        !self.each.is_zero() && self.each < SMALL
+    }
 }
 
 impl Pace {
@@ -72,7 +85,7 @@ impl Pace {
             MaxWait::Adaptive if leisure && self.is_small() => (window.max_batch, LONGEST, true),
             // more than were there lately would not come
             MaxWait::Adaptive => {
-                let seen = self.0.lock();
+                let seen = self.seen.lock();
                 let enough = seen.expected.min(window.max_batch).min(ENOUGH);
                 if enough < 2 {
                     return None;
@@ -87,16 +100,20 @@ impl Pace {
 
     /// Whether a request takes so little lately that who waits for one does it.
     pub(super) fn is_small(&self) -> bool {
-        let each = self.0.lock().each;
-        !each.is_zero() && each < SMALL
+        self.small.load(Ordering::Relaxed)
+    }
+
+    /// One request took `run`, by itself.
+    pub(super) fn took(&self, run: Duration) {
+        self.small.store(self.seen.lock().took(run), Ordering::Relaxed);
     }
 
     /// A batch of `drawn` took `run`, and at its end `waiting` more were there.
     pub(super) fn ran(&self, drawn: usize, waiting: usize, run: Duration) {
-        let mut seen = self.0.lock();
+        let mut seen = self.seen.lock();
         seen.run = (seen.run * 3 + run) / 4;
-        let each = run / u32::try_from(drawn.max(1)).unwrap_or(u32::MAX);
-        seen.each = if seen.each.is_zero() { each } else { (seen.each * 3 + each) / 4 };
+        let small = seen.took(run / u32::try_from(drawn.max(1)).unwrap_or(u32::MAX));
+        self.small.store(small, Ordering::Relaxed);
         let now = drawn + waiting;
         // up at once, down by half of what is missing
         seen.expected = if now >= seen.expected { now } else { now.max((seen.expected + now) / 2) };

@@ -82,16 +82,7 @@ fn is_plain(node: &Node) -> bool {
 /// The value of a pending node that is one op of f32 on ready, untracked tensors on the CPU: an elementwise one (of tensors of its own
 /// shape; where they are small, dense ones), a softmax, a norm or a gated unit, or a small LoRA. `None` if it is anything else.
 pub(crate) fn eval_direct(node: &Arc<Node>) -> Option<Result<Tensor>> {
-    // a plan knows what it needs
-    if crate::config::memory_budget().is_some() || crate::config::is_recording() {
-        return None;
-    }
-    if !is_plain(node) {
-        return None;
-    }
-    let (op, params) = node.recorded()?;
-    let function = Function::of(node, op, params)?;
-    let direct = Direct { node, function, params };
+    let direct = Direct::of(node)?;
     let mut later: Option<Operands<'static>> = None;
     let computed = node.compute(|inputs| {
         let operands = direct.operands(inputs)?;
@@ -116,6 +107,14 @@ pub(crate) fn eval_direct(node: &Arc<Node>) -> Option<Result<Tensor>> {
     node.tensor().map(|tensor| Ok(tensor.into_owned()))
 }
 
+/// The same of a node that [`is_direct`] takes, or that has its value already.
+pub(crate) fn eval_little(node: &Arc<Node>) -> Option<Result<Tensor>> {
+    let ready = || node.tensor().filter(|_| !node.tracked()).map(|tensor| Ok(tensor.into_owned()));
+    let Some(direct) = Direct::of(node).filter(|_| node.elem_count() <= MOST) else { return ready() };
+    let little = |inputs: &[Arc<Node>]| direct.run(&direct.operands(is_little(node, inputs).then_some(inputs)?)?);
+    node.compute(little).or_else(ready)
+}
+
 /// What an op reads: tensors of leaves are borrowed.
 type Operands<'a> = SmallVec<[Cow<'a, Tensor>; 4]>;
 
@@ -126,7 +125,17 @@ struct Direct<'a> {
     params: &'a [f64],
 }
 
-impl Direct<'_> {
+impl<'a> Direct<'a> {
+    /// What a node does, if it is of a kind that needs no plan.
+    fn of(node: &'a Node) -> Option<Self> {
+        // a plan knows what it needs
+        if crate::config::memory_budget().is_some() || crate::config::is_recording() || !is_plain(node) {
+            return None;
+        }
+        let (op, params) = node.recorded()?;
+        Some(Self { node, function: Function::of(node, op, params)?, params })
+    }
+
     /// The inputs, if they are ready tensors of a kind that the function takes.
     fn operands<'i>(&self, inputs: &'i [Arc<Node>]) -> Option<Operands<'i>> {
         let elementwise = matches!(self.function, Function::Unary(_) | Function::Binary(_) | Function::Affine(..));

@@ -18,9 +18,9 @@ mod tape;
 mod trace;
 
 pub use checked::eval_all_checked;
-pub(crate) use direct::{eval_direct, is_direct};
+pub(crate) use direct::{eval_direct, eval_little, is_direct};
 pub(crate) use failure::message_of;
-pub(crate) use group::{eval_group, eval_small, in_group, is_small, Request, Values};
+pub(crate) use group::{eval_group, eval_now, eval_small, in_group, is_small, Request, Values};
 pub use inspect::{first_nan, first_nonfinite, NonFinite};
 pub(crate) use trace::{refuse_while_recording, Trace};
 

@@ -12,8 +12,8 @@ mod merge;
 use super::bind::{self, Lent};
 use super::slots::SlotValue;
 use super::{
-    announce_returned, eval_direct, evaluate, failure, is_direct, kernel, plan, planned, publish, tensor_of, values,
-    As, Planned,
+    announce_returned, eval_direct, eval_little, evaluate, failure, is_direct, kernel, plan, planned, publish,
+    tensor_of, values, As, Planned,
 };
 use crate::buffer;
 use crate::config::{self, EvalOptions, Flag, TARGET};
@@ -95,6 +95,12 @@ pub(crate) fn eval_group(requests: Vec<Request>, receive: &(dyn Fn(usize, Result
 /// Whether a request takes no more than a few microseconds, as far as can be seen at a glance.
 pub(crate) fn is_small(request: &Request) -> bool {
     matches!(request.as_slice(), [root] if is_direct(root.node()))
+}
+
+/// The value of a node that takes no more than a few microseconds, on this thread alone; `None` if it is no such node.
+pub(crate) fn eval_now(node: &Arc<Node>) -> Option<Result<Values>> {
+    let known = |result: Result<Option<Tensor>>| result.transpose().map(|value| Ok(smallvec![value?]));
+    known(with_threads(1, || inside(|| contained(|| eval_little(node).transpose()))))
 }
 
 /// Evaluates one request by itself, on this thread alone.
