@@ -9,9 +9,11 @@
 //! No pass sees a size, so a plan made at one length serves every other length of the same pattern.
 //!
 //! **Keys.** Most evaluations find their plan in a cache, and need the key and the bindings alone: [`Workspace::key`] walks without
-//! building a [`Graph`], in memory that it keeps. [`capture()`] gives both.
+//! building a [`Graph`], in memory that it keeps. [`capture()`] gives both. A [`Guard`] knows a graph that was captured before by its
+//! nodes, without a key.
 
 mod builder;
+mod guard;
 mod key;
 mod relative;
 mod table;
@@ -26,6 +28,7 @@ use smallvec::SmallVec;
 use std::sync::Arc;
 use table::Table;
 
+pub use guard::Guard;
 pub use key::GraphKey;
 pub use relative::{GNode, GOp, Graph, LeafKey, LeafKind, Sym};
 
@@ -34,8 +37,8 @@ pub use relative::{GNode, GOp, Graph, LeafKey, LeafKind, Sym};
 pub struct LeafBinding {
     /// The index in the graph.
     pub index: u32,
-    /// The node, as an index into [`Bindings::nodes`].
-    pub node: u32,
+    /// The node, as an index into [`Bindings::nodes`], if it is there.
+    pub node: Option<u32>,
     /// Its value when it was captured.
     pub value: Value,
     /// Whether nothing but one op of this graph holds the node, so that the op may take its value.
@@ -51,7 +54,7 @@ pub struct Bindings {
     pub params: Vec<f64>,
     /// The custom ops; the scalar of an [`Op::Custom`] is an index into them.
     pub customs: Vec<CustomOp>,
-    /// The nodes that were captured.
+    /// The nodes that were captured; by a guard, those alone that others hold, several nodes read, or a run may write.
     pub nodes: Vec<Arc<Node>>,
     /// The leaves.
     pub leaves: Vec<LeafBinding>,
@@ -59,13 +62,32 @@ pub struct Bindings {
     pub devices: Vec<Device>,
     /// For each output, the nodes that become ready with its value, as indices into [`Bindings::nodes`].
     pub publish: Vec<SmallVec<[u32; 1]>>,
-    /// For each graph node, the recorded node it came from (the composite for the parts of a composite), likewise.
-    pub recorded: Vec<u32>,
+    /// For each graph node, the recorded node it came from (the composite for the parts of a composite), likewise; empty where a guard
+    /// knows it.
+    pub(crate) recorded: Vec<u32>,
+    ways: Option<Arc<guard::Ways>>,
     /// How many pending nodes were recorded.
     pub pending: usize,
 }
 
 impl Bindings {
+    /// The same with other leaves.
+    #[must_use]
+    pub fn with_leaves(&self, leaves: Vec<LeafBinding>) -> Self {
+        Self {
+            sizes: self.sizes.clone(),
+            params: self.params.clone(),
+            customs: self.customs.clone(),
+            nodes: self.nodes.clone(),
+            leaves,
+            devices: self.devices.clone(),
+            publish: self.publish.clone(),
+            recorded: self.recorded.clone(),
+            ways: self.ways.clone(),
+            pending: self.pending,
+        }
+    }
+
     /// Concrete dims.
     #[must_use]
     pub fn dims(&self, dims: &[Sym]) -> Dims {
@@ -78,10 +100,30 @@ impl Bindings {
         self.sizes.get(sym.index()).copied().unwrap_or(0)
     }
 
-    /// The recorded node that a node of the graph came from.
+    /// The recorded node that a node of the graph came from. Where a guard bound it, `None` if somebody else has evaluated what is above
+    /// it meanwhile.
     #[must_use]
-    pub fn recorded(&self, index: u32) -> Option<&Arc<Node>> {
-        self.nodes.get(*self.recorded.get(index as usize)? as usize)
+    pub fn recorded(&self, index: u32) -> Option<Arc<Node>> {
+        match &self.ways {
+            Some(ways) => ways.find(index, &self.nodes),
+            None => self.nodes.get(*self.recorded.get(index as usize)? as usize).cloned(),
+        }
+    }
+
+    /// How many nodes the graph has.
+    #[must_use]
+    pub fn graph_nodes(&self) -> usize {
+        self.ways.as_ref().map_or(self.recorded.len(), |ways| ways.len())
+    }
+
+    /// The device of the recorded node that a node of the graph came from.
+    #[must_use]
+    pub fn device(&self, index: u32) -> Device {
+        match &self.ways {
+            // of others there are no guards
+            Some(_) => Device::Cpu,
+            None => self.recorded(index).map_or(Device::Cpu, |node| node.device().clone()),
+        }
     }
 
     /// For each output, the nodes that become ready with its value.
@@ -411,7 +453,7 @@ impl Walk<'_, '_> {
             .map(|Leaf { index, visit, value }| {
                 let alone = alone.get(visit as usize).copied().unwrap_or(false);
                 let exclusive = alone && !history.get(visit as usize).copied().unwrap_or(false);
-                LeafBinding { index, node: visit, value, exclusive }
+                LeafBinding { index, node: Some(visit), value, exclusive }
             })
             .collect();
         bindings.nodes = nodes;

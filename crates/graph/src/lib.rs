@@ -30,7 +30,7 @@ pub mod site;
 pub mod validate;
 
 pub use capture::{
-    capture, Bindings, CaptureOptions, Captured, GNode, Graph, GraphKey, LeafKey, LeafKind, Sym, Workspace,
+    capture, Bindings, CaptureOptions, Captured, GNode, Graph, GraphKey, Guard, LeafKey, LeafKind, Sym, Workspace,
 };
 pub use custom::CustomOp;
 pub use decompose::decompose;

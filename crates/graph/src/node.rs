@@ -445,7 +445,7 @@ impl Node {
     }
 
     /// Calls `pending` with the inputs and the custom op, if it is one, or `ready` with the value, while the node is locked, so that
-    /// neither must ask this node or another one for anything that a lock guards; `None` where the value is lent.
+    /// neither must ask this node for anything that a lock guards, and of others only those above; `None` where the value is lent.
     #[inline]
     pub(crate) fn locked<R>(
         &self,

@@ -472,4 +472,4 @@ pub enum Exactness {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

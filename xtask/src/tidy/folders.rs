@@ -59,6 +59,7 @@ const ALLOWED: &[(&str, &str, What)] = &[
         What::Only(&[
             "eval_all",
             "eval_group",
+            "eval_now",
             "eval_small",
             "in_group",
             "is_small",

@@ -169,7 +169,7 @@ impl Counters {
 
     /// Whether it is time to look how long a request takes that is answered at once: each eighth time.
     pub(super) fn samples(&self) -> bool {
-        self.at_once.load(Ordering::Relaxed) % 8 == 0
+        self.at_once.load(Ordering::Relaxed).is_multiple_of(8)
     }
 
     /// A request was answered while it was submitted.

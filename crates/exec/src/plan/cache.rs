@@ -1,8 +1,9 @@
 //! The plan cache: bounded, keyed in relative form, compared in full on a hit.
 
+use super::guards::{Guarded, Guards};
 use super::Plan;
 use crate::config::{EvalOptions, OptionsKey};
-use candle_lazy_graph::{FastMap, GraphKey};
+use candle_lazy_graph::{Bindings, FastMap, GraphKey, Guard, Node};
 use candle_lazy_ops::fault;
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,14 +15,21 @@ struct Entry {
     options: OptionsKey,
     plan: Arc<Plan>,
     last_used: u64,
+    /// How often a guard was made for it, or could not be.
+    guards: u32,
 }
+
+/// A plan gets so many guards: graphs of other shapes may have one key where equal nodes were merged.
+const GUARDS: u32 = 4;
 
 struct Cache {
     entries: FastMap<u64, Vec<Entry>>,
+    guards: Guards,
     len: usize,
     capacity: usize,
     clock: u64,
     hits: u64,
+    guarded: u64,
     misses: u64,
     evicted: u64,
 }
@@ -60,10 +68,12 @@ fn with_cache<R>(f: impl FnOnce(&mut Cache) -> R) -> R {
     let mut guard = CACHE.lock();
     f(guard.get_or_insert_with(|| Cache {
         entries: FastMap::default(),
+        guards: Guards::default(),
         len: 0,
         capacity: DEFAULT_CAPACITY,
         clock: 0,
         hits: 0,
+        guarded: 0,
         misses: 0,
         evicted: 0,
     }))
@@ -78,6 +88,10 @@ struct Wanted<'a> {
 }
 
 impl Cache {
+    fn entry(&mut self, hash: u64, plan: &Arc<Plan>) -> Option<&mut Entry> {
+        self.entries.get_mut(&hash)?.iter_mut().find(|entry| Arc::ptr_eq(&entry.plan, plan))
+    }
+
     fn find(&mut self, wanted: Wanted<'_>) -> Option<Arc<Plan>> {
         self.clock += 1;
         let clock = self.clock;
@@ -105,7 +119,14 @@ impl Cache {
             };
             if let Some(list) = self.entries.get_mut(&hash) {
                 let before = list.len();
-                list.retain(|e| e.last_used != last_used);
+                let guards = &mut self.guards;
+                list.retain(|e| {
+                    let stays = e.last_used != last_used;
+                    if !stays && e.guards > 0 {
+                        guards.forget(&e.plan);
+                    }
+                    stays
+                });
                 self.len -= before - list.len();
                 self.evicted += (before - list.len()) as u64;
                 if list.is_empty() {
@@ -114,19 +135,20 @@ impl Cache {
             }
         }
         let last_used = self.clock;
-        self.entries.entry(graph.hash()).or_default().push(Entry { graph, options, plan, last_used });
+        self.entries.entry(graph.hash()).or_default().push(Entry { graph, options, plan, last_used, guards: 0 });
         self.len += 1;
     }
 }
 
-/// The cached plan of the graph whose key these words are.
+/// The cached plan of the graph whose key these words are. It counts as a hit by [`hit`].
 pub(crate) fn find(hash: u64, words: &[u64], options: &EvalOptions) -> Option<Arc<Plan>> {
     let wanted = Wanted { hash, words, options: &options.key() };
-    with_cache(|c| {
-        let plan = c.find(wanted)?;
-        c.hits += 1;
-        Some(plan)
-    })
+    with_cache(|c| c.find(wanted))
+}
+
+/// An evaluation takes a plan that was found.
+pub(crate) fn hit() {
+    with_cache(|c| c.hits += 1);
 }
 
 /// Keeps a plan that was made because there was none. Where another thread was first, its plan.
@@ -142,6 +164,69 @@ pub(crate) fn keep(key: GraphKey, options: &EvalOptions, plan: Arc<Plan>) -> Arc
     })
 }
 
+/// What a guard knows.
+pub(crate) struct Known {
+    pub(crate) plan: Arc<Plan>,
+    pub(crate) bindings: Bindings,
+    pub(crate) guard: Arc<Guarded>,
+}
+
+/// The plan of the graph of `roots` and what to bind to it, if a guard knows the graph.
+pub(crate) fn known(roots: &[Arc<Node>], options: &EvalOptions) -> Option<Known> {
+    let (hint, options) = (Guard::hint(roots), options.key());
+    let candidates = with_cache(|c| c.guards.candidates(hint, roots, &options));
+    candidates.into_iter().find_map(|guard| {
+        let bindings = guard.bind(roots)?;
+        with_cache(|c| {
+            c.clock += 1;
+            c.hits += 1;
+            c.guarded += 1;
+            c.guards.used(hint, &guard);
+            let clock = c.clock;
+            c.entry(guard.hash(), guard.plan()).into_iter().for_each(|entry| entry.last_used = clock);
+        });
+        Some(Known { plan: guard.plan().clone(), bindings, guard })
+    })
+}
+
+/// Whether the plan of a guard is kept under this key.
+pub(crate) fn is_of(guard: &Guarded, key: &GraphKey) -> bool {
+    with_cache(|c| c.entry(guard.hash(), guard.plan()).is_some_and(|entry| entry.graph == *key))
+}
+
+/// Whether a guard is to be made for the plan, which was found by its key; it is asked once for each.
+pub(crate) fn wants_guard(hash: u64, plan: &Arc<Plan>) -> bool {
+    with_cache(|c| {
+        let entry = c.entry(hash, plan).filter(|entry| entry.guards < GUARDS);
+        entry.map(|entry| entry.guards += 1).is_some()
+    })
+}
+
+/// No guard knows graphs like the plan's.
+pub(crate) fn no_guard(hash: u64, plan: &Arc<Plan>) {
+    with_cache(|c| c.entry(hash, plan).into_iter().for_each(|entry| entry.guards = GUARDS));
+}
+
+/// Keeps a guard of a plan, if the plan is kept and its graph has this key. What the guard binds for `roots`.
+pub(crate) fn keep_guard(
+    roots: &[Arc<Node>],
+    options: &EvalOptions,
+    plan: &Arc<Plan>,
+    guard: Guard,
+    key: &GraphKey,
+) -> Option<Bindings> {
+    let guard = Arc::new(Guarded::new(guard, plan.clone(), options.key(), key.hash(), roots));
+    // others may have changed the graph since its key was made
+    let kept = with_cache(|c| {
+        let same = c.entry(key.hash(), plan).is_some_and(|entry| entry.graph == *key);
+        if same {
+            c.guards.insert(Guard::hint(roots), guard.clone());
+        }
+        same
+    });
+    kept.then(|| guard.bind(roots)).flatten()
+}
+
 /// What the plan cache holds and did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheStats {
@@ -151,6 +236,8 @@ pub struct CacheStats {
     pub capacity: usize,
     /// Evaluations that found their plan.
     pub hits: u64,
+    /// Those of them whose graph was known by a guard, so that no key was made of it.
+    pub guarded: u64,
     /// Evaluations that had to make one.
     pub misses: u64,
     /// Plans dropped for room.
@@ -166,6 +253,7 @@ pub fn cache_stats() -> CacheStats {
         plans: c.len,
         capacity: c.capacity,
         hits: c.hits,
+        guarded: c.guarded,
         misses: c.misses,
         evicted: c.evicted,
         alive: LIVE.load(Ordering::Relaxed),
@@ -176,6 +264,7 @@ pub fn cache_stats() -> CacheStats {
 pub fn clear_cache() {
     with_cache(|c| {
         c.entries.clear();
+        c.guards.clear();
         c.len = 0;
     });
 }
@@ -186,6 +275,7 @@ pub fn set_cache_capacity(capacity: usize) {
         c.capacity = capacity;
         if c.len > capacity {
             c.entries.clear();
+            c.guards.clear();
             c.len = 0;
         }
     });

@@ -203,9 +203,12 @@ impl<'a> Planner<'a> {
                 continue;
             };
             let Some(held) = slots.get_mut(slot as usize) else { continue };
-            let node = bindings.nodes.get(leaf.node as usize);
-            held.dims = node.map(|n| n.dims().into()).unwrap_or_default();
-            held.dtype = node.map(|n| n.dtype());
+            let node = leaf.node.and_then(|node| bindings.nodes.get(node as usize));
+            (held.dims, held.dtype) = match (&leaf.value, node) {
+                (Value::Tensor(tensor), _) => (tensor.dims().into(), Some(tensor.dtype())),
+                (_, Some(node)) => (node.dims().into(), Some(node.dtype())),
+                (_, None) => Default::default(),
+            };
             (held.dense, held.whole, held.ours) = (facts.dense, true, facts.ours);
             if facts.given {
                 held.results.push(results.len() as u32);

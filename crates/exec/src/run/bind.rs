@@ -116,7 +116,7 @@ pub(super) fn leaves(plan: &Plan, bindings: &mut Bindings, lent: &mut Lent) -> R
             Value::Quantized(weight) => SlotValue::Quantized(weight),
             Value::Engine(shared) if donatable && leaf.exclusive => {
                 drop(shared);
-                let node = bindings.nodes.get(leaf.node as usize);
+                let node = leaf.node.and_then(|node| bindings.nodes.get(node as usize));
                 match node.and_then(|node| Some((node, node.lend()?))) {
                     Some((node, value)) => {
                         lent.leaves[i] = true;

@@ -24,7 +24,7 @@ pub(super) fn described(node: &Node) -> Option<(&'static str, String)> {
 
 fn place(step: &Step, bindings: &Bindings) -> Option<Place> {
     let node = bindings.recorded(step.origin)?;
-    let (op, operands) = match described(node) {
+    let (op, operands) = match described(&node) {
         Some((op, operands)) if operands.is_empty() => (op, operands),
         Some((op, operands)) => (op, format!("({operands})")),
         None => (step.ops.last().copied().unwrap_or("step"), String::new()),

@@ -394,8 +394,7 @@ fn candle_op(ctx: &Ctx<'_>, op: &Op<Sym>, slots: &mut [SlotValue]) -> Result<()>
     let op = op.map_sizes(|s| ctx.bindings.size(*s));
     let params = (0..ctx.step.params.len()).map(|i| ctx.param(i)).collect::<Result<SmallVec<[f64; 2]>>>()?;
     let dims = ctx.bindings.dims(&output.dims);
-    let recorded = ctx.bindings.recorded(ctx.step.origin);
-    let device = recorded.map_or(candle_core::Device::Cpu, |n| n.device().clone());
+    let device = ctx.bindings.device(ctx.step.origin);
     granted(output.dtype, dims.iter().product())?;
     let result = match (&op, weight) {
         (Op::QMatmul, Some(weight)) => candle::qmatmul(&inputs, &weight, &dims)?,

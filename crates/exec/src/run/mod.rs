@@ -13,6 +13,7 @@ mod group;
 mod inspect;
 mod judge;
 mod kernel;
+mod planning;
 mod slots;
 mod tape;
 mod trace;
@@ -33,20 +34,18 @@ use crate::report::EvalReport;
 use crate::tensor::LazyTensor;
 use bind::Lent;
 use candle_core::Tensor;
-use candle_lazy_graph::capture::CaptureFailure;
-use candle_lazy_graph::{
-    capture, validate, Bindings, CaptureOptions, Captured, FastMap, Node, NodeId, Value, Workspace,
-};
+use candle_lazy_graph::{Bindings, FastMap, Node, NodeId, Value};
 use candle_lazy_ops::fault;
 use candle_lazy_ops::kernels::rouse;
 use parking_lot::{Condvar, Mutex};
+use planning::{capture_waiting, planned, Planned};
 use slots::SlotValue;
 use std::cell::Cell;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tracing::{debug_span, field, trace_span};
+use tracing::{debug_span, field};
 
 /// Evaluates all tensors as one plan and returns their values.
 ///
@@ -182,76 +181,6 @@ mod stale {
 enum Ran {
     Done,
     Again,
-}
-
-/// A plan and what to bind to it.
-struct Planned {
-    plan: Arc<Plan>,
-    bindings: Bindings,
-    /// Whether the plan was cached.
-    hit: bool,
-}
-
-thread_local! {
-    /// The memory of this thread's captures.
-    static WORKSPACE: Cell<Option<Box<Workspace>>> = const { Cell::new(None) };
-}
-
-/// The plan of what `roots` need: the cached one of their key, or a new one, for which they are captured again as a graph.
-fn planned(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Planned> {
-    // what is validated is captured as a graph first
-    if options.cache && !options.validate {
-        if let Some(hit) = cached(roots, options)? {
-            return Ok(hit);
-        }
-    }
-    let Captured { graph, key, bindings } = capture_waiting(roots, options)?;
-    if options.cache && options.validate {
-        if let Some(plan) = plan::find(key.hash(), key.words(), options) {
-            return Ok(Planned { plan, bindings, hit: true });
-        }
-    }
-    let _span = debug_span!(target: TARGET, "compile", nodes = bindings.pending).entered();
-    // two threads may make the same plan, and the first one stays
-    let plan = Arc::new(lower::make_plan(&graph, &bindings, options)?);
-    let plan = if options.cache { plan::keep(key, options, plan) } else { plan };
-    Ok(Planned { plan, bindings, hit: false })
-}
-
-/// The cached plan of the key of `roots`, and what to bind to it.
-fn cached(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Option<Planned>> {
-    let mut workspace = WORKSPACE.take().unwrap_or_default();
-    let bindings = waiting(options, |how| workspace.key(roots, how));
-    let plan = bindings.is_ok().then(|| plan::find(workspace.hash(), workspace.words(), options)).flatten();
-    WORKSPACE.set(Some(workspace));
-    let bindings = bindings?;
-    Ok(plan.map(|plan| Planned { plan, bindings, hit: true }))
-}
-
-/// Captures a graph, and validates it where the options ask for that.
-fn capture_waiting(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Captured> {
-    let captured = waiting(options, |how| capture(roots, how))?;
-    if options.validate {
-        validate::validate(&captured.graph, &captured.bindings)?;
-    }
-    Ok(captured)
-}
-
-/// Captures; where another run is writing a leaf in place, waits for it first.
-fn waiting<T>(
-    options: &EvalOptions,
-    mut capture: impl FnMut(&CaptureOptions<'_>) -> std::result::Result<T, CaptureFailure>,
-) -> Result<T> {
-    let _span = trace_span!(target: TARGET, "capture").entered();
-    let expand = |op: &candle_lazy_graph::Op, _, device: &candle_core::Device| lower::expands(op, device, options);
-    loop {
-        let seen = *LENT.lock();
-        match capture(&CaptureOptions { expand: &expand }) {
-            Ok(captured) => return Ok(captured),
-            Err(CaptureFailure::Error(error)) => return Err(error.into()),
-            Err(CaptureFailure::Lent) => wait_for_lent(seen),
-        }
-    }
 }
 
 /// Counts the runs that ended after borrowing values; a capture that met a borrowed value waits for the next one.

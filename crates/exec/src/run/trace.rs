@@ -43,7 +43,10 @@ impl Trace {
         drop(outputs);
         let Captured { graph, key, mut bindings } = capture_waiting(&roots, &options)?;
         let plan = match plan::find(key.hash(), key.words(), &options) {
-            Some(plan) => plan,
+            Some(plan) => {
+                plan::hit();
+                plan
+            }
             None => {
                 let plan = Arc::new(lower::make_plan(&graph, &bindings, &options)?);
                 plan::keep(key, &options, plan)
@@ -87,17 +90,7 @@ impl Trace {
             };
             leaves.push(LeafBinding { value, ..leaf.clone() });
         }
-        let mut bindings = Bindings {
-            sizes: template.sizes.clone(),
-            params: template.params.clone(),
-            customs: template.customs.clone(),
-            nodes: template.nodes.clone(),
-            leaves,
-            devices: template.devices.clone(),
-            publish: template.publish.clone(),
-            recorded: template.recorded.clone(),
-            pending: template.pending,
-        };
+        let mut bindings = template.with_leaves(leaves);
         let terms = Terms { budget: config::memory_budget(), ..Terms::INSPECTION };
         let executed = execute(&self.plan, &mut bindings, &self.roots, terms, &mut EvalReport::default())?;
         let Executed::Values(found, lent) = executed else {

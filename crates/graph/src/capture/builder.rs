@@ -317,7 +317,7 @@ impl<'a, 'o> Builder<'a, 'o> {
 }
 
 /// Whether `node` holds the very data of `value`.
-fn same_data(node: &Node, value: &Value) -> bool {
+pub(super) fn same_data(node: &Node, value: &Value) -> bool {
     match (node.value(), value) {
         (Some(Value::Tensor(a)), Value::Tensor(b)) => a.id() == b.id(),
         (Some(Value::Engine(a)), Value::Engine(b)) => Arc::ptr_eq(&a, b),

@@ -183,7 +183,7 @@ fn eval(subject: &mut Subject) -> Result<Option<Cell>> {
     Ok(Some(cell))
 }
 
-/// A plan made at one set of sizes, bound at another, equals a plan made there.
+/// A plan made at one set of sizes, bound at another by a guard, equals a plan made there.
 fn other_sizes(subject: &Subject) -> Result<Option<Cell>> {
     let Some(other) = subject.case.at_other_sizes() else {
         return Ok(None);
@@ -196,6 +196,8 @@ fn other_sizes(subject: &Subject) -> Result<Option<Cell>> {
     }
     let (want, _) = evaluate(&record(&other, &inputs)?, &checked(options(Mode::Cold)))?;
     evaluate(&here, &options(Mode::AllPasses))?;
+    // twice, so that a guard knows the graph
+    evaluate(&record(&subject.case, &subject.inputs)?, &options(Mode::AllPasses))?;
     let (got, report) = evaluate(&there, &checked(options(Mode::AllPasses)))?;
     let mut cell = Cell::of(Outcome::Passed);
     cell.kernels.clone_from(&report.kernels);
@@ -240,7 +242,7 @@ fn rounds_once(subject: &Subject) -> Result<Option<Cell>> {
     Ok(Some(cell))
 }
 
-/// A plan made with one set of scalars, bound with another, equals a plan made there.
+/// A plan made with one set of scalars, bound with another by a guard, equals a plan made there.
 fn other_scalars(subject: &Subject) -> Result<Option<Cell>> {
     let Some(other) = subject.case.with_other_scalars() else {
         return Ok(None);
@@ -252,6 +254,8 @@ fn other_scalars(subject: &Subject) -> Result<Option<Cell>> {
     }
     let (want, _) = evaluate(&record(&other, &subject.inputs)?, &checked(options(Mode::Cold)))?;
     evaluate(&here, &options(Mode::AllPasses))?;
+    // twice, so that a guard knows the graph
+    evaluate(&record(&subject.case, &subject.inputs)?, &options(Mode::AllPasses))?;
     let (got, report) = evaluate(&there, &checked(options(Mode::AllPasses)))?;
     let mut cell = Cell::of(Outcome::Passed);
     cell.kernels.clone_from(&report.kernels);

@@ -290,6 +290,8 @@ const PLANS: &[Row] = &[
     ("bind.broadcast_stride", "one broadcast stride is one", "add mul", "all-passes"),
     ("cache.stale_sizes", "a cached plan keeps its first sizes", "exp matmul narrow", "other-sizes"),
     ("cache.stale_scalars", "a cached plan keeps its first scalars", "affine powf lora", "other-scalars"),
+    ("guard.stale_sizes", "a guard binds the sizes that it met first", "exp matmul narrow", "other-sizes"),
+    ("guard.stale_scalars", "a guard binds the scalars that it met first", "affine powf lora", "other-scalars"),
     ("cache.any_graph", "a plan of another graph is taken", "neg abs sqr", "all-passes"),
     ("linear.bias", "linear without its bias", "linear", "no-passes"),
     ("concat.start", "a part overlaps the one before", "cat", "all-passes"),

@@ -1,0 +1,132 @@
+//! Guards in front of the plan cache: a graph that is recorded again and again is known by its nodes, before a key is made of it.
+
+use super::Plan;
+use crate::config::OptionsKey;
+use candle_lazy_graph::{Bindings, FastMap, Guard, Node};
+use smallvec::SmallVec;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
+
+/// A graph that is known, and its plan.
+pub(crate) struct Guarded {
+    guard: Guard,
+    plan: Arc<Plan>,
+    /// The options that change plans.
+    options: OptionsKey,
+    /// The hash of the plan's key.
+    hash: u64,
+    /// How many pending nodes were estimated when it was made.
+    estimate: u64,
+    /// How often it was asked in vain since it last knew a graph.
+    in_vain: AtomicU32,
+    /// What it bound first, for faults.
+    #[cfg(feature = "testing")]
+    first: std::sync::OnceLock<(Vec<usize>, Vec<f64>)>,
+}
+
+impl Guarded {
+    pub(super) fn new(guard: Guard, plan: Arc<Plan>, options: OptionsKey, hash: u64, roots: &[Arc<Node>]) -> Self {
+        Self {
+            guard,
+            plan,
+            options,
+            hash,
+            estimate: estimate(roots),
+            in_vain: AtomicU32::new(0),
+            #[cfg(feature = "testing")]
+            first: std::sync::OnceLock::new(),
+        }
+    }
+
+    /// What to bind to the plan, if `roots` have its graph.
+    pub(crate) fn bind(&self, roots: &[Arc<Node>]) -> Option<Bindings> {
+        #[allow(unused_mut)] // faults write it
+        let mut bindings = self.guard.bind(roots);
+        #[cfg(feature = "testing")]
+        if let Some(bindings) = &mut bindings {
+            let (sizes, scalars) = self.first.get_or_init(|| (bindings.sizes.clone(), bindings.params.clone()));
+            if candle_lazy_ops::fault::active("guard.stale_sizes") {
+                bindings.sizes.clone_from(sizes);
+            }
+            if candle_lazy_ops::fault::active("guard.stale_scalars") {
+                bindings.params.clone_from(scalars);
+            }
+        }
+        match bindings {
+            None => {
+                self.in_vain.fetch_add(1, Ordering::Relaxed);
+            }
+            Some(_) if self.in_vain.load(Ordering::Relaxed) == 0 => {}
+            Some(_) => self.in_vain.store(0, Ordering::Relaxed),
+        }
+        bindings
+    }
+
+    pub(super) fn plan(&self) -> &Arc<Plan> {
+        &self.plan
+    }
+
+    /// The hash of the plan's key.
+    pub(super) fn hash(&self) -> u64 {
+        self.hash
+    }
+}
+
+fn estimate(roots: &[Arc<Node>]) -> u64 {
+    roots.iter().map(|root| root.pending_estimate().0).fold(0, u64::saturating_add)
+}
+
+/// So many graphs are known that look alike at a glance.
+const ALIKE: usize = 8;
+/// So many of them are compared with one graph: a graph that differs in its last node is compared nearly whole.
+const ASKED: usize = 2;
+/// One that was asked in vain so often is asked only where the estimate says that it may be its graph.
+const PATIENCE: u32 = 4;
+
+/// All guards, by what their graphs look like; those that were used last come first.
+#[derive(Default)]
+pub(super) struct Guards(FastMap<u64, SmallVec<[Arc<Guarded>; 1]>>);
+
+/// What looks like graphs that are known.
+pub(super) type Candidates = SmallVec<[Arc<Guarded>; ASKED]>;
+
+impl Guards {
+    /// Which guards may know the graph of `roots`, whose hint is `hint`.
+    pub(super) fn candidates(&self, hint: u64, roots: &[Arc<Node>], options: &OptionsKey) -> Candidates {
+        let Some(all) = self.0.get(&hint) else { return Candidates::new() };
+        let now = estimate(roots);
+        let alike = || all.iter().filter(|one| one.options == *options);
+        let mut chosen: Candidates = alike().filter(|one| one.estimate == now).take(ASKED).cloned().collect();
+        if chosen.is_empty() {
+            // estimates change with what is recorded beside
+            chosen.extend(alike().find(|one| one.in_vain.load(Ordering::Relaxed) < PATIENCE).cloned());
+        }
+        chosen
+    }
+
+    pub(super) fn insert(&mut self, hint: u64, one: Arc<Guarded>) {
+        let all = self.0.entry(hint).or_default();
+        all.insert(0, one);
+        all.truncate(ALIKE);
+    }
+
+    /// It knew a graph just now.
+    pub(super) fn used(&mut self, hint: u64, one: &Arc<Guarded>) {
+        let Some(all) = self.0.get_mut(&hint) else { return };
+        if let Some(at @ 1..) = all.iter().position(|other| Arc::ptr_eq(other, one)) {
+            all[..=at].rotate_right(1);
+        }
+    }
+
+    /// The plan is no longer kept.
+    pub(super) fn forget(&mut self, plan: &Arc<Plan>) {
+        self.0.retain(|_, all| {
+            all.retain(|one| !Arc::ptr_eq(&one.plan, plan));
+            !all.is_empty()
+        });
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.0.clear();
+    }
+}
