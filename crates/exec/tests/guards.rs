@@ -232,3 +232,48 @@ fn threads_that_record_on_shared_nodes_get_what_one_thread_gets() {
         });
     }
 }
+
+#[test]
+fn a_value_that_waits_is_not_taken_for_another_that_is_there() {
+    let _alone = alone();
+    let (x, y) = (LazyTensor::from(tensor(&[6], 0.0)), LazyTensor::from(tensor(&[6], 1.0)));
+    for _ in 0..3 {
+        let (a, b) = (x.exp().unwrap(), x.exp().unwrap());
+        materialize(&[&a, &b]).unwrap();
+        value(&(&a + &b).unwrap(), &options(false));
+    }
+    for validate in [false, true] {
+        let (a, b) = (x.exp().unwrap(), y.exp().unwrap());
+        materialize(&[&a]).unwrap();
+        let got = value(&(&a + &b).unwrap(), &options(validate));
+        let want: Vec<f32> =
+            (tensor(&[6], 0.0).exp().unwrap() + tensor(&[6], 1.0).exp().unwrap()).unwrap().to_vec1().unwrap();
+        assert!(got.iter().zip(&want).all(|(g, w)| (g - w).abs() < 1e-6), "{got:?}, not {want:?}");
+    }
+}
+
+#[test]
+fn what_somebody_holds_is_not_written_where_one_node_stands_for_two() {
+    let _alone = alone();
+    let own = |from: f32| {
+        let x = (&LazyTensor::from(tensor(&[6], from)) + 1.0).unwrap();
+        materialize(&[&x]).unwrap();
+        x
+    };
+    for _ in 0..4 {
+        let x = own(0.0);
+        let (a, b) = ((&x * 2.0).unwrap(), (&x * 3.0).unwrap());
+        drop(x);
+        eval_all_with(&[&a, &b], &options(false)).unwrap();
+    }
+    let y = own(2.0);
+    let want: Vec<f32> = (tensor(&[6], 2.0) + 1.0).unwrap().to_vec1().unwrap();
+    for i in 0..3 {
+        let c = (&y * f64::from(i)).unwrap();
+        let (values, report) = eval_all_with(&[&c, &c], &options(false)).unwrap();
+        assert_eq!((values.len(), report.in_place), (2, 0));
+        let sum = (&(&y * 2.0).unwrap() + &(&y * 2.0).unwrap()).unwrap();
+        value(&sum, &options(i == 1));
+        assert_eq!(y.eval().unwrap().to_vec1::<f32>().unwrap(), want, "what somebody holds stays as it was");
+    }
+}

@@ -28,7 +28,7 @@ use smallvec::SmallVec;
 use std::sync::Arc;
 use table::Table;
 
-pub use guard::Guard;
+pub use guard::{Guard, Unguarded};
 pub use key::GraphKey;
 pub use relative::{GNode, GOp, Graph, LeafKey, LeafKind, Sym};
 

@@ -6,14 +6,14 @@
 //! Where Candle is laxer, this says so: `matmul` compares the batch dims one by one (Candle compares their product),
 //! `max` and `min` over an empty dim are errors, and no op promotes a dtype.
 
-mod alike;
 mod composites;
+mod glance;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::op::{BinaryOp, Dims, Op, ReduceOp, UnaryOp};
-pub(crate) use alike::like_first;
 use candle_core::DType;
 use composites::{attention, attention_backward, group_norm, linear, lora, lora_segments, norm, qmatmul, rope};
+pub(crate) use glance::at_a_glance;
 use smallvec::SmallVec;
 
 /// What inference knows of an input.

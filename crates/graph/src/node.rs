@@ -7,6 +7,7 @@
 //! A node that depends on a *variable* ([`Node::variable`], or a tensor that Candle's autograd tracks) is *traced*: it keeps its inputs
 //! when it becomes ready, so that a gradient does not depend on what was evaluated before. It is freed with the last handle above it.
 
+mod address;
 mod extent;
 mod id;
 mod no_grad;
@@ -18,9 +19,10 @@ mod value;
 use crate::custom::CustomOp;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hash::FastMap;
-use crate::infer::{infer, like_first, out, Meta};
+use crate::infer::{at_a_glance, infer, Meta};
 use crate::op::{Dims, Op, Scalars};
 use crate::site::BuildSite;
+use address::Address;
 use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Shape, Tensor};
 use extent::Extent;
@@ -38,7 +40,7 @@ pub use value::{EngineValue, Expr, Look, Value};
 #[derive(Debug, Clone)]
 enum Origin {
     /// A leaf that keeps its value, a tensor or a quantised weight.
-    Given(Value),
+    Given(Value, Address),
     /// A leaf on memory of the engine, which a plan may borrow: its value is in the state.
     Held,
     Recorded(Op, Scalars),
@@ -76,7 +78,7 @@ impl Node {
             traced: tensor.track_op(),
             quantized: false,
             site,
-            origin: Origin::Given(Value::Tensor(tensor)),
+            origin: Origin::Given(Value::Tensor(tensor), Address::default()),
             history: OnceLock::new(),
             pending: Pending::none(),
             state: Mutex::new(State::Given),
@@ -95,7 +97,7 @@ impl Node {
             traced: false,
             quantized: true,
             site,
-            origin: Origin::Given(Value::Quantized(weight)),
+            origin: Origin::Given(Value::Quantized(weight), Address::default()),
             history: OnceLock::new(),
             pending: Pending::none(),
             state: Mutex::new(State::Given),
@@ -154,8 +156,8 @@ impl Node {
                     &many
                 }
             };
-            match like_first(&op, metas) {
-                Some(first) => out(first.dims, first.dtype),
+            match at_a_glance(&op, metas) {
+                Some(meta) => meta,
                 None => infer(&op, metas).map_err(|e| e.at(&site))?,
             }
         };
@@ -228,7 +230,9 @@ impl Node {
         }
         let (origin, state) = match input.value() {
             None => return Ok(Self::cut(input, true, site)),
-            Some(Value::Tensor(tensor)) => (Origin::Given(Value::Tensor(tensor.detach())), State::Given),
+            Some(Value::Tensor(tensor)) => {
+                (Origin::Given(Value::Tensor(tensor.detach()), Address::default()), State::Given)
+            }
             Some(value) => (Origin::Held, State::Ready(value)),
         };
         // a leaf on the same data: a graph has the same key as when the variable was computed by a plan
@@ -379,7 +383,7 @@ impl Node {
     #[inline]
     fn given(&self) -> Option<&Value> {
         match &self.origin {
-            Origin::Given(value) => Some(value),
+            Origin::Given(value, _) => Some(value),
             Origin::Held | Origin::Recorded(..) => None,
         }
     }
@@ -408,7 +412,7 @@ impl Node {
     pub fn recorded(&self) -> Option<(&Op, &[f64])> {
         match &self.origin {
             Origin::Recorded(op, scalars) => Some((op, scalars)),
-            Origin::Given(_) | Origin::Held => None,
+            Origin::Given(..) | Origin::Held => None,
         }
     }
 
@@ -422,7 +426,7 @@ impl Node {
                 inputs: inputs.clone(),
                 custom: custom.clone(),
             }),
-            (State::Ready(value), _) | (State::Given, Origin::Given(value)) => Look::Ready(value.clone()),
+            (State::Ready(value), _) | (State::Given, Origin::Given(value, _)) => Look::Ready(value.clone()),
             // what is pending was recorded, and what is given has a value
             (State::Lent | State::Pending(_) | State::Given, _) => Look::Lent,
         }
@@ -480,6 +484,16 @@ impl Node {
         match &*self.state.lock() {
             State::Ready(Value::Tensor(tensor)) => Some(Cow::Owned(tensor.clone())),
             State::Given | State::Ready(_) | State::Pending(_) | State::Lent => None,
+        }
+    }
+
+    /// Where the storage of a leaf that keeps its tensor lies: the same for all tensors on it.
+    #[inline]
+    #[must_use]
+    pub fn storage_address(&self) -> Option<usize> {
+        match &self.origin {
+            Origin::Given(Value::Tensor(tensor), address) => Some(address.of(tensor)),
+            Origin::Given(..) | Origin::Held | Origin::Recorded(..) => None,
         }
     }
 

@@ -166,7 +166,7 @@ impl BatchExecutor {
         Ok(Submission(self.submit_all(&[tensor], &SubmitOptions::default())?))
     }
 
-    /// As [`BatchExecutor::submit`], if there is room.
+    /// As [`BatchExecutor::submit`], if there is room; the calling thread evaluates nothing.
     ///
     /// # Errors
     /// As [`BatchExecutor::submit`], and [`QueueError::Full`](crate::error::QueueError::Full).
@@ -273,7 +273,7 @@ enum Asked {
 
 /// A request for several tensors; made by [`BatchExecutor::submit_all`]. A future, for any runtime.
 ///
-/// Dropping it cancels what has not begun, and frees what it held.
+/// Dropping it cancels what has not begun, and frees what it held. A small request may have been answered while it was submitted.
 #[must_use = "a request that is dropped before it has begun never begins"]
 pub struct SubmissionAll(Asked);
 

@@ -8,7 +8,7 @@ use candle_lazy_graph::{BinaryOp, GNode, Graph, Op, Sym};
 use candle_lazy_ops::fault;
 
 /// A fault of a pass: its name, the pass, and what it does to the result.
-type Fault = (&'static str, &'static str, fn(&Graph) -> Rewritten);
+type Fault = (&'static str, &'static str, fn(Graph) -> Rewritten);
 
 const FAULTS: &[Fault] = &[
     ("pass.split_bias.lost", "split_bias", |g| after("split_bias", g, bypass_bias)),
@@ -40,15 +40,15 @@ pub(super) fn broken(pass: Pass) -> Pass {
     }
 }
 
-fn after(name: &str, graph: &Graph, spoil: impl FnOnce(&mut Graph)) -> Rewritten {
-    let run = |name: &str, graph: &Graph| match PASSES.iter().find(|p| p.name == name) {
+fn after(name: &str, graph: Graph, spoil: impl FnOnce(&mut Graph)) -> Rewritten {
+    let run = |name: &str, graph: Graph| match PASSES.iter().find(|p| p.name == name) {
         Some(pass) => (pass.run)(graph),
-        None => Rewritten { graph: graph.clone(), hits: 0 },
+        None => Rewritten { graph, hits: 0 },
     };
     let mut rewritten = run(name, graph);
     spoil(&mut rewritten.graph);
     // what nobody reads any more goes, so that a wrong result shows and not the remains
-    Rewritten { graph: run("dce", &rewritten.graph).graph, hits: rewritten.hits }
+    Rewritten { graph: run("dce", rewritten.graph).graph, hits: rewritten.hits }
 }
 
 /// Everything that reads `from` reads `to`.
@@ -96,8 +96,7 @@ fn bypass_round_trip(graph: &mut Graph) {
 }
 
 /// Of two permutes behind one another the first is lost.
-fn skip_inner_permute(graph: &Graph) -> Rewritten {
-    let mut graph = graph.clone();
+fn skip_inner_permute(mut graph: Graph) -> Rewritten {
     for id in 0..graph.nodes.len() {
         let permuted = |n: u32| match (graph.nodes[n as usize].op(), graph.nodes[n as usize].inputs.first()) {
             (Some(Op::Permute { .. }), Some(&x)) => Some(x),
@@ -110,7 +109,7 @@ fn skip_inner_permute(graph: &Graph) -> Rewritten {
             }
         }
     }
-    after("noop_views", &graph, |_| {})
+    after("noop_views", graph, |_| {})
 }
 
 fn is_bias_sum(graph: &Graph, node: &GNode) -> bool {

@@ -31,7 +31,7 @@ use units::{Unit, Units};
 ///
 /// # Errors
 /// When a pass broke the graph, or an op has neither a kernel nor a Candle op: defects of this library.
-pub(crate) fn make_plan(graph: &Graph, bindings: &Bindings, options: &EvalOptions) -> Result<Plan> {
+pub(crate) fn make_plan(graph: Graph, bindings: &Bindings, options: &EvalOptions) -> Result<Plan> {
     let check = options.validate.then_some(bindings);
     let wanted = passes::PASSES.iter().filter(|p| !options.skip_passes.contains(&p.name)).copied();
     #[cfg(feature = "testing")]

@@ -13,7 +13,7 @@ fn leaf(dims: &[usize]) -> LazyTensor {
 fn plan_of(roots: &[&LazyTensor]) -> Plan {
     let nodes: Vec<_> = roots.iter().map(|t| t.node().clone()).collect();
     let captured = capture(&nodes, &CaptureOptions { expand: &|_, _, _| false }).unwrap();
-    make_plan(&captured.graph, &captured.bindings, &EvalOptions::default()).unwrap()
+    make_plan(captured.graph.clone(), &captured.bindings, &EvalOptions::default()).unwrap()
 }
 
 fn row_steps(plan: &Plan) -> Vec<Vec<&'static str>> {
@@ -133,7 +133,7 @@ fn the_peak_is_known_before_running() {
     let x = leaf(&[100, 100]);
     let y = x.matmul(&x).unwrap().matmul(&x).unwrap().matmul(&x).unwrap();
     let captured = capture(&[y.node().clone()], &CaptureOptions { expand: &|_, _, _| false }).unwrap();
-    let plan = make_plan(&captured.graph, &captured.bindings, &EvalOptions::default()).unwrap();
+    let plan = make_plan(captured.graph.clone(), &captured.bindings, &EvalOptions::default()).unwrap();
     // the input and the result of a product live at once; the leaf is not ours
     let threads = candle_lazy_ops::kernels::threads() as u64;
     let peak = crate::plan::needs(&plan, &captured.bindings).peak;

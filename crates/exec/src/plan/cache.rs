@@ -177,16 +177,21 @@ pub(crate) fn known(roots: &[Arc<Node>], options: &EvalOptions) -> Option<Known>
     let candidates = with_cache(|c| c.guards.candidates(hint, roots, &options));
     candidates.into_iter().find_map(|guard| {
         let bindings = guard.bind(roots)?;
-        with_cache(|c| {
-            c.clock += 1;
-            c.hits += 1;
-            c.guarded += 1;
-            c.guards.used(hint, &guard);
-            let clock = c.clock;
-            c.entry(guard.hash(), guard.plan()).into_iter().for_each(|entry| entry.last_used = clock);
-        });
         Some(Known { plan: guard.plan().clone(), bindings, guard })
     })
+}
+
+/// An evaluation of `roots` takes the plan of a guard.
+pub(crate) fn guarded_hit(roots: &[Arc<Node>], guard: &Arc<Guarded>) {
+    let hint = Guard::hint(roots);
+    with_cache(|c| {
+        c.clock += 1;
+        c.hits += 1;
+        c.guarded += 1;
+        c.guards.used(hint, guard);
+        let clock = c.clock;
+        c.entry(guard.hash(), guard.plan()).into_iter().for_each(|entry| entry.last_used = clock);
+    });
 }
 
 /// Whether the plan of a guard is kept under this key.
@@ -220,7 +225,10 @@ pub(crate) fn keep_guard(
     let kept = with_cache(|c| {
         let same = c.entry(key.hash(), plan).is_some_and(|entry| entry.graph == *key);
         if same {
-            c.guards.insert(Guard::hint(roots), guard.clone());
+            // one that found no room may be made again
+            for old in c.guards.insert(Guard::hint(roots), guard.clone()) {
+                c.entry(old.hash(), old.plan()).into_iter().for_each(|entry| entry.guards = 0);
+            }
         }
         same
     });

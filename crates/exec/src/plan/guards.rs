@@ -95,19 +95,25 @@ impl Guards {
     pub(super) fn candidates(&self, hint: u64, roots: &[Arc<Node>], options: &OptionsKey) -> Candidates {
         let Some(all) = self.0.get(&hint) else { return Candidates::new() };
         let now = estimate(roots);
-        let alike = || all.iter().filter(|one| one.options == *options);
-        let mut chosen: Candidates = alike().filter(|one| one.estimate == now).take(ASKED).cloned().collect();
-        if chosen.is_empty() {
+        let in_vain = |one: &Arc<Guarded>| one.in_vain.load(Ordering::Relaxed);
+        // those that know graphs before those that were asked in vain lately, each in the order of their last use
+        let mut alike: SmallVec<[&Arc<Guarded>; ALIKE]> = all.iter().filter(|one| one.options == *options).collect();
+        alike.sort_by_key(|one| (one.estimate != now, in_vain(one)));
+        match alike.first() {
+            Some(first) if first.estimate == now => {
+                alike.into_iter().filter(|one| one.estimate == now).take(ASKED).cloned().collect()
+            }
             // estimates change with what is recorded beside
-            chosen.extend(alike().find(|one| one.in_vain.load(Ordering::Relaxed) < PATIENCE).cloned());
+            Some(first) if in_vain(first) < PATIENCE => std::iter::once((*first).clone()).collect(),
+            _ => Candidates::new(),
         }
-        chosen
     }
 
-    pub(super) fn insert(&mut self, hint: u64, one: Arc<Guarded>) {
+    /// Adds a guard, and gives back those for which there is no room.
+    pub(super) fn insert(&mut self, hint: u64, one: Arc<Guarded>) -> SmallVec<[Arc<Guarded>; 1]> {
         let all = self.0.entry(hint).or_default();
         all.insert(0, one);
-        all.truncate(ALIKE);
+        all.drain(ALIKE.min(all.len())..).collect()
     }
 
     /// It knew a graph just now.

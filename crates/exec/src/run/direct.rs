@@ -90,7 +90,7 @@ pub(crate) fn eval_direct(node: &Arc<Node>) -> Option<Result<Tensor>> {
         if is_little(node, inputs) {
             return direct.run(&operands);
         }
-        later = Some(operands.into_iter().map(|operand| Cow::Owned(operand.into_owned())).collect());
+        later = Some(operands.into_iter().map(Operand::into_owned).collect());
         None
     });
     if computed.is_some() {
@@ -115,8 +115,33 @@ pub(crate) fn eval_little(node: &Arc<Node>) -> Option<Result<Tensor>> {
     node.compute(little).or_else(ready)
 }
 
-/// What an op reads: tensors of leaves are borrowed.
-type Operands<'a> = SmallVec<[Cow<'a, Tensor>; 4]>;
+/// A tensor that an op reads: that of a leaf is borrowed.
+struct Operand<'a> {
+    tensor: Cow<'a, Tensor>,
+    /// Where its storage lies, if the node knows.
+    address: Option<usize>,
+}
+
+impl std::ops::Deref for Operand<'_> {
+    type Target = Tensor;
+
+    fn deref(&self) -> &Tensor {
+        &self.tensor
+    }
+}
+
+impl Operand<'_> {
+    fn address(&self) -> usize {
+        self.address.unwrap_or_else(|| std::ptr::from_ref::<Storage>(&self.storage_and_layout().0) as usize)
+    }
+
+    fn into_owned(self) -> Operand<'static> {
+        Operand { tensor: Cow::Owned(self.tensor.into_owned()), address: self.address }
+    }
+}
+
+/// What an op reads.
+type Operands<'a> = SmallVec<[Operand<'a>; 4]>;
 
 /// One op to be computed at once.
 struct Direct<'a> {
@@ -143,12 +168,15 @@ impl<'a> Direct<'a> {
         let mut operands = Operands::new();
         for input in inputs {
             let fits = !alike || input.dims() == self.node.dims() && input.dtype() == DType::F32;
-            operands.push(input.tensor().filter(|t| fits && (!elementwise || t.is_contiguous()))?);
+            let tensor = input.tensor().filter(|t| fits && (!elementwise || t.is_contiguous()))?;
+            // one has no order
+            let address = if inputs.len() > 1 { input.storage_address() } else { Some(0) };
+            operands.push(Operand { tensor, address });
         }
         Some(operands)
     }
 
-    fn run(&self, inputs: &[Cow<'_, Tensor>]) -> Option<Result<Tensor>> {
+    fn run(&self, inputs: &[Operand<'_>]) -> Option<Result<Tensor>> {
         match &self.function {
             Function::Row(ready, axes) => rows(self.node, *ready, *axes, self.params, inputs),
             function => small(self.node, function, inputs),
@@ -157,7 +185,7 @@ impl<'a> Direct<'a> {
 }
 
 /// A row program on inputs that broadcast to the node's shape.
-fn rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Cow<'_, Tensor>]) -> Option<Result<Tensor>> {
+fn rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Operand<'_>]) -> Option<Result<Tensor>> {
     let dims = node.dims();
     let mut out = Buffer::take(DType::F32, node.elem_count()).ok()?;
     if !dense_rows(node, ready, axes, params, inputs, &mut out) {
@@ -174,19 +202,12 @@ fn rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Cow<'_, 
 }
 
 /// The inputs as a plan has them.
-fn slots_of(inputs: &[Cow<'_, Tensor>]) -> SmallVec<[SlotValue; 4]> {
-    inputs.iter().map(|x| SlotValue::foreign(Tensor::clone(x))).collect()
+fn slots_of(inputs: &[Operand<'_>]) -> SmallVec<[SlotValue; 4]> {
+    inputs.iter().map(|x| SlotValue::foreign(Tensor::clone(&x.tensor))).collect()
 }
 
 /// The same of dense inputs, without a program, over the last dim or element by element; whether it was done.
-fn dense_rows(
-    node: &Node,
-    ready: Ready,
-    axes: u32,
-    params: &[f64],
-    inputs: &[Cow<'_, Tensor>],
-    out: &mut Buffer,
-) -> bool {
+fn dense_rows(node: &Node, ready: Ready, axes: u32, params: &[f64], inputs: &[Operand<'_>], out: &mut Buffer) -> bool {
     let rank = node.dims().len();
     let last = rank.checked_sub(1).and_then(|dim| 1u32.checked_shl(u32::try_from(dim).ok()?));
     let fits = axes == 0 || Some(axes) == last;
@@ -206,7 +227,7 @@ fn dense_rows(
 }
 
 /// A function of few elements.
-fn small(node: &Node, function: &Function, inputs: &[Cow<'_, Tensor>]) -> Option<Result<Tensor>> {
+fn small(node: &Node, function: &Function, inputs: &[Operand<'_>]) -> Option<Result<Tensor>> {
     let mut out = fresh::<f32>(node.elem_count());
     let computed = match (function, inputs) {
         (Function::Unary(f), [x]) => with_dense([x], |[x]| direct::unary(*f, x, &mut out)),
@@ -222,7 +243,7 @@ fn small(node: &Node, function: &Function, inputs: &[Cow<'_, Tensor>]) -> Option
 }
 
 /// A LoRA of few rows: its two products take less time than a plan.
-fn lora(scale: f64, inputs: &[Cow<'_, Tensor>], out: &mut [f32]) -> Option<()> {
+fn lora(scale: f64, inputs: &[Operand<'_>], out: &mut [f32]) -> Option<()> {
     if dense_lora(scale, inputs, out).is_none() {
         lora_of_views(scale, inputs, out)?;
     }
@@ -232,7 +253,7 @@ fn lora(scale: f64, inputs: &[Cow<'_, Tensor>], out: &mut [f32]) -> Option<()> {
     Some(())
 }
 
-fn lora_of_views(scale: f64, inputs: &[Cow<'_, Tensor>], out: &mut [f32]) -> Option<()> {
+fn lora_of_views(scale: f64, inputs: &[Operand<'_>], out: &mut [f32]) -> Option<()> {
     let slots = slots_of(inputs);
     with_views(&slots, &[0, 1, 2, 3][..slots.len().min(4)], |v| match v {
         [x, a, b, base @ ..] => {
@@ -244,7 +265,7 @@ fn lora_of_views(scale: f64, inputs: &[Cow<'_, Tensor>], out: &mut [f32]) -> Opt
 }
 
 /// The same of dense operands without a base, at a rank that hidden rows are kept in registers at.
-fn dense_lora(scale: f64, inputs: &[Cow<'_, Tensor>], out: &mut [f32]) -> Option<()> {
+fn dense_lora(scale: f64, inputs: &[Operand<'_>], out: &mut [f32]) -> Option<()> {
     let [x, a, b] = inputs else { return None };
     let (&[k, r], &[_, n]) = (a.dims(), b.dims()) else { return None };
     if !(kernels::lora_is_skinny(r) && inputs.iter().all(|t| t.is_contiguous())) {
@@ -264,10 +285,8 @@ fn elements<'a>(storage: &'a Storage, tensor: &Tensor) -> Option<&'a [f32]> {
 
 /// Calls `f` with the elements of dense f32 tensors. One guard per storage, in the order of their addresses: as
 /// [`super::slots::with_views`], whose reasons hold here too.
-fn with_dense<const N: usize, R>(tensors: [&Cow<'_, Tensor>; N], f: impl FnOnce([&[f32]; N]) -> R) -> Option<R> {
-    let address = |t: &Tensor| std::ptr::from_ref::<Storage>(&t.storage_and_layout().0) as usize;
-    // one has no order
-    let addresses = tensors.map(|t| if N == 1 { 0 } else { address(t) });
+fn with_dense<const N: usize, R>(tensors: [&Operand<'_>; N], f: impl FnOnce([&[f32]; N]) -> R) -> Option<R> {
+    let addresses = tensors.map(Operand::address);
     let mut order: [usize; N] = std::array::from_fn(|i| i);
     order.sort_unstable_by_key(|&i| addresses.get(i));
     let mut guards: [Option<_>; N] = std::array::from_fn(|_| None);

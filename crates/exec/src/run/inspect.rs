@@ -64,7 +64,7 @@ pub(super) fn every_value(recorded: &Recorded, options: &EvalOptions) -> Result<
         for leaf in &mut bindings.leaves {
             leaf.exclusive = false;
         }
-        let plan = lower::make_plan(&graph, &bindings, options)?;
+        let plan = lower::make_plan(graph, &bindings, options)?;
         let Executed::Values(results, lent) =
             execute(&plan, &mut bindings, &nodes, Terms::INSPECTION, &mut EvalReport::default())?
         else {

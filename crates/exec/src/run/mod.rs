@@ -89,7 +89,7 @@ pub fn explain(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<String>
     let roots: Vec<Arc<Node>> = tensors.iter().map(|t| t.node().clone()).collect();
     let captured = capture_waiting(&roots, options)?;
     let graph = candle_lazy_graph::dump::dump(&captured.graph, Some(&captured.bindings));
-    let plan = lower::make_plan(&captured.graph, &captured.bindings, options)?;
+    let plan = lower::make_plan(captured.graph, &captured.bindings, options)?;
     let peak = plan::needs(&plan, &captured.bindings).peak;
     Ok(format!("graph\n{graph}\nplan\n{plan}peak {peak} bytes\n"))
 }

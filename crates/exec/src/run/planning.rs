@@ -6,8 +6,10 @@ use crate::error::{Error, Result};
 use crate::lower;
 use crate::plan::{self, Known, Plan};
 use candle_core::{DType, Device};
-use candle_lazy_graph::capture::CaptureFailure;
-use candle_lazy_graph::{capture, validate, Bindings, CaptureOptions, Captured, Guard, Node, NodeId, Op, Workspace};
+use candle_lazy_graph::capture::{CaptureFailure, Unguarded};
+use candle_lazy_graph::{
+    capture, validate, Bindings, CaptureOptions, Captured, Guard, Node, NodeId, Op, Value, Workspace,
+};
 use std::cell::Cell;
 use std::sync::Arc;
 use tracing::{debug_span, trace_span};
@@ -48,7 +50,10 @@ pub(super) fn planned(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Plan
 fn attempt(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Option<Planned>> {
     if options.cache {
         match (plan::known(roots, options), options.validate) {
-            (Some(known), false) => return Ok(Some(Planned::hit(known.plan, known.bindings))),
+            (Some(known), false) => {
+                plan::guarded_hit(roots, &known.guard);
+                return Ok(Some(Planned::hit(known.plan, known.bindings)));
+            }
             (Some(known), true) => return confirmed(known, roots, options),
             // what is validated is captured as a graph
             (None, true) => {}
@@ -68,7 +73,7 @@ fn attempt(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Option<Planned>
     }
     let _span = debug_span!(target: TARGET, "compile", nodes = bindings.pending).entered();
     // two threads may make the same plan, and the first one stays
-    let plan = Arc::new(lower::make_plan(&graph, &bindings, options)?);
+    let plan = Arc::new(lower::make_plan(graph, &bindings, options)?);
     let plan = if options.cache { plan::keep(key, options, plan) } else { plan };
     Ok(Some(Planned { plan, bindings, hit: false }))
 }
@@ -93,9 +98,14 @@ fn guarded(roots: &[Arc<Node>], options: &EvalOptions, (hash, plan): Found, bind
     // they hold nodes, and a guard notes which nodes others hold
     drop(bindings);
     let expands = |op: &Op, _: DType, device: &Device| lower::expands(op, device, options);
-    let Some((guard, key)) = Guard::of(roots, &CaptureOptions { expand: &expands }) else {
-        plan::no_guard(hash, &plan);
-        return None;
+    let (guard, key) = match Guard::of(roots, &CaptureOptions { expand: &expands }) {
+        Ok(made) => made,
+        Err(why) => {
+            if why == Unguarded::Kind {
+                plan::no_guard(hash, &plan);
+            }
+            return None;
+        }
     };
     let bindings = plan::keep_guard(roots, options, &plan, guard, &key)?;
     plan::hit();
@@ -105,16 +115,23 @@ fn guarded(roots: &[Arc<Node>], options: &EvalOptions, (hash, plan): Found, bind
 /// What a guard knew, if a capture finds the same; `None` where others have changed the graph meanwhile.
 fn confirmed(known: Known, roots: &[Arc<Node>], options: &EvalOptions) -> Result<Option<Planned>> {
     let Known { plan, bindings, guard } = known;
-    let bound = structure(&bindings);
+    let (bound, size) = (structure(&bindings), (bindings.pending, bindings.graph_nodes()));
     drop(bindings);
     // what others have changed by now has another key: what waited has a value
     let Captured { key, bindings, .. } = capture_waiting(roots, options)?;
-    // where scalars happen to be equal, a capture merges what the guard has as two
-    if plan::is_of(&guard, &key) && structure(&bindings) != bound {
+    // where scalars happen to be equal, a capture merges what the guard has as two; what somebody else has evaluated waits no longer
+    let confirmed = match plan::is_of(&guard, &key) {
+        true => structure(&bindings) == bound,
+        false => (bindings.pending, bindings.graph_nodes()) <= size,
+    };
+    if !confirmed {
         return Err(Error::Internal("a guard binds other values than a capture".into()));
     }
     drop(bindings);
-    Ok(guard.bind(roots).map(|bindings| Planned::hit(plan, bindings)))
+    Ok(guard.bind(roots).map(|bindings| {
+        plan::guarded_hit(roots, &guard);
+        Planned::hit(plan, bindings)
+    }))
 }
 
 /// What bindings say of a graph, whoever else holds its nodes.
@@ -122,7 +139,11 @@ fn structure(bindings: &Bindings) -> impl PartialEq {
     let count = u32::try_from(bindings.graph_nodes()).unwrap_or(u32::MAX);
     let recorded: Vec<Option<NodeId>> = (0..count).map(|i| Some(bindings.recorded(i)?.id())).collect();
     let scalars: Vec<u64> = bindings.params.iter().map(|x| x.to_bits()).collect();
-    let leaves: Vec<u32> = bindings.leaves.iter().map(|leaf| leaf.index).collect();
+    let data = |value: &Value| match value {
+        Value::Tensor(tensor) => Some(tensor.id()),
+        Value::Engine(_) | Value::Quantized(_) => None,
+    };
+    let leaves: Vec<_> = bindings.leaves.iter().map(|leaf| (leaf.index, data(&leaf.value))).collect();
     (bindings.sizes.clone(), scalars, leaves, recorded, bindings.pending)
 }
 

@@ -48,7 +48,7 @@ impl Trace {
                 plan
             }
             None => {
-                let plan = Arc::new(lower::make_plan(&graph, &bindings, &options)?);
+                let plan = Arc::new(lower::make_plan(graph, &bindings, &options)?);
                 plan::keep(key, &options, plan)
             }
         };

@@ -15,6 +15,7 @@ use super::{Bindings, LeafBinding, LeafKey, LeafKind, Sym};
 use crate::hash::FastHasher;
 use crate::node::{Node, Value};
 use crate::op::{Dims, Op};
+pub use build::Unguarded;
 use candle_core::{DType, Device};
 use sizes::Sizes;
 use smallvec::SmallVec;
@@ -40,8 +41,11 @@ pub struct Guard {
     /// The indices of the leaves in the graph.
     leaves: Vec<u32>,
     several: Vec<Several>,
-    /// Nodes, by their places among those that are held, that are equal to an earlier one.
-    merged: Vec<(u32, u32)>,
+    /// Ops, and leaves, by their places among those that are held, that are equal to an earlier one.
+    merged_ops: Vec<(u32, u32)>,
+    merged_leaves: Vec<(u32, u32)>,
+    /// The places of those that are held in the order in which they were recorded.
+    order: Vec<u32>,
     publish: Vec<SmallVec<[u32; 1]>>,
     ways: Arc<Ways>,
     pending: usize,
@@ -154,8 +158,8 @@ impl Guard {
         hasher.finish()
     }
 
-    /// What to bind to a plan of the captured graph, if `roots` have that graph: as a capture finds it, but that equal scalars do
-    /// not make two ops one which were two.
+    /// What to bind to a plan of the captured graph, if `roots` have that graph: as a capture finds it, but that scalars, offsets or data
+    /// which happen to be equal do not make two nodes one which were two.
     #[must_use]
     pub fn bind(&self, roots: &[Arc<Node>]) -> Option<Bindings> {
         if roots.len() != self.roots.len() {
@@ -190,7 +194,9 @@ impl Guard {
         for several in &self.several {
             leaves.get_mut(several.leaf as usize)?.exclusive = several.is_exclusive(&nodes)?;
         }
-        if !sizes.distinct(&self.shared) || !self.merged.iter().all(|&pair| is_merged(&nodes, pair)) {
+        let merged = self.merged_ops.iter().all(|&pair| same(&nodes, pair, are_equal))
+            && self.merged_leaves.iter().all(|&pair| same(&nodes, pair, are_on_the_same_data));
+        if !merged || !sizes.distinct(&self.shared) || !self.are_different(&nodes) {
             return None;
         }
         Some(Bindings {
@@ -205,6 +211,20 @@ impl Guard {
             ways: Some(self.ways.clone()),
             pending: self.pending,
         })
+    }
+}
+
+impl Guard {
+    /// Whether no node has two numbers. One that nobody holds and one node reads cannot: the other one's edge would count as a handle.
+    fn are_different(&self, nodes: &[Arc<Node>]) -> bool {
+        let ids = || self.order.iter().filter_map(|&place| nodes.get(place as usize)).map(|node| node.id());
+        // a program mostly records in the same order
+        if ids().zip(ids().skip(1)).all(|(a, b)| a < b) {
+            return true;
+        }
+        let mut ids: Vec<_> = ids().collect();
+        ids.sort_unstable();
+        ids.windows(2).all(|pair| pair[0] < pair[1])
     }
 }
 
@@ -247,10 +267,10 @@ impl Walk<'_> {
 
     /// Whether a leaf is of this kind; a run gets its value.
     fn leaf(&mut self, expected: &Expected, key: LeafKey, place: Option<u32>, node: &Arc<Node>) -> bool {
-        // one on the same data as another is compared with that one
-        let Some(place) = place else { return true };
         let value = node.locked(|_, _| None, |value| (key_of(value) == key).then(|| value.clone()));
         let Some(Some(value)) = value else { return false };
+        // one on the same data as another is compared with that one
+        let Some(place) = place else { return true };
         // the one that reads it is locked and waits, so one of these references is its own
         let ours = usize::from(expected.kept.is_some());
         let exclusive = expected.edges == 1 && Arc::strong_count(node) == 1 + ours && is_alone(&value, 0);
@@ -315,15 +335,19 @@ fn is_alone(value: &Value, bound: usize) -> bool {
     !matches!(value, Value::Engine(engine) if Arc::strong_count(engine) > 2 + bound)
 }
 
-/// Whether a node is still equal to the one that it was merged with. Their inputs are, as others say.
-fn is_merged(nodes: &[Arc<Node>], (node, first): (u32, u32)) -> bool {
-    let (Some(node), Some(first)) = (nodes.get(node as usize), nodes.get(first as usize)) else { return false };
-    match (node.recorded(), first.recorded()) {
-        (Some((a, x)), Some((b, y))) if node.is_pending() => {
-            a == b && node.dims() == first.dims() && x.iter().map(|x| x.to_bits()).eq(y.iter().map(|y| y.to_bits()))
-        }
-        _ => node.value().is_some_and(|value| same_data(first, &value)),
-    }
+/// Whether `same` holds of the nodes at two places.
+fn same(nodes: &[Arc<Node>], (a, b): (u32, u32), same: impl Fn(&Node, &Node) -> bool) -> bool {
+    matches!((nodes.get(a as usize), nodes.get(b as usize)), (Some(a), Some(b)) if same(a, b))
+}
+
+/// Whether two ops are one, apart from their inputs, which have one number.
+fn are_equal(a: &Node, b: &Node) -> bool {
+    let (Some((op, x)), Some((other, y))) = (a.recorded(), b.recorded()) else { return false };
+    op == other && a.dims() == b.dims() && x.iter().map(|x| x.to_bits()).eq(y.iter().map(|y| y.to_bits()))
+}
+
+fn are_on_the_same_data(a: &Node, b: &Node) -> bool {
+    b.value().is_some_and(|value| same_data(a, &value))
 }
 
 #[cfg(test)]

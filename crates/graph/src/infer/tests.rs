@@ -41,25 +41,46 @@ fn elementwise_broadcasts() {
 }
 
 #[test]
-fn inputs_that_are_alike_are_inferred_as_any_others() {
-    let ops = [Op::Unary(UnaryOp::Exp), Op::Affine, Op::Binary(BinaryOp::Mul), Op::Binary(BinaryOp::Pow)];
+fn what_is_inferred_at_a_glance_is_what_is_inferred() {
+    let ops = [
+        Op::Unary(UnaryOp::Exp),
+        Op::Affine,
+        Op::Binary(BinaryOp::Mul),
+        Op::Binary(BinaryOp::Pow),
+        Op::Softmax { dim: 1 },
+        Op::LogSoftmax { dim: 0 },
+        Op::RmsNorm { weight: true },
+        Op::RmsNorm { weight: false },
+        Op::Lora { base: false },
+        Op::Lora { base: true },
+        Op::Matmul,
+    ];
     let huge = [usize::MAX / 2, 3];
-    let all: [&[usize]; 7] = [&[], &[0], &[4], &[2, 0, 3], &[2, 3, 4], &[1; 9], &huge];
-    let mut quick = 0;
+    let wide = [3, usize::MAX / 2];
+    let all: [&[usize]; 10] = [&[], &[0], &[4], &[2, 0, 3], &[2, 3, 4], &[4, 3], &[3, 4], &[1; 9], &huge, &wide];
+    let dtypes: Vec<_> = DTYPES.iter().chain(&[DType::I32]).flat_map(|&d| [[d; 4], [d, d, F16, d]]).collect();
+    let mut quick = std::collections::BTreeMap::new();
+    let mut each = |op: &Op, dims: &[&[usize]]| {
+        for types in &dtypes {
+            let inputs: Vec<_> = dims.iter().zip(types).map(|(dims, &dtype)| Meta { dims, dtype }).collect();
+            if let Some(glance) = at_a_glance(op, &inputs) {
+                let result = infer_checked(op, &inputs).unwrap();
+                assert_eq!((&result.dims, result.dtype), (&glance.dims, glance.dtype), "{op} {inputs:?}");
+                *quick.entry(op.to_string()).or_insert(0) += 1;
+            }
+        }
+    };
     for op in &ops {
-        for (dims, other) in all.iter().flat_map(|a| [(*a, *a), (*a, [1].as_slice())]) {
-            for (dtype, second) in DTYPES.iter().chain(&[DType::I32]).flat_map(|&d| [(d, d), (d, F16)]) {
-                let inputs = [Meta { dims, dtype }, Meta { dims: other, dtype: second }];
-                let inputs = &inputs[..op.arity().unwrap()];
-                if let Some(first) = like_first(op, inputs) {
-                    let result = infer_checked(op, inputs).unwrap();
-                    assert_eq!((result.dims.as_slice(), result.dtype), (first.dims, first.dtype), "{op} {inputs:?}");
-                    quick += 1;
-                }
+        for (a, b) in all.iter().flat_map(|a| all.iter().map(move |b| (*a, *b))) {
+            match op.arity().unwrap() {
+                1 => each(op, &[a]),
+                2 => each(op, &[a, b]),
+                more => all.iter().for_each(|c| each(op, &[a, b, c, a][..more])),
             }
         }
     }
-    assert!(quick > 100, "{quick}");
+    assert_eq!(quick.len(), 8, "{quick:?}");
+    assert!(quick.values().all(|&n| n >= 4), "{quick:?}");
 }
 
 #[test]

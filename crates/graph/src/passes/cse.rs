@@ -6,7 +6,7 @@ use super::rewrite::rewrite;
 use super::Rewritten;
 use crate::capture::Graph;
 
-pub(super) fn run(graph: &Graph) -> Rewritten {
+pub(super) fn run(graph: Graph) -> Rewritten {
     let (graph, rewriter) = rewrite(graph, |r, node, origin| r.add(node, origin));
     Rewritten { graph, hits: rewriter.merged() }
 }

@@ -3,7 +3,8 @@
 use super::Rewritten;
 use crate::capture::Graph;
 
-pub(super) fn run(graph: &Graph) -> Rewritten {
+pub(super) fn run(graph: Graph) -> Rewritten {
+    let count = graph.nodes.len();
     let mut live = vec![false; graph.nodes.len()];
     for &output in &graph.outputs {
         live[output as usize] = true;
@@ -15,14 +16,15 @@ pub(super) fn run(graph: &Graph) -> Rewritten {
             }
         }
     }
-    let mut map = vec![u32::MAX; graph.nodes.len()];
-    let mut result = Graph { devices: graph.devices.clone(), ..Graph::default() };
-    for (i, node) in graph.nodes.iter().enumerate() {
+    let mut map = vec![u32::MAX; count];
+    let mut result = Graph { devices: graph.devices, ..Graph::default() };
+    result.nodes.reserve(count);
+    result.origins.reserve(count);
+    for (i, mut node) in graph.nodes.into_iter().enumerate() {
         if !live[i] && node.op().is_some() {
             continue;
         }
         map[i] = result.nodes.len() as u32;
-        let mut node = node.clone();
         for input in &mut node.inputs {
             *input = map[*input as usize];
         }
@@ -30,6 +32,6 @@ pub(super) fn run(graph: &Graph) -> Rewritten {
         result.origins.push(graph.origins.get(i).copied().unwrap_or(i as u32));
     }
     result.outputs = graph.outputs.iter().map(|&o| map[o as usize]).collect();
-    let hits = graph.nodes.len() - result.nodes.len();
+    let hits = count - result.nodes.len();
     Rewritten { graph: result, hits }
 }

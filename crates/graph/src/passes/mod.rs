@@ -33,7 +33,7 @@ pub struct Pass {
     /// Whether results may change in their last bits.
     pub exactness: Exactness,
     /// The rewrite.
-    pub run: fn(&Graph) -> Rewritten,
+    pub run: fn(Graph) -> Rewritten,
 }
 
 impl std::fmt::Debug for Pass {
@@ -61,7 +61,7 @@ pub type Hits = Vec<(&'static str, usize)>;
 ///
 /// # Errors
 /// When a pass broke the graph; the error names the pass.
-pub fn run_passes(graph: &Graph, enabled: impl Fn(&Pass) -> bool, check: Option<&Bindings>) -> Result<(Graph, Hits)> {
+pub fn run_passes(graph: Graph, enabled: impl Fn(&Pass) -> bool, check: Option<&Bindings>) -> Result<(Graph, Hits)> {
     run_these(graph, PASSES.iter().filter(|p| enabled(p)).copied(), check)
 }
 
@@ -70,14 +70,14 @@ pub fn run_passes(graph: &Graph, enabled: impl Fn(&Pass) -> bool, check: Option<
 /// # Errors
 /// When a pass broke the graph; the error names the pass.
 pub fn run_these(
-    graph: &Graph,
+    graph: Graph,
     passes: impl IntoIterator<Item = Pass>,
     check: Option<&Bindings>,
 ) -> Result<(Graph, Hits)> {
-    let mut current = graph.clone();
+    let mut current = graph;
     let mut hits = Hits::new();
     for pass in passes {
-        let rewritten = (pass.run)(&current);
+        let rewritten = (pass.run)(current);
         if let Some(bindings) = check {
             validate(&rewritten.graph, bindings)
                 .map_err(|e| Error::new(pass.name, ErrorKind::Invalid(format!("pass {}: {e}", pass.name))))?;

@@ -5,7 +5,7 @@ use super::Rewritten;
 use crate::capture::{GNode, GOp, Graph};
 use crate::op::{Op, OpClass};
 
-pub(super) fn run(graph: &Graph) -> Rewritten {
+pub(super) fn run(graph: Graph) -> Rewritten {
     let mut hits = 0;
     let (graph, _) = rewrite(graph, |r, node, origin| {
         let (Some(op), Some(&x)) = (node.op(), node.inputs.first()) else {

@@ -50,11 +50,14 @@ impl Rewriter {
 
 /// Rebuilds `graph`: `each` gets every node with its inputs already mapped, adds what it wants and returns the index that
 /// stands for the node.
-pub(super) fn rewrite(graph: &Graph, mut each: impl FnMut(&mut Rewriter, GNode, u32) -> u32) -> (Graph, Rewriter) {
+pub(super) fn rewrite(graph: Graph, mut each: impl FnMut(&mut Rewriter, GNode, u32) -> u32) -> (Graph, Rewriter) {
+    let count = graph.nodes.len();
     let mut rewriter = Rewriter::default();
-    let mut map: Vec<u32> = Vec::with_capacity(graph.nodes.len());
-    for (i, node) in graph.nodes.iter().enumerate() {
-        let mut node = node.clone();
+    rewriter.graph.nodes.reserve(count);
+    rewriter.graph.origins.reserve(count);
+    rewriter.cons.reserve(count);
+    let mut map: Vec<u32> = Vec::with_capacity(count);
+    for (i, mut node) in graph.nodes.into_iter().enumerate() {
         for input in &mut node.inputs {
             *input = map[*input as usize];
         }
@@ -64,6 +67,6 @@ pub(super) fn rewrite(graph: &Graph, mut each: impl FnMut(&mut Rewriter, GNode, 
     }
     let mut result = std::mem::take(&mut rewriter.graph);
     result.outputs = graph.outputs.iter().map(|&o| map[o as usize]).collect();
-    result.devices.clone_from(&graph.devices);
+    result.devices = graph.devices;
     (result, rewriter)
 }

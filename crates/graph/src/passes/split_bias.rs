@@ -8,7 +8,7 @@ use crate::capture::{GNode, GOp, Graph};
 use crate::op::{BinaryOp, Op};
 use smallvec::{smallvec, SmallVec};
 
-pub(super) fn run(graph: &Graph) -> Rewritten {
+pub(super) fn run(graph: Graph) -> Rewritten {
     let mut hits = 0;
     let (graph, _) = rewrite(graph, |r, node, origin| {
         let (Some(Op::Linear { bias: true }), [x, w, b]) = (node.op(), node.inputs.as_slice()) else {

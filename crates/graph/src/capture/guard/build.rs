@@ -1,6 +1,6 @@
 //! How a guard is made: from a capture, whose nodes are numbered as the guard meets them.
 
-use super::super::{Bindings, CaptureOptions, GOp, Graph, GraphKey, LeafKey, LeafKind, Workspace};
+use super::super::{Bindings, CaptureFailure, CaptureOptions, GOp, Graph, GraphKey, LeafKey, LeafKind, Workspace};
 use super::{key_of, Expected, ExpectedOp, Function, Guard, Several, Way, Ways, What};
 use crate::decompose::is_composite;
 use crate::node::Node;
@@ -32,29 +32,49 @@ impl Met {
     }
 }
 
+/// Why there is no guard of a graph.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unguarded {
+    /// There are none of its kind.
+    Kind,
+    /// Somebody else has changed it meanwhile, or is about to.
+    Changed,
+}
+
+/// Whether each node stands for itself alone, on the CPU, and keeps no history.
+fn can_be_known(workspace: &Workspace, bindings: &Bindings, options: &CaptureOptions<'_>) -> bool {
+    let visits = &workspace.visits;
+    visits.len() <= MOST
+        && bindings.customs.is_empty()
+        && bindings.devices.iter().all(|device| matches!(device, Device::Cpu))
+        && visits.iter().zip(&bindings.nodes).filter(|(visit, _)| !visit.leaf).all(|(visit, node)| {
+            let Some((op, _)) = node.recorded() else { return false };
+            let expanded = is_composite(op) && (options.expand)(op, node.dtype(), node.device());
+            let keeps = visit.published && node.traced() && !node.is_variable();
+            !(expanded || keeps || matches!(op, Op::Checkpoint { .. } | Op::Custom { .. }))
+        })
+}
+
 impl Guard {
-    /// Captures `roots`, to know them again, and gives the key beside. `None` of a graph that no guard knows, or that others have changed
-    /// meanwhile.
-    #[must_use]
-    pub fn of(roots: &[Arc<Node>], options: &CaptureOptions<'_>) -> Option<(Self, GraphKey)> {
+    /// Captures `roots`, to know them again, and gives the key beside.
+    ///
+    /// # Errors
+    /// [`Unguarded`].
+    pub fn of(roots: &[Arc<Node>], options: &CaptureOptions<'_>) -> std::result::Result<(Self, GraphKey), Unguarded> {
         let mut workspace = Workspace::default();
-        let (bindings, graph) = workspace.walk(roots, options, true).ok()?;
-        let guard = Self::build(roots, options, &workspace, &bindings, &graph?)?;
-        Some((guard, GraphKey { hash: workspace.hash, words: workspace.key }))
+        let (bindings, graph) = workspace.walk(roots, options, true).map_err(|failure| match failure {
+            CaptureFailure::Lent => Unguarded::Changed,
+            CaptureFailure::Error(_) => Unguarded::Kind,
+        })?;
+        if !can_be_known(&workspace, &bindings, options) {
+            return Err(Unguarded::Kind);
+        }
+        let guard = Self::build(roots, &workspace, &bindings, &graph.unwrap_or_default()).ok_or(Unguarded::Changed)?;
+        Ok((guard, GraphKey { hash: workspace.hash, words: workspace.key }))
     }
 
-    fn build(
-        roots: &[Arc<Node>],
-        options: &CaptureOptions<'_>,
-        workspace: &Workspace,
-        bindings: &Bindings,
-        graph: &Graph,
-    ) -> Option<Self> {
-        let on_cpu = bindings.devices.iter().all(|device| matches!(device, Device::Cpu));
+    fn build(roots: &[Arc<Node>], workspace: &Workspace, bindings: &Bindings, graph: &Graph) -> Option<Self> {
         let visits = &workspace.visits;
-        if !on_cpu || !bindings.customs.is_empty() || visits.len() > MOST {
-            return None;
-        }
         let visit_of = |node: &Node| workspace.seen.find(node.id().get(), |_| true);
         let mut met = Met { numbers: vec![u32::MAX; visits.len()], order: Vec::with_capacity(visits.len()) };
         // one that was ready was visited only where others read it
@@ -82,11 +102,6 @@ impl Guard {
             let what = match (node.recorded(), &original.op, leaf) {
                 (_, GOp::Leaf(_), Some((place, key))) if visit.leaf => What::Leaf(key, (first == v).then_some(place)),
                 (Some((op, _)), GOp::Op(relative), _) if !visit.leaf => {
-                    let expanded = is_composite(op) && (options.expand)(op, node.dtype(), node.device());
-                    let keeps = visit.published && node.traced() && !node.is_variable();
-                    if expanded || keeps || matches!(op, Op::Checkpoint { .. } | Op::Custom { .. }) {
-                        return None;
-                    }
                     let begin = inputs.len() as u32;
                     node.with_inputs(|all| {
                         all.iter().enumerate().try_for_each(|(i, input)| {
@@ -160,6 +175,17 @@ impl Guard {
             from: from.iter().enumerate().take(expected.len()).map(way).collect::<Option<_>>()?,
             recorded: bindings.recorded.iter().map(number).collect::<Option<_>>()?,
         };
+        let places = |&(v, first): &(u32, u32)| Some((place(v)?, place(first)?));
+        let is_leaf =
+            |&(v, _): &(u32, u32)| matches!(expected.get(v as usize), Some(Expected { what: What::Leaf(..), .. }));
+        let (merged_leaves, merged_ops): (Vec<_>, Vec<_>) = merged.into_iter().partition(is_leaf);
+        let mut order = Vec::with_capacity(kept as usize);
+        for (one, &v) in expected.iter().zip(&met.order) {
+            if let Some(place) = one.kept {
+                order.push((bindings.nodes.get(v as usize)?.id(), place));
+            }
+        }
+        order.sort_unstable();
         let published = |v: &u32| place(number(v)?);
         let shared_memory = |(number, readers): &(u32, Vec<u32>)| {
             let one = expected.get(*number as usize)?;
@@ -178,7 +204,9 @@ impl Guard {
             shared,
             leaves: bindings.leaves.iter().map(|leaf| leaf.index).collect(),
             several: several.iter().map(shared_memory).collect::<Option<_>>()?,
-            merged: merged.iter().map(|&(v, first)| Some((place(v)?, place(first)?))).collect::<Option<_>>()?,
+            merged_ops: merged_ops.iter().map(places).collect::<Option<_>>()?,
+            merged_leaves: merged_leaves.iter().map(places).collect::<Option<_>>()?,
+            order: order.into_iter().map(|(_, place)| place).collect(),
             publish: bindings.publish.iter().map(|all| all.iter().map(published).collect()).collect::<Option<_>>()?,
             ways: Arc::new(ways),
             pending: bindings.pending,

@@ -274,14 +274,69 @@ fn what_keeps_a_history_is_expanded_or_stands_for_an_object_has_no_guard() {
     let x = leaf(&[4]);
     let variable = Node::variable(&x, BuildSite::here()).unwrap();
     let traced = [rec(Op::Unary(UnaryOp::Exp), &[], &[&variable])];
-    assert!(Guard::of(&traced, &KEEP).is_none());
+    assert!(Guard::of(&traced, &KEEP).is_err());
     let plain = [rec(Op::Unary(UnaryOp::Exp), &[], &[&x])];
     let (guard, _) = Guard::of(&plain, &KEEP).unwrap();
     assert!(guard.bind(&traced).is_none(), "and is not known by another's");
     let softmax = [rec(Op::Softmax { dim: 0 }, &[], &[&x])];
     let expand = |_: &Op, _: DType, _: &Device| true;
-    assert!(Guard::of(&softmax, &super::super::CaptureOptions { expand: &expand }).is_none());
-    assert!(Guard::of(&softmax, &KEEP).is_some());
+    assert_eq!(Guard::of(&softmax, &super::super::CaptureOptions { expand: &expand }).err(), Some(Unguarded::Kind));
+    assert!(Guard::of(&softmax, &KEEP).is_ok());
     let region = [rec(Op::Checkpoint { region: 0 }, &[], &[&plain[0]])];
-    assert!(Guard::of(&region, &KEEP).is_none());
+    assert_eq!(Guard::of(&region, &KEEP).err(), Some(Unguarded::Kind));
+}
+
+#[test]
+fn a_node_that_waits_is_no_leaf_on_the_data_of_another() {
+    let (x, y) = (leaf(&[4]), leaf(&[4]));
+    let exp = |x: &Arc<Node>| rec(Op::Unary(UnaryOp::Exp), &[], &[x]);
+    let sum = |a: &Arc<Node>, b: &Arc<Node>| [rec(Op::Binary(BinaryOp::Add), &[], &[a, b])];
+    let value = || Value::Tensor(x.tensor().unwrap().into_owned());
+    let (a, b) = (exp(&x), exp(&x));
+    assert!(a.publish(value()) && b.publish(value()));
+    let (guard, _) = Guard::of(&sum(&a, &b), &KEEP).unwrap();
+    assert!(guard.bind(&sum(&b, &a)).is_some());
+    let waiting = exp(&y);
+    assert!(guard.bind(&sum(&a, &waiting)).is_none());
+    assert!(guard.bind(&sum(&waiting, &a)).is_none());
+}
+
+#[test]
+fn one_node_is_never_two() {
+    let memory = || held_by_engine(&[4], &(Arc::new(Memory) as Arc<dyn EngineValue>));
+    let times = |x: &Arc<Node>, by: f64| rec(Op::Affine, &[by, 0.0], &[x]);
+    let exclusive = |roots: &[Arc<Node>], guard: &Guard| -> Vec<bool> {
+        let capture = capture(roots, &KEEP).unwrap().bindings;
+        let found = capture.leaves.iter().map(|leaf| leaf.exclusive).collect::<Vec<_>>();
+        drop(capture);
+        let bound = guard.bind(roots);
+        assert!(bound.is_none_or(|bound| bound.leaves.iter().map(|leaf| leaf.exclusive).eq(found.clone())));
+        found
+    };
+    // two roots that read one memory
+    let x = memory();
+    let roots = [times(&x, 2.0), times(&x, 3.0)];
+    drop(x);
+    let (guard, _) = Guard::of(&roots, &KEEP).unwrap();
+    assert_eq!(exclusive(&roots, &guard), [true]);
+    assert!(guard.bind(&roots).is_some());
+    // one root twice, which reads one that is held
+    let y = memory();
+    let once = times(&y, 5.0);
+    let roots = [once.clone(), once];
+    assert_eq!(exclusive(&roots, &guard), [false]);
+    assert!(guard.bind(&roots).is_none());
+    // two that are held below a root, and one of them twice
+    let x = memory();
+    let (p, q) = (times(&x, 2.0), times(&x, 3.0));
+    drop(x);
+    let sum = |a: &Arc<Node>, b: &Arc<Node>| [rec(Op::Binary(BinaryOp::Add), &[], &[a, b])];
+    let (guard, _) = Guard::of(&sum(&p, &q), &KEEP).unwrap();
+    assert!(guard.bind(&sum(&p, &q)).is_some() && guard.bind(&sum(&q, &p)).is_some());
+    let once = times(&y, 2.0);
+    assert!(guard.bind(&sum(&once, &once)).is_none());
+    // equal ops that were merged
+    let (guard, _) = Guard::of(&sum(&times(&y, 2.0), &times(&y, 2.0)), &KEEP).unwrap();
+    assert!(guard.bind(&sum(&times(&y, 2.0), &times(&y, 2.0))).is_some());
+    assert!(guard.bind(&sum(&once, &once)).is_none());
 }
