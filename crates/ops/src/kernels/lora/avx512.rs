@@ -14,6 +14,8 @@ const ROWS: usize = 4;
 /// As `skinny::rows`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 pub(super) fn rows(of: Skinny<'_>, first: usize, out: &mut [f32], lose_last: bool) {
+    // while one group of rows is summed up, the next comes from memory: a row is too short for the processor to see that one follows
+    let ahead = ROWS * of.pitch;
     for (i, out) in out.chunks_mut(ROWS * of.n).enumerate() {
         let mut h = [[0f32; LARGEST]; ROWS];
         let count = out.len() / of.n;
@@ -21,11 +23,11 @@ pub(super) fn rows(of: Skinny<'_>, first: usize, out: &mut [f32], lose_last: boo
             let at = (first + i * ROWS + r) * of.pitch;
             let x = &of.x[at..at + of.k];
             match of.padded {
-                4 => hidden4(x, of.a, h),
-                8 => hidden8(x, of.a, h),
-                16 => hidden::<1>(x, of.a, h),
-                32 => hidden::<2>(x, of.a, h),
-                _ => hidden::<4>(x, of.a, h),
+                4 => hidden4(x, of.a, h, ahead),
+                8 => hidden8(x, of.a, h, ahead),
+                16 => hidden::<1>(x, of.a, h, ahead),
+                32 => hidden::<2>(x, of.a, h, ahead),
+                _ => hidden::<4>(x, of.a, h, ahead),
             }
             if lose_last {
                 h[of.r.saturating_sub(1)] = 0.0;
@@ -42,13 +44,14 @@ pub(super) fn rows(of: Skinny<'_>, first: usize, out: &mut [f32], lose_last: boo
     }
 }
 
-/// x·A where a row of A is `V` vectors.
+/// x·A where a row of A is `V` vectors. What lies `ahead` of x is fetched into the cache.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn hidden<const V: usize>(x: &[f32], a: &[f32], h: &mut [f32; LARGEST]) {
+fn hidden<const V: usize>(x: &[f32], a: &[f32], h: &mut [f32; LARGEST], ahead: usize) {
     let mut sums = [[_mm512_setzero_ps(); V]; WIDE_SUMS];
     let width = V * LANES;
     for (x, a) in x.chunks(WIDE_SUMS).zip(a.chunks(WIDE_SUMS * width)) {
+        _mm_prefetch::<_MM_HINT_T0>(x.as_ptr().wrapping_add(ahead).cast());
         for ((sums, &x), a) in sums.iter_mut().zip(x).zip(a.chunks_exact(width)) {
             let x = _mm512_set1_ps(x);
             for (sum, a) in sums.iter_mut().zip(a.chunks_exact(LANES)) {
@@ -68,8 +71,8 @@ fn hidden<const V: usize>(x: &[f32], a: &[f32], h: &mut [f32; LARGEST]) {
 /// x·A where a row of A is eight numbers: two of its rows are a vector, and two of the sums.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn hidden8(x: &[f32], a: &[f32], h: &mut [f32; LARGEST]) {
-    let [s01, s23, s45, s67] = paired::<8, 4>(x, a);
+fn hidden8(x: &[f32], a: &[f32], h: &mut [f32; LARGEST], ahead: usize) {
+    let [s01, s23, s45, s67] = paired::<8, 4>(x, a, ahead);
     let sum = _mm512_add_ps(_mm512_add_ps(s01, s45), _mm512_add_ps(s23, s67));
     let sum = _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps::<1>(sum));
     // SAFETY: there is room for more than eight numbers.
@@ -79,8 +82,8 @@ fn hidden8(x: &[f32], a: &[f32], h: &mut [f32; LARGEST]) {
 /// x·A where a row of A is four numbers: four of its rows are a vector, and four of the sums.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn hidden4(x: &[f32], a: &[f32], h: &mut [f32; LARGEST]) {
-    let [low, high] = paired::<4, 2>(x, a);
+fn hidden4(x: &[f32], a: &[f32], h: &mut [f32; LARGEST], ahead: usize) {
+    let [low, high] = paired::<4, 2>(x, a, ahead);
     let sum = _mm512_add_ps(low, high);
     let sum = _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps::<1>(sum));
     let sum = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
@@ -91,7 +94,7 @@ fn hidden4(x: &[f32], a: &[f32], h: &mut [f32; LARGEST]) {
 /// The eight sums of each of `R` hidden numbers, `16 / R` of them side by side in each of `S` vectors.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn paired<const R: usize, const S: usize>(x: &[f32], a: &[f32]) -> [__m512; S] {
+fn paired<const R: usize, const S: usize>(x: &[f32], a: &[f32], ahead: usize) -> [__m512; S] {
     // numbers of x beside one another in a vector, each as often as A's row is wide
     let side = LANES / R;
     // where lane `i` of vector `v` finds its number among sixteen
@@ -104,6 +107,7 @@ fn paired<const R: usize, const S: usize>(x: &[f32], a: &[f32]) -> [__m512; S] {
     let (x16, rest) = x.as_chunks::<LANES>();
     let (a16, a_rest) = a.split_at((x.len() - rest.len()) * R);
     for (x, a) in x16.iter().zip(a16.chunks_exact(LANES * R)) {
+        _mm_prefetch::<_MM_HINT_T0>(x.as_ptr().wrapping_add(ahead).cast());
         // SAFETY: sixteen numbers.
         let x = unsafe { _mm512_loadu_ps(x.as_ptr()) };
         for v in 0..R {
