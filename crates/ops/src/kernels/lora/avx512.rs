@@ -11,9 +11,21 @@ const VECTORS: usize = 4;
 /// Rows of the output at a time: they share what is loaded of B.
 const ROWS: usize = 4;
 
+/// So many numbers of A and B stay in the first-level cache beside the rows; more are asked for ahead of their use.
+const NEAR: usize = 10_000;
+
 /// As `skinny::rows`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 pub(super) fn rows(of: Skinny<'_>, first: usize, out: &mut [f32], lose_last: bool) {
+    match of.a.len() + of.b.len() > NEAR {
+        true => each::<true>(of, first, out, lose_last),
+        false => each::<false>(of, first, out, lose_last),
+    }
+}
+
+/// `FAR` says that A and B come from the second-level cache.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+fn each<const FAR: bool>(of: Skinny<'_>, first: usize, out: &mut [f32], lose_last: bool) {
     // while one group of rows is summed up, the next comes from memory: a row is too short for the processor to see that one follows
     let ahead = ROWS * of.pitch;
     for (i, out) in out.chunks_mut(ROWS * of.n).enumerate() {
@@ -23,8 +35,8 @@ pub(super) fn rows(of: Skinny<'_>, first: usize, out: &mut [f32], lose_last: boo
             let at = (first + i * ROWS + r) * of.pitch;
             let x = &of.x[at..at + of.k];
             match of.padded {
-                4 => hidden4(x, of.a, h, ahead),
-                8 => hidden8(x, of.a, h, ahead),
+                4 => hidden4::<FAR>(x, of.a, h, ahead),
+                8 => hidden8::<FAR>(x, of.a, h, ahead),
                 16 => hidden::<1>(x, of.a, h, ahead),
                 32 => hidden::<2>(x, of.a, h, ahead),
                 _ => hidden::<4>(x, of.a, h, ahead),
@@ -34,10 +46,10 @@ pub(super) fn rows(of: Skinny<'_>, first: usize, out: &mut [f32], lose_last: boo
             }
         }
         match count {
-            ROWS => output::<ROWS>(of, &h, out),
+            ROWS => output::<ROWS, FAR>(of, &h, out),
             _ => {
                 for (h, out) in h.iter().zip(out.chunks_mut(of.n)) {
-                    output::<1>(of, std::array::from_ref(h), out);
+                    output::<1, FAR>(of, std::array::from_ref(h), out);
                 }
             }
         }
@@ -71,8 +83,8 @@ fn hidden<const V: usize>(x: &[f32], a: &[f32], h: &mut [f32; LARGEST], ahead: u
 /// x·A where a row of A is eight numbers: two of its rows are a vector, and two of the sums.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn hidden8(x: &[f32], a: &[f32], h: &mut [f32; LARGEST], ahead: usize) {
-    let [s01, s23, s45, s67] = paired::<8, 4>(x, a, ahead);
+fn hidden8<const FAR: bool>(x: &[f32], a: &[f32], h: &mut [f32; LARGEST], ahead: usize) {
+    let [s01, s23, s45, s67] = paired::<8, 4, FAR>(x, a, ahead);
     let sum = _mm512_add_ps(_mm512_add_ps(s01, s45), _mm512_add_ps(s23, s67));
     let sum = _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps::<1>(sum));
     // SAFETY: there is room for more than eight numbers.
@@ -82,8 +94,8 @@ fn hidden8(x: &[f32], a: &[f32], h: &mut [f32; LARGEST], ahead: usize) {
 /// x·A where a row of A is four numbers: four of its rows are a vector, and four of the sums.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn hidden4(x: &[f32], a: &[f32], h: &mut [f32; LARGEST], ahead: usize) {
-    let [low, high] = paired::<4, 2>(x, a, ahead);
+fn hidden4<const FAR: bool>(x: &[f32], a: &[f32], h: &mut [f32; LARGEST], ahead: usize) {
+    let [low, high] = paired::<4, 2, FAR>(x, a, ahead);
     let sum = _mm512_add_ps(low, high);
     let sum = _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps::<1>(sum));
     let sum = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
@@ -94,7 +106,7 @@ fn hidden4(x: &[f32], a: &[f32], h: &mut [f32; LARGEST], ahead: usize) {
 /// The eight sums of each of `R` hidden numbers, `16 / R` of them side by side in each of `S` vectors.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn paired<const R: usize, const S: usize>(x: &[f32], a: &[f32], ahead: usize) -> [__m512; S] {
+fn paired<const R: usize, const S: usize, const FAR: bool>(x: &[f32], a: &[f32], ahead: usize) -> [__m512; S] {
     // numbers of x beside one another in a vector, each as often as A's row is wide
     let side = LANES / R;
     // where lane `i` of vector `v` finds its number among sixteen
@@ -111,6 +123,9 @@ fn paired<const R: usize, const S: usize>(x: &[f32], a: &[f32], ahead: usize) ->
         // SAFETY: sixteen numbers.
         let x = unsafe { _mm512_loadu_ps(x.as_ptr()) };
         for v in 0..R {
+            if FAR {
+                _mm_prefetch::<_MM_HINT_T0>(a.as_ptr().wrapping_add((3 * R + v) * LANES).cast());
+            }
             let x = _mm512_permutexvar_ps(places[v], x);
             // SAFETY: there are R vectors.
             let a = unsafe { _mm512_loadu_ps(a.as_ptr().add(v * LANES)) };
@@ -134,7 +149,7 @@ const LARGEST_R: usize = 8;
 /// (x·A)·B for `M` rows, from their hidden rows.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn output<const M: usize>(of: Skinny<'_>, h: &[[f32; LARGEST]; M], out: &mut [f32]) {
+fn output<const M: usize, const FAR: bool>(of: Skinny<'_>, h: &[[f32; LARGEST]; M], out: &mut [f32]) {
     let n = of.n;
     let scale = _mm512_set1_ps(of.scale);
     for at in (0..n).step_by(VECTORS * LANES) {
@@ -146,6 +161,9 @@ fn output<const M: usize>(of: Skinny<'_>, h: &[[f32; LARGEST]; M], out: &mut [f3
         let mut sums = [[_mm512_setzero_ps(); VECTORS]; M];
         for (j, b) in of.b.chunks_exact(n).enumerate().take(of.r.min(LARGEST)) {
             let from = b[at..].as_ptr();
+            for v in if FAR { VECTORS..2 * VECTORS } else { 0..0 } {
+                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(v * LANES).cast());
+            }
             // SAFETY: the mask has a bit for each number from there on that the row has, and what it hides is not read.
             let b: [__m512; VECTORS] =
                 std::array::from_fn(|v| unsafe { _mm512_maskz_loadu_ps(masks[v], from.wrapping_add(v * LANES)) });
