@@ -169,6 +169,9 @@ mod tests {
             (7, 50, 30, 40),
             (5, 12, 64, 33),
             (6, 39, 4, 20),
+            // A and B do not stay in the first-level cache
+            (5, 701, 8, 600),
+            (2, 1300, 3, 1400),
         ] {
             let (x, wa, b) = (numbers(m * k, 1), numbers(k * r, 2), numbers(r * n, 3));
             let base = numbers(m * n, 4);
