@@ -7,11 +7,11 @@
 //! A node that depends on a *variable* ([`Node::variable`], or a tensor that Candle's autograd tracks) is *traced*: it keeps its inputs
 //! when it becomes ready, so that a gradient does not depend on what was evaluated before. It is freed with the last handle above it.
 
-mod address;
 mod extent;
 mod id;
 mod no_grad;
 mod pending;
+mod place;
 mod release;
 mod state;
 mod value;
@@ -22,7 +22,6 @@ use crate::hash::FastMap;
 use crate::infer::{at_a_glance, infer, Meta};
 use crate::op::{Dims, Op, Scalars};
 use crate::site::BuildSite;
-use address::Address;
 use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Shape, Tensor};
 use extent::Extent;
@@ -30,6 +29,7 @@ pub use id::{live_nodes, NodeId};
 pub use no_grad::{is_grad_enabled, no_grad, without_grad, WithoutGrad};
 use parking_lot::Mutex;
 use pending::Pending;
+use place::Place;
 use smallvec::{smallvec, SmallVec};
 use state::{State, Waiting};
 use std::borrow::{Borrow, Cow};
@@ -40,10 +40,17 @@ pub use value::{EngineValue, Expr, Look, Value};
 #[derive(Debug, Clone)]
 enum Origin {
     /// A leaf that keeps its value, a tensor or a quantised weight.
-    Given(Value, Address),
+    Given(Value, Place),
     /// A leaf on memory of the engine, which a plan may borrow: its value is in the state.
     Held,
     Recorded(Op, Scalars),
+}
+
+impl Origin {
+    fn given(value: Value) -> Self {
+        let place = Place::of(&value);
+        Self::Given(value, place)
+    }
 }
 
 /// A recorded operation or a leaf.
@@ -78,7 +85,7 @@ impl Node {
             traced: tensor.track_op(),
             quantized: false,
             site,
-            origin: Origin::Given(Value::Tensor(tensor), Address::default()),
+            origin: Origin::given(Value::Tensor(tensor)),
             history: OnceLock::new(),
             pending: Pending::none(),
             state: Mutex::new(State::Given),
@@ -97,7 +104,7 @@ impl Node {
             traced: false,
             quantized: true,
             site,
-            origin: Origin::Given(Value::Quantized(weight), Address::default()),
+            origin: Origin::given(Value::Quantized(weight)),
             history: OnceLock::new(),
             pending: Pending::none(),
             state: Mutex::new(State::Given),
@@ -230,9 +237,7 @@ impl Node {
         }
         let (origin, state) = match input.value() {
             None => return Ok(Self::cut(input, true, site)),
-            Some(Value::Tensor(tensor)) => {
-                (Origin::Given(Value::Tensor(tensor.detach()), Address::default()), State::Given)
-            }
+            Some(Value::Tensor(tensor)) => (Origin::given(Value::Tensor(tensor.detach())), State::Given),
             Some(value) => (Origin::Held, State::Ready(value)),
         };
         // a leaf on the same data: a graph has the same key as when the variable was computed by a plan
@@ -492,8 +497,17 @@ impl Node {
     #[must_use]
     pub fn storage_address(&self) -> Option<usize> {
         match &self.origin {
-            Origin::Given(Value::Tensor(tensor), address) => Some(address.of(tensor)),
+            Origin::Given(Value::Tensor(tensor), place) => Some(place.address(tensor)),
             Origin::Given(..) | Origin::Held | Origin::Recorded(..) => None,
+        }
+    }
+
+    /// Whether the elements of a leaf that keeps its value lie in row-major order.
+    #[inline]
+    pub(crate) fn is_contiguous_leaf(&self) -> Option<bool> {
+        match &self.origin {
+            Origin::Given(_, place) => Some(place.is_contiguous()),
+            Origin::Held | Origin::Recorded(..) => None,
         }
     }
 

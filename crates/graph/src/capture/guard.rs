@@ -27,8 +27,11 @@ use std::sync::Arc;
 pub struct Guard {
     /// The number of each root; `None` for one that was ready.
     roots: Vec<Option<u32>>,
-    /// What is known of the nodes, by their numbers.
+    /// What is known of the nodes, by their numbers: each comes before what it reads, in the order in which they are compared.
     expected: Vec<Expected>,
+    /// The different ops and dims among them: few.
+    functions: Vec<Function>,
+    shapes: Vec<Dims<Sym>>,
     /// The numbers of all nodes' inputs.
     inputs: Vec<u32>,
     /// How many nodes are held while they are compared and bound.
@@ -70,7 +73,8 @@ struct Expected {
     kept: Option<u32>,
     /// How many captured nodes have it as an input.
     edges: u32,
-    dims: Dims<Sym>,
+    /// Its dims, as an index into [`Guard::shapes`].
+    shape: u32,
     dtype: DType,
 }
 
@@ -83,7 +87,8 @@ enum What {
 
 #[derive(Debug)]
 struct ExpectedOp {
-    op: Function,
+    /// An index into [`Guard::functions`].
+    function: u32,
     /// Where its inputs begin, and how many there are.
     inputs: u32,
     count: u32,
@@ -93,7 +98,7 @@ struct ExpectedOp {
     held: Option<bool>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Function {
     Plain(Op),
     Sized(Op<Sym>),
@@ -137,9 +142,12 @@ impl Ways {
     }
 }
 
-fn key_of(value: &Value) -> LeafKey {
+fn key_of(node: &Node, value: &Value) -> LeafKey {
     match value {
-        Value::Tensor(tensor) => LeafKey { kind: LeafKind::Tensor, contiguous: tensor.is_contiguous() },
+        Value::Tensor(tensor) => {
+            let contiguous = node.is_contiguous_leaf().unwrap_or_else(|| tensor.is_contiguous());
+            LeafKey { kind: LeafKind::Tensor, contiguous }
+        }
         Value::Engine(engine) => LeafKey { kind: LeafKind::Engine, contiguous: engine.is_contiguous() },
         Value::Quantized(_) => LeafKey { kind: LeafKind::Quantized, contiguous: true },
     }
@@ -252,7 +260,8 @@ impl Walk<'_> {
                 None => return false,
             }
         }
-        let alike = node.dtype() == expected.dtype && self.sizes.are(&expected.dims, node.dims());
+        let Some(dims) = self.guard.shapes.get(expected.shape as usize) else { return false };
+        let alike = node.dtype() == expected.dtype && self.sizes.are(dims, node.dims());
         alike
             && matches!(node.device(), Device::Cpu)
             && match &expected.what {
@@ -267,7 +276,7 @@ impl Walk<'_> {
 
     /// Whether a leaf is of this kind; a run gets its value.
     fn leaf(&mut self, expected: &Expected, key: LeafKey, place: Option<u32>, node: &Arc<Node>) -> bool {
-        let value = node.locked(|_, _| None, |value| (key_of(value) == key).then(|| value.clone()));
+        let value = node.locked(|_, _| None, |value| (key_of(node, value) == key).then(|| value.clone()));
         let Some(Some(value)) = value else { return false };
         // one on the same data as another is compared with that one
         let Some(place) = place else { return true };
@@ -287,9 +296,10 @@ impl Walk<'_> {
         let guard = self.guard;
         let Some(expected) = guard.expected.get(number as usize) else { return false };
         let (What::Op(known), Some((op, scalars))) = (&expected.what, node.recorded()) else { return false };
-        let same = match &known.op {
-            Function::Plain(plain) => plain == op,
-            Function::Sized(relative) => self.sizes.fit(relative, op),
+        let same = match guard.functions.get(known.function as usize) {
+            Some(Function::Plain(plain)) => plain == op,
+            Some(Function::Sized(relative)) => self.sizes.fit(relative, op),
+            None => false,
         };
         let place = known.scalars.map(|at| at as usize).filter(|_| !scalars.is_empty());
         let params = place.and_then(|at| self.params.get_mut(at..at + scalars.len()));
