@@ -70,6 +70,7 @@ const ALLOWED: &[(&str, &str, What)] = &[
         ]),
     ),
     ("batch", "tensor", What::Only(&["LazyTensor"])),
+    ("batch", "buffer", What::Only(&["keep_freed"])),
     // of its spans, and whether this thread may evaluate
     ("batch", "config", What::Only(&["TARGET", "is_recording"])),
     // a job that was submitted

@@ -3,6 +3,7 @@
 use super::inbox::{Drawn, Entering, Inbox, Shutdown, SubmitOptions, Ticket};
 use super::window::Window;
 use super::BatchStats;
+use crate::buffer::keep_freed;
 use crate::config::{is_recording, TARGET};
 use crate::error::{Error, Result};
 use crate::run::{
@@ -145,11 +146,13 @@ impl BatchExecutor {
         Self::with_options(&BatchOptions::default())
     }
 
-    /// An executor with a thread of its own.
+    /// An executor with a thread of its own. From the first one on, glibc's allocator keeps up to 64 MiB of freed memory for what is asked for
+    /// next, unless the environment has set a threshold of its own (`MALLOC_TRIM_THRESHOLD_`): the results of a batch come and go together.
     ///
     /// # Errors
     /// When the system gives no thread.
     pub fn with_options(options: &BatchOptions) -> Result<Self> {
+        keep_freed();
         let line = Line::new(options.capacity);
         let (drawn, window) = (line.clone(), options.window);
         let thread = std::thread::Builder::new().name("candle-lazy-batch".into()).stack_size(STACK);

@@ -4,9 +4,11 @@
 //! what `eval()` returns leaves the pool for good. Every element of a pooled `Vec` is initialised, so reuse needs no
 //! `unsafe`; kernels assume no alignment beyond the type's.
 
+mod heap;
 mod huge;
 mod pool;
 
+pub(crate) use heap::keep_freed;
 pub use huge::vec_with_huge_pages;
 pub(crate) use pool::running;
 pub use pool::{memory_stats, set_pool_cap, trim, MemoryStats};
