@@ -41,7 +41,8 @@ impl Priority {
 pub struct SubmitOptions {
     /// How often requests like this get their turn.
     pub priority: Priority,
-    /// When it must have begun: a request that has not is an error then, and is not run.
+    /// When it must have begun: a request that has not is an error then, and is not run. A future looks when it is polled: to have the error in
+    /// time while nothing else wakes the task takes a timer of the runtime.
     pub deadline: Option<Instant>,
     /// Whose it is: callers with different numbers get equal turns, however much one of them asks for.
     pub lane: u64,
