@@ -29,6 +29,7 @@ pub use id::{live_nodes, NodeId};
 pub use no_grad::{is_grad_enabled, no_grad, without_grad, WithoutGrad};
 use parking_lot::Mutex;
 use pending::Pending;
+pub use place::storage_address;
 use place::Place;
 use smallvec::{smallvec, SmallVec};
 use state::{State, Waiting};

@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: lazy against eager Candle, row by row, each with a floor.
 //!
-//! Both sides run in one process in turns, on all threads, with the system's allocator as it is. A call records fresh nodes over a
+//! Both sides run in one process in turns, on all threads, with the system's allocator as it is (an executor of batches,
+//! once there is one, has glibc keep what was freed). A call records fresh nodes over a
 //! ring of inputs and ends when the result is there. Results are checked against f64 after the timing. A row whose measurement
 //! something else disturbed, or that beats what the machine can do, is void and measured again.
 
@@ -102,11 +103,7 @@ fn bench(args: &BenchArgs) -> Result<usize, Error> {
     let rows = chosen(args.filter.as_deref())?;
     let effort = if args.quick { Effort::QUICK } else { Effort::FULL };
     let machine = Machine::measure()?;
-    say!(
-        "{} threads, {:.0} GFLOP/s of arithmetic; system allocator, default settings; medians",
-        machine.threads(),
-        machine.flops / 1e9
-    )?;
+    say!("{} threads, {:.0} GFLOP/s of arithmetic; system allocator; medians", machine.threads(), machine.flops / 1e9)?;
     say!("{}", report::HEAD)?;
     let mut lines = Vec::new();
     for row in &rows {

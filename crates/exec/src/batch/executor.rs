@@ -1,6 +1,6 @@
 //! The executor: a line of tensors, and the thread that evaluates what it draws.
 
-use super::inbox::{Drawn, Entering, Inbox, Shutdown, SubmitOptions, Ticket};
+use super::inbox::{taken, Drawn, Entering, Inbox, Shutdown, SubmitOptions, Ticket};
 use super::window::Window;
 use super::BatchStats;
 use crate::buffer::keep_freed;
@@ -307,7 +307,7 @@ impl SubmissionAll {
     fn values(self) -> Result<Values> {
         let (ticket, window) = match self.0 {
             Asked::InLine(ticket, window) => (ticket, window),
-            Asked::Answered(answer) => return once(answer),
+            Asked::Answered(answer) => return taken(answer),
         };
         if let Some(result) = here(&ticket) {
             return result;
@@ -325,17 +325,13 @@ impl SubmissionAll {
 
     fn poll_values(&mut self, context: &mut Context<'_>) -> Poll<Result<Values>> {
         match &mut self.0 {
-            Asked::Answered(answer) => Poll::Ready(once(answer.take())),
+            Asked::Answered(answer) => Poll::Ready(taken(answer.take())),
             Asked::InLine(ticket, _) => match here(ticket) {
                 Some(result) => Poll::Ready(result),
                 None => Pin::new(ticket).poll(context),
             },
         }
     }
-}
-
-fn once(answer: Option<Result<Values>>) -> Result<Values> {
-    answer.unwrap_or_else(|| Err(Error::msg("the answer to a request was taken before")))
 }
 
 /// On a thread that evaluates for an executor: nobody else will evaluate this one meanwhile.

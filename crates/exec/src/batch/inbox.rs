@@ -358,7 +358,8 @@ impl<J, T> Ticket<J, T> {
     }
 }
 
-fn taken<T>(result: Option<Result<T>>) -> Result<T> {
+/// The answer to a request, or that there was one.
+pub(super) fn taken<T>(result: Option<Result<T>>) -> Result<T> {
     result.unwrap_or_else(|| Err(Error::msg("the answer to a request was taken before")))
 }
 

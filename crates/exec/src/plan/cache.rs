@@ -166,29 +166,24 @@ pub(crate) fn keep(key: GraphKey, options: &EvalOptions, plan: Arc<Plan>) -> Arc
 
 /// What a guard knows.
 pub(crate) struct Known {
-    pub(crate) plan: Arc<Plan>,
     pub(crate) bindings: Bindings,
     pub(crate) guard: Arc<Guarded>,
 }
 
 /// The plan of the graph of `roots` and what to bind to it, if a guard knows the graph.
 pub(crate) fn known(roots: &[Arc<Node>], options: &EvalOptions) -> Option<Known> {
-    let (hint, options) = (Guard::hint(roots), options.key());
-    let candidates = with_cache(|c| c.guards.candidates(hint, roots, &options));
-    candidates.into_iter().find_map(|guard| {
-        let bindings = guard.bind(roots)?;
-        Some(Known { plan: guard.plan().clone(), bindings, guard })
-    })
+    let options = options.key();
+    let candidates = with_cache(|c| c.guards.candidates(roots, &options));
+    candidates.into_iter().find_map(|guard| Some(Known { bindings: guard.bind(roots)?, guard }))
 }
 
-/// An evaluation of `roots` takes the plan of a guard.
-pub(crate) fn guarded_hit(roots: &[Arc<Node>], guard: &Arc<Guarded>) {
-    let hint = Guard::hint(roots);
+/// An evaluation takes the plan of a guard.
+pub(crate) fn guarded_hit(guard: &Arc<Guarded>) {
     with_cache(|c| {
         c.clock += 1;
         c.hits += 1;
         c.guarded += 1;
-        c.guards.used(hint, guard);
+        c.guards.used(guard);
         let clock = c.clock;
         c.entry(guard.hash(), guard.plan()).into_iter().for_each(|entry| entry.last_used = clock);
     });
@@ -199,7 +194,7 @@ pub(crate) fn is_of(guard: &Guarded, key: &GraphKey) -> bool {
     with_cache(|c| c.entry(guard.hash(), guard.plan()).is_some_and(|entry| entry.graph == *key))
 }
 
-/// Whether a guard is to be made for the plan, which was found by its key; it is asked once for each.
+/// Whether a guard is to be made for the plan, which was found by its key. The asking counts: a plan gets only so many.
 pub(crate) fn wants_guard(hash: u64, plan: &Arc<Plan>) -> bool {
     with_cache(|c| {
         let entry = c.entry(hash, plan).filter(|entry| entry.guards < GUARDS);
@@ -226,7 +221,7 @@ pub(crate) fn keep_guard(
         let same = c.entry(key.hash(), plan).is_some_and(|entry| entry.graph == *key);
         if same {
             // one that found no room may be made again
-            for old in c.guards.insert(Guard::hint(roots), guard.clone()) {
+            for old in c.guards.insert(guard.clone()) {
                 c.entry(old.hash(), old.plan()).into_iter().for_each(|entry| entry.guards = 0);
             }
         }

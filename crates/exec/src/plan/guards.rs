@@ -15,6 +15,8 @@ pub(crate) struct Guarded {
     options: OptionsKey,
     /// The hash of the plan's key.
     hash: u64,
+    /// What its graph looks like at a glance.
+    hint: u64,
     /// How many pending nodes were estimated when it was made.
     estimate: u64,
     /// How often it was asked in vain since it last knew a graph.
@@ -31,6 +33,7 @@ impl Guarded {
             plan,
             options,
             hash,
+            hint: Guard::hint(roots),
             estimate: estimate(roots),
             in_vain: AtomicU32::new(0),
             #[cfg(feature = "testing")]
@@ -62,7 +65,7 @@ impl Guarded {
         bindings
     }
 
-    pub(super) fn plan(&self) -> &Arc<Plan> {
+    pub(crate) fn plan(&self) -> &Arc<Plan> {
         &self.plan
     }
 
@@ -91,9 +94,9 @@ pub(super) struct Guards(FastMap<u64, SmallVec<[Arc<Guarded>; 1]>>);
 pub(super) type Candidates = SmallVec<[Arc<Guarded>; ASKED]>;
 
 impl Guards {
-    /// Which guards may know the graph of `roots`, whose hint is `hint`.
-    pub(super) fn candidates(&self, hint: u64, roots: &[Arc<Node>], options: &OptionsKey) -> Candidates {
-        let Some(all) = self.0.get(&hint) else { return Candidates::new() };
+    /// Which guards may know the graph of `roots`.
+    pub(super) fn candidates(&self, roots: &[Arc<Node>], options: &OptionsKey) -> Candidates {
+        let Some(all) = self.0.get(&Guard::hint(roots)) else { return Candidates::new() };
         let now = estimate(roots);
         let in_vain = |one: &Arc<Guarded>| one.in_vain.load(Ordering::Relaxed);
         // those that know graphs before those that were asked in vain lately, each in the order of their last use
@@ -110,15 +113,15 @@ impl Guards {
     }
 
     /// Adds a guard, and gives back those for which there is no room.
-    pub(super) fn insert(&mut self, hint: u64, one: Arc<Guarded>) -> SmallVec<[Arc<Guarded>; 1]> {
-        let all = self.0.entry(hint).or_default();
+    pub(super) fn insert(&mut self, one: Arc<Guarded>) -> SmallVec<[Arc<Guarded>; 1]> {
+        let all = self.0.entry(one.hint).or_default();
         all.insert(0, one);
         all.drain(ALIKE.min(all.len())..).collect()
     }
 
     /// It knew a graph just now.
-    pub(super) fn used(&mut self, hint: u64, one: &Arc<Guarded>) {
-        let Some(all) = self.0.get_mut(&hint) else { return };
+    pub(super) fn used(&mut self, one: &Arc<Guarded>) {
+        let Some(all) = self.0.get_mut(&one.hint) else { return };
         if let Some(at @ 1..) = all.iter().position(|other| Arc::ptr_eq(other, one)) {
             all[..=at].rotate_right(1);
         }

@@ -12,6 +12,7 @@ pub use boundary::Boundary;
 pub(crate) use boundary::{MAX_INPUTS, MAX_MEMBERS};
 pub use cache::{cache_stats, clear_cache, set_cache_capacity, CacheStats};
 pub(crate) use cache::{find, guarded_hit, hit, is_of, keep, keep_guard, known, no_guard, wants_guard, Known};
+pub(crate) use guards::Guarded;
 pub(crate) use memory::{needs, Memory};
 
 use candle_core::DType;

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::lower::{binary, unary};
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Device, Shape, Storage, Tensor};
+use candle_lazy_graph::node::storage_address;
 use candle_lazy_graph::{Node, Op, Value};
 use candle_lazy_ops::fault;
 use candle_lazy_ops::kernels::{self, fresh};
@@ -132,7 +133,7 @@ impl std::ops::Deref for Operand<'_> {
 
 impl Operand<'_> {
     fn address(&self) -> usize {
-        self.address.unwrap_or_else(|| std::ptr::from_ref::<Storage>(&self.storage_and_layout().0) as usize)
+        self.address.unwrap_or_else(|| storage_address(&self.tensor))
     }
 
     fn into_owned(self) -> Operand<'static> {

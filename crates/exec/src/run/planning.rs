@@ -4,7 +4,7 @@ use super::{wait_for_lent, LENT};
 use crate::config::{EvalOptions, TARGET};
 use crate::error::{Error, Result};
 use crate::lower;
-use crate::plan::{self, Known, Plan};
+use crate::plan::{self, Guarded, Known, Plan};
 use candle_core::{DType, Device};
 use candle_lazy_graph::capture::{CaptureFailure, Unguarded};
 use candle_lazy_graph::{
@@ -23,8 +23,16 @@ pub(super) struct Planned {
 }
 
 impl Planned {
-    fn hit(plan: Arc<Plan>, bindings: Bindings) -> Self {
+    /// A plan that was found by its key.
+    fn found(plan: Arc<Plan>, bindings: Bindings) -> Self {
+        plan::hit();
         Self { plan, bindings, hit: true }
+    }
+
+    /// A plan whose graph a guard knew.
+    fn known(guard: &Arc<Guarded>, bindings: Bindings) -> Self {
+        plan::guarded_hit(guard);
+        Self { plan: guard.plan().clone(), bindings, hit: true }
     }
 }
 
@@ -51,8 +59,7 @@ fn attempt(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Option<Planned>
     if options.cache {
         match (plan::known(roots, options), options.validate) {
             (Some(known), false) => {
-                plan::guarded_hit(roots, &known.guard);
-                return Ok(Some(Planned::hit(known.plan, known.bindings)));
+                return Ok(Some(Planned::known(&known.guard, known.bindings)));
             }
             (Some(known), true) => return confirmed(known, roots, options),
             // what is validated is captured as a graph
@@ -92,13 +99,11 @@ fn keyed(roots: &[Arc<Node>], options: &EvalOptions) -> Result<(Bindings, Option
 /// again, or somebody else has changed the graph meanwhile.
 fn guarded(roots: &[Arc<Node>], options: &EvalOptions, (hash, plan): Found, bindings: Bindings) -> Option<Planned> {
     if !plan::wants_guard(hash, &plan) {
-        plan::hit();
-        return Some(Planned::hit(plan, bindings));
+        return Some(Planned::found(plan, bindings));
     }
     // they hold nodes, and a guard notes which nodes others hold
     drop(bindings);
-    let expands = |op: &Op, _: DType, device: &Device| lower::expands(op, device, options);
-    let (guard, key) = match Guard::of(roots, &CaptureOptions { expand: &expands }) {
+    let (guard, key) = match Guard::of(roots, &CaptureOptions { expand: &expanding(options) }) {
         Ok(made) => made,
         Err(why) => {
             if why == Unguarded::Kind {
@@ -108,13 +113,12 @@ fn guarded(roots: &[Arc<Node>], options: &EvalOptions, (hash, plan): Found, bind
         }
     };
     let bindings = plan::keep_guard(roots, options, &plan, guard, &key)?;
-    plan::hit();
-    Some(Planned::hit(plan, bindings))
+    Some(Planned::found(plan, bindings))
 }
 
 /// What a guard knew, if a capture finds the same; `None` where others have changed the graph meanwhile.
 fn confirmed(known: Known, roots: &[Arc<Node>], options: &EvalOptions) -> Result<Option<Planned>> {
-    let Known { plan, bindings, guard } = known;
+    let Known { bindings, guard } = known;
     let (bound, size) = (structure(&bindings), (bindings.pending, bindings.graph_nodes()));
     drop(bindings);
     // what others have changed by now has another key: what waited has a value
@@ -128,10 +132,7 @@ fn confirmed(known: Known, roots: &[Arc<Node>], options: &EvalOptions) -> Result
         return Err(Error::Internal("a guard binds other values than a capture".into()));
     }
     drop(bindings);
-    Ok(guard.bind(roots).map(|bindings| {
-        plan::guarded_hit(roots, &guard);
-        Planned::hit(plan, bindings)
-    }))
+    Ok(guard.bind(roots).map(|bindings| Planned::known(&guard, bindings)))
 }
 
 /// What bindings say of a graph, whoever else holds its nodes.
@@ -156,13 +157,18 @@ pub(super) fn capture_waiting(roots: &[Arc<Node>], options: &EvalOptions) -> Res
     Ok(captured)
 }
 
+/// Which composites a capture replaces by their decompositions.
+fn expanding(options: &EvalOptions) -> impl Fn(&Op, DType, &Device) -> bool + '_ {
+    |op, _, device| lower::expands(op, device, options)
+}
+
 /// Captures; where another run is writing a leaf in place, waits for it first.
 fn waiting<T>(
     options: &EvalOptions,
     mut capture: impl FnMut(&CaptureOptions<'_>) -> std::result::Result<T, CaptureFailure>,
 ) -> Result<T> {
     let _span = trace_span!(target: TARGET, "capture").entered();
-    let expand = |op: &Op, _: DType, device: &Device| lower::expands(op, device, options);
+    let expand = expanding(options);
     loop {
         let seen = *LENT.lock();
         match capture(&CaptureOptions { expand: &expand }) {

@@ -5,6 +5,7 @@ use crate::buffer::Buffer;
 use crate::error::{Error, Result};
 use candle_core::quantized::QTensor;
 use candle_core::{Device, Storage, Tensor};
+use candle_lazy_graph::node::storage_address;
 use candle_lazy_ops::storage::cpu_slice;
 use candle_lazy_ops::view::{Strided, View};
 use candle_lazy_ops::{fault, kernels, Error as OpsError};
@@ -20,12 +21,7 @@ pub(super) struct Foreign {
 
 impl Foreign {
     pub(super) fn new(tensor: Tensor) -> Self {
-        let address = {
-            let (storage, _) = tensor.storage_and_layout();
-            let storage: &Storage = &storage;
-            std::ptr::from_ref(storage) as usize
-        };
-        Self { tensor, address }
+        Self { address: storage_address(&tensor), tensor }
     }
 
     /// Where its storage is: the same for all views of one.

@@ -1,7 +1,7 @@
 //! The arena: equal nodes get equal indices, sizes become symbols, and every new node adds its words to the key.
 
 use super::key::{hash, push, push_indices};
-use super::{Arena, Bindings, CaptureOptions, GNode, GOp, Graph, Info, LeafKey, LeafKind, Sym};
+use super::{Arena, Bindings, CaptureOptions, GNode, GOp, Graph, Info, LeafKey, Sym};
 use crate::custom::CustomOp;
 use crate::decompose::{decompose, is_composite};
 use crate::error::{Error, ErrorKind, Result};
@@ -147,26 +147,21 @@ impl<'a, 'o> Builder<'a, 'o> {
 
     /// The index of a ready node, and whether it is new. `nodes` are those of all visits before.
     pub(super) fn leaf(&mut self, visit: u32, node: &Arc<Node>, value: &Value, nodes: &[Arc<Node>]) -> (u32, bool) {
-        let (identity, leaf) = match value {
+        let identity = match value {
             Value::Tensor(tensor) => {
                 let mut hasher = FastHasher::default();
                 tensor.id().hash(&mut hasher);
-                (hasher.finish(), LeafKey { kind: LeafKind::Tensor, contiguous: tensor.is_contiguous() })
+                hasher.finish()
             }
-            Value::Engine(engine) => {
-                let address = Arc::as_ptr(engine).cast::<u8>() as usize as u64;
-                (!address, LeafKey { kind: LeafKind::Engine, contiguous: engine.is_contiguous() })
-            }
-            Value::Quantized(weight) => {
-                let address = Arc::as_ptr(weight).cast::<u8>() as usize as u64;
-                (!address, LeafKey { kind: LeafKind::Quantized, contiguous: true })
-            }
+            Value::Engine(engine) => !(Arc::as_ptr(engine).cast::<u8>() as usize as u64),
+            Value::Quantized(weight) => !(Arc::as_ptr(weight).cast::<u8>() as usize as u64),
         };
         let recorded = &self.bindings.recorded;
         let known = |id: u32| nodes.get(recorded[id as usize] as usize).is_some_and(|n| same_data(n, value));
         if let Some(id) = self.arena.same.find(identity, known) {
             return (id, false);
         }
+        let leaf = LeafKey::of(node, value);
         let id = self.len() as u32;
         self.arena.same.insert(identity, id);
         let (dims, dtype) = (node.dims(), node.dtype());

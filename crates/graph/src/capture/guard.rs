@@ -11,7 +11,7 @@ mod build;
 mod sizes;
 
 use super::builder::same_data;
-use super::{Bindings, LeafBinding, LeafKey, LeafKind, Sym};
+use super::{Bindings, LeafBinding, LeafKey, Sym};
 use crate::hash::FastHasher;
 use crate::node::{Node, Value};
 use crate::op::{Dims, Op};
@@ -142,17 +142,6 @@ impl Ways {
     }
 }
 
-fn key_of(node: &Node, value: &Value) -> LeafKey {
-    match value {
-        Value::Tensor(tensor) => {
-            let contiguous = node.is_contiguous_leaf().unwrap_or_else(|| tensor.is_contiguous());
-            LeafKey { kind: LeafKind::Tensor, contiguous }
-        }
-        Value::Engine(engine) => LeafKey { kind: LeafKind::Engine, contiguous: engine.is_contiguous() },
-        Value::Quantized(_) => LeafKey { kind: LeafKind::Quantized, contiguous: true },
-    }
-}
-
 impl Guard {
     /// What the roots look like at a glance: equal graphs have equal hints.
     #[must_use]
@@ -220,9 +209,7 @@ impl Guard {
             pending: self.pending,
         })
     }
-}
 
-impl Guard {
     /// Whether no node has two numbers. One that nobody holds and one node reads cannot: the other one's edge would count as a handle.
     fn are_different(&self, nodes: &[Arc<Node>]) -> bool {
         let ids = || self.order.iter().filter_map(|&place| nodes.get(place as usize)).map(|node| node.id());
@@ -276,7 +263,7 @@ impl Walk<'_> {
 
     /// Whether a leaf is of this kind; a run gets its value.
     fn leaf(&mut self, expected: &Expected, key: LeafKey, place: Option<u32>, node: &Arc<Node>) -> bool {
-        let value = node.locked(|_, _| None, |value| (key_of(node, value) == key).then(|| value.clone()));
+        let value = node.locked(|_, _| None, |value| (LeafKey::of(node, value) == key).then(|| value.clone()));
         let Some(Some(value)) = value else { return false };
         // one on the same data as another is compared with that one
         let Some(place) = place else { return true };

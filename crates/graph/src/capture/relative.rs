@@ -1,5 +1,6 @@
 //! A captured graph: sizes are symbols, scalars are numbers of parameters.
 
+use crate::node::{Node, Value};
 use crate::op::{Dims, Op};
 use candle_core::{DType, DeviceLocation};
 use smallvec::SmallVec;
@@ -48,6 +49,18 @@ pub struct LeafKey {
     pub kind: LeafKind,
     /// Whether the elements lie in row-major order.
     pub contiguous: bool,
+}
+
+impl LeafKey {
+    /// Of a node that holds `value`.
+    pub(super) fn of(node: &Node, value: &Value) -> Self {
+        let kind = match value {
+            Value::Tensor(_) => LeafKind::Tensor,
+            Value::Engine(_) => LeafKind::Engine,
+            Value::Quantized(_) => LeafKind::Quantized,
+        };
+        Self { kind, contiguous: node.is_contiguous_leaf().unwrap_or_else(|| value.is_contiguous()) }
+    }
 }
 
 /// The content of a graph node.

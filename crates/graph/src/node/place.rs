@@ -4,6 +4,12 @@ use super::Value;
 use candle_core::Tensor;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+/// Where a tensor's storage lies: the same for all tensors on it. It takes the storage's lock for a moment.
+#[must_use]
+pub fn storage_address(tensor: &Tensor) -> usize {
+    std::ptr::from_ref(&*tensor.storage_and_layout().0) as usize
+}
+
 /// Of a value that never changes.
 #[derive(Debug)]
 pub(super) struct Place {
@@ -16,12 +22,7 @@ pub(super) struct Place {
 impl Place {
     #[inline]
     pub(super) fn of(value: &Value) -> Self {
-        let contiguous = match value {
-            Value::Tensor(tensor) => tensor.is_contiguous(),
-            Value::Engine(engine) => engine.is_contiguous(),
-            Value::Quantized(_) => true,
-        };
-        Self { address: AtomicUsize::new(0), contiguous }
+        Self { address: AtomicUsize::new(0), contiguous: value.is_contiguous() }
     }
 
     /// Of always the same tensor.
@@ -29,7 +30,7 @@ impl Place {
     pub(super) fn address(&self, tensor: &Tensor) -> usize {
         match self.address.load(Ordering::Relaxed) {
             0 => {
-                let address = std::ptr::from_ref(&*tensor.storage_and_layout().0) as usize;
+                let address = storage_address(tensor);
                 self.address.store(address, Ordering::Relaxed);
                 address
             }

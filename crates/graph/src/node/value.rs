@@ -30,6 +30,17 @@ pub enum Value {
     Quantized(Arc<QTensor>),
 }
 
+impl Value {
+    /// Whether the elements lie in row-major order.
+    pub(crate) fn is_contiguous(&self) -> bool {
+        match self {
+            Self::Tensor(tensor) => tensor.is_contiguous(),
+            Self::Engine(engine) => engine.is_contiguous(),
+            Self::Quantized(_) => true,
+        }
+    }
+}
+
 /// An operation waiting for its inputs.
 #[derive(Clone, Debug)]
 pub struct Expr {

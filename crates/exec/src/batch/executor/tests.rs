@@ -25,6 +25,15 @@ impl CustomOp1 for Slow {
     }
 }
 
+/// Keeps the executor's thread busy with a copy of `x` until it is told to go on.
+fn busy(executor: &BatchExecutor, x: &LazyTensor) -> (Submission, Sender<()>) {
+    let ((runs, started), (go, end)) = (channel(), channel());
+    let slow = x.custom_op1(Slow { runs, end: Mutex::new(end) }, x.dims(), candle_core::DType::F32).unwrap();
+    let slow = executor.submit(&slow).unwrap();
+    started.recv().unwrap();
+    (slow, go)
+}
+
 /// Requests take a microsecond, whatever this machine says.
 fn as_if_small(executor: &BatchExecutor) {
     (0..64).for_each(|_| executor.0.line.ran(1, Duration::from_micros(1)));
@@ -33,11 +42,8 @@ fn as_if_small(executor: &BatchExecutor) {
 #[test]
 fn small_requests_are_served_by_who_asks_while_the_executor_is_busy() {
     let executor = BatchExecutor::new().unwrap();
-    let ((runs, started), (go, end)) = (channel(), channel());
     let x = LazyTensor::new(&[1f32, 2., 3.], &Device::Cpu).unwrap();
-    let slow = x.custom_op1(Slow { runs, end: Mutex::new(end) }, 3, candle_core::DType::F32).unwrap();
-    let slow = executor.submit(&slow).unwrap();
-    started.recv().unwrap();
+    let (slow, go) = busy(&executor, &x);
     // the executor's thread does nothing else until it is told; what waits for room is never answered at once
     let first = executor.try_submit(&x.affine(2.0, -1.0).unwrap()).unwrap();
     let ones: Vec<_> = (0..3 * TURN + 5).map(|i| x.affine(i as f64, 1.0).unwrap()).collect();
@@ -69,11 +75,8 @@ fn small_requests_are_served_by_who_asks_while_the_executor_is_busy() {
 #[test]
 fn what_is_small_is_answered_while_it_is_submitted_where_nobody_waits() {
     let executor = BatchExecutor::new().unwrap();
-    let ((runs, started), (go, end)) = (channel(), channel());
     let x = LazyTensor::new(&[1f32, 2., 3.], &Device::Cpu).unwrap();
-    let slow = x.custom_op1(Slow { runs, end: Mutex::new(end) }, 3, candle_core::DType::F32).unwrap();
-    let slow = executor.submit(&slow).unwrap();
-    started.recv().unwrap();
+    let (slow, go) = busy(&executor, &x);
     // the executor's thread is busy: nobody else could have answered
     as_if_small(&executor);
     let twice = x.affine(2.0, 0.0).unwrap();
@@ -176,10 +179,7 @@ fn what_takes_long_or_is_looked_for_by_a_waker_is_not_small() {
     assert!(!small(&row.softmax(1).unwrap().exp().unwrap()));
     // one who polls is woken by the executor's thread, not by whoever happens to wait
     let executor = BatchExecutor::new().unwrap();
-    let ((runs, started), (go, end)) = (channel(), channel());
-    let slow = row.custom_op1(Slow { runs, end: Mutex::new(end) }, (1, 64), candle_core::DType::F32).unwrap();
-    let slow = executor.submit(&slow).unwrap();
-    started.recv().unwrap();
+    let (slow, go) = busy(&executor, &row);
     let mut polled = executor.try_submit(&row.exp().unwrap()).unwrap();
     as_if_small(&executor);
     let mut context = Context::from_waker(std::task::Waker::noop());

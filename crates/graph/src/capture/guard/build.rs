@@ -1,7 +1,7 @@
 //! How a guard is made: from a capture, whose nodes are numbered as the guard meets them.
 
 use super::super::{Bindings, CaptureFailure, CaptureOptions, GOp, Graph, GraphKey, LeafKey, LeafKind, Sym, Workspace};
-use super::{key_of, Expected, ExpectedOp, Function, Guard, Several, Way, Ways, What};
+use super::{Expected, ExpectedOp, Function, Guard, Several, Way, Ways, What};
 use crate::decompose::is_composite;
 use crate::hash::FastMap;
 use crate::node::Node;
@@ -259,7 +259,7 @@ impl Capture<'_> {
         let mut leaf_of = vec![None; visits.len()];
         for (i, leaf) in self.bindings.leaves.iter().enumerate() {
             let visit = leaf.node? as usize;
-            *leaf_of.get_mut(visit)? = Some((i as u32, key_of(self.bindings.nodes.get(visit)?, &leaf.value)));
+            *leaf_of.get_mut(visit)? = Some((i as u32, LeafKey::of(self.bindings.nodes.get(visit)?, &leaf.value)));
         }
         let mut expected = Vec::with_capacity(numbers.visits.len());
         for ((&v, &(inputs, count)), is_root) in numbers.visits.iter().zip(&numbers.ranges).zip(is_root) {
