@@ -156,7 +156,7 @@ impl Guard {
     }
 
     /// What to bind to a plan of the captured graph, if `roots` have that graph: as a capture finds it, but that scalars, offsets or data
-    /// which happen to be equal do not make two nodes one which were two.
+    /// which happen to be equal do not make two nodes one which were two, and that of nodes which were one the same are held.
     #[must_use]
     pub fn bind(&self, roots: &[Arc<Node>]) -> Option<Bindings> {
         if roots.len() != self.roots.len() {

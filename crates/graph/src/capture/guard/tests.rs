@@ -130,6 +130,11 @@ fn content(bindings: &Bindings) -> impl PartialEq + std::fmt::Debug {
     (bindings.sizes.clone(), bindings.params.clone(), leaves, publish, recorded, bindings.pending)
 }
 
+/// How many recorded nodes each node of the graph is published to.
+fn held_of_each(bindings: &Bindings) -> Vec<usize> {
+    bindings.publish.iter().map(|held| held.len()).collect()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 20_000, ..ProptestConfig::default() })]
 
@@ -144,7 +149,7 @@ proptest! {
         prop_assume!(root.is_pending());
         let roots = [root];
         let Captured { key, bindings, .. } = capture(&roots, &KEEP).unwrap();
-        let before = content(&bindings);
+        let (before, held_before) = (content(&bindings), held_of_each(&bindings));
         drop(bindings);
         let (guard, same) = Guard::of(&roots, &KEEP).unwrap();
         prop_assert_eq!(&key, &same);
@@ -165,13 +170,15 @@ proptest! {
         let roots = [root];
         let captured = capture(&roots, &KEEP).unwrap();
         let (now, equal) = (content(&captured.bindings), captured.key == key);
+        // a key says that one of the nodes that were merged is held, a guard which
+        let alike = equal && held_of_each(&captured.bindings) == held_before;
         drop(captured);
         match guard.bind(&roots) {
             Some(bound) => {
                 prop_assert!(equal, "it knows what is not the same");
                 prop_assert_eq!(content(&bound), now);
             }
-            None => prop_assert!(change.is_some() || !equal, "it does not know what is the same"),
+            None => prop_assert!(change.is_some() || !alike, "it does not know what is the same"),
         }
     }
 }
@@ -213,6 +220,24 @@ fn a_node_that_is_two_where_one_was_merged_is_no_longer_known() {
     // two that were two may have equal scalars
     let (guard, _) = Guard::of(&graph(2.0, 3.0), &KEEP).unwrap();
     assert_eq!(guard.bind(&graph(5.0, 5.0)).unwrap().params, [5.0, 0.0, 5.0, 0.0]);
+}
+
+#[test]
+fn a_guard_knows_which_of_the_nodes_that_were_merged_is_held() {
+    let x = leaf(&[4]);
+    let graph = || {
+        let (a, b) = (rec(Op::Unary(UnaryOp::Neg), &[], &[&x]), rec(Op::Unary(UnaryOp::Neg), &[], &[&x]));
+        ([rec(Op::Binary(BinaryOp::Add), &[], &[&a, &b])], a, b)
+    };
+    let (roots, a, b) = graph();
+    drop(b);
+    let (guard, key) = Guard::of(&roots, &KEEP).unwrap();
+    // one after the other: bindings hold nodes
+    let captured = content(&capture(&roots, &KEEP).unwrap().bindings);
+    assert_eq!(content(&guard.bind(&roots).unwrap()), captured);
+    drop(a);
+    let (roots, _a, _b) = graph();
+    assert!(capture(&roots, &KEEP).unwrap().key == key && guard.bind(&roots).is_none(), "a miss, and no more");
 }
 
 #[test]
