@@ -108,7 +108,7 @@ pub enum Error {
 #[non_exhaustive]
 pub enum QueueError {
     /// As many wait as may.
-    #[error("the queue is full: {capacity} requests wait")]
+    #[error("the queue is full: {capacity} may wait, and as many do")]
     Full {
         /// How many may wait.
         capacity: usize,

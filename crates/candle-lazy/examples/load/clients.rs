@@ -297,9 +297,10 @@ impl Load {
     }
 
     async fn leave(&self, text: usize, streamed: bool) -> Result<(), Failed> {
-        let body =
-            json!({ "model": self.model(0), "prompt": self.text(text), "max_tokens": 100_000, "stream": streamed });
-        let request = reqwest::Client::new().post(format!("{}/v1/completions", self.url)).json(&body);
+        // a chat that names no length may go on to the end of the context
+        let messages = json!([{ "role": "user", "content": self.text(text) }]);
+        let body = json!({ "model": self.model(0), "messages": messages, "stream": streamed });
+        let request = reqwest::Client::new().post(format!("{}/v1/chat/completions", self.url)).json(&body);
         if streamed {
             let mut answer = request.send().await?.error_for_status()?;
             answer.chunk().await?.ok_or("a stream without events")?;
@@ -317,11 +318,12 @@ impl Load {
             body[name] = value;
             body.to_string()
         };
-        let (body, status) = match which % 5 {
+        let (body, status) = match which % 6 {
             0 => ("{\"model\":".to_string(), 400),
             1 => (with("model", "nobody".into()), 404),
             2 => (with("prompt", format!("{} ", self.text(which)).repeat(3000).into()), 400),
             3 => (with("logprobs", 5.into()), 400),
+            4 => (with("max_tokens", 100_000_000.into()), 400),
             _ => (with("prompt", json!([u32::MAX])), 400),
         };
         let answer = reqwest::Client::new().post(format!("{}/v1/completions", self.url)).body(body).send().await?;

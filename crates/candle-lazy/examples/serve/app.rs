@@ -34,6 +34,7 @@ pub(crate) struct App {
     /// When it began, in seconds since 1970.
     pub(crate) created: u64,
     places: Arc<Semaphore>,
+    all_places: u32,
     stopping: watch::Sender<bool>,
     numbers: AtomicU64,
 }
@@ -77,9 +78,11 @@ impl App {
         {
             return Err(format!("two of the models and adapters have one name: {model}, {embedding_model}"));
         }
-        if limits.max_concurrency == 0 || limits.max_concurrency > Semaphore::MAX_PERMITS || limits.max_body == 0 {
+        if limits.max_concurrency == 0 || limits.max_body == 0 {
             return Err("the limits of a body and of concurrency must be above 0".to_string());
         }
+        let places = u32::try_from(limits.max_concurrency).ok().filter(|&all| all as usize <= Semaphore::MAX_PERMITS);
+        let all_places = places.ok_or("the limit of concurrency is above what can be counted")?;
         Ok(Self {
             generation,
             embedding,
@@ -89,6 +92,7 @@ impl App {
             requests: Requests::default(),
             created: now(),
             places: Arc::new(Semaphore::new(limits.max_concurrency)),
+            all_places,
             stopping: watch::Sender::new(false),
             numbers: AtomicU64::new(1),
         })
@@ -100,6 +104,9 @@ impl App {
             return Err(Failure::stopping());
         }
         let place = Arc::clone(&self.places).try_acquire_owned().map_err(|_| {
+            if self.is_stopping() {
+                return Failure::stopping();
+            }
             let most = self.limits.max_concurrency;
             Failure::busy(format_args!("{most} requests are being answered, which is the most. Try again later."))
         })?;
@@ -158,6 +165,12 @@ impl App {
     /// Lets no more requests in.
     pub(crate) fn stop(&self) {
         self.stopping.send_replace(true);
+    }
+
+    /// Waits until no request is being answered; none is let in then.
+    pub(crate) async fn answered(&self) {
+        // nobody closes it
+        drop(self.places.acquire_many(self.all_places).await);
     }
 
     /// Ends what runs and waits, with an error to each caller. Blocks for at most a step.

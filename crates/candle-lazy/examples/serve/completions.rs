@@ -65,6 +65,40 @@ struct Streamed {
     include_usage: bool,
 }
 
+/// How many tokens a text may get.
+#[derive(Debug, Clone, Copy)]
+struct Length {
+    /// The field that says so; of those that say nothing a text gets what the context has room for, at most.
+    said: Option<&'static str>,
+    tokens: usize,
+}
+
+impl Length {
+    fn read(fields: &mut Fields, names: &[&'static str], otherwise: usize) -> Outcome<Self> {
+        let mut length = Self { said: None, tokens: otherwise };
+        for name in names {
+            if let Some(tokens) = fields.count(name, 0, usize::MAX)? {
+                length = Self { said: Some(name), tokens };
+            }
+        }
+        Ok(length)
+    }
+
+    /// Refuses more than a text of `prompt` tokens has room for.
+    fn fits(self, prompt: usize, context: usize) -> Outcome<()> {
+        let Self { said: Some(name), tokens } = self else { return Ok(()) };
+        // a prompt that fills the context by itself is refused when it is submitted
+        if prompt >= context || tokens <= context - prompt {
+            return Ok(());
+        }
+        let room = context - prompt;
+        let message = format!(
+            "`{name}` is {tokens}, behind a text of {prompt} tokens there is room for {room}: the context has {context}."
+        );
+        Err(Failure::too_long(message).of(name))
+    }
+}
+
 /// A request that was read.
 #[derive(Debug)]
 struct Asked {
@@ -208,8 +242,8 @@ fn read_text(app: &App, body: &[u8]) -> Outcome<Asked> {
     let model: String = fields.need("model")?;
     let adapter = app.adapter(&model)?;
     let prompt = fields.need("prompt")?;
-    let echoes = fields.take("echo")?.unwrap_or(false);
-    let max_tokens = fields.count("max_tokens", 0, usize::MAX)?.unwrap_or(MAX_TOKENS);
+    let echoes = fields.flag("echo")?;
+    let length = Length::read(&mut fields, &["max_tokens"], MAX_TOKENS)?;
     fields.only(&[("best_of", |value| value.as_u64() == Some(1)), ("suffix", |value| value.as_str() == Some(""))])?;
     // 0 asks for the chosen tokens' own
     fields.only(&[("logprobs", unless::given)])?;
@@ -236,7 +270,8 @@ fn read_text(app: &App, body: &[u8]) -> Outcome<Asked> {
         asked.push((ids, echo));
     }
     let stop_ids = app.generation.model().config().eos_token_ids.clone();
-    common.asked(Head::new(app, Form::Text, model), asked, adapter, max_tokens, &stop_ids)
+    let context = app.generation.options().max_context;
+    common.asked(Head::new(app, Form::Text, model), asked, adapter, (length, context), &stop_ids)
 }
 
 fn prompt_ids(tokenizer: &Tokenizer, text: &str) -> Outcome<Vec<u32>> {
@@ -248,8 +283,8 @@ fn read_chat(app: &App, body: &[u8]) -> Outcome<Asked> {
     let model: String = fields.need("model")?;
     let adapter = app.adapter(&model)?;
     let messages = messages::read(fields.need("messages")?)?;
-    let old = fields.count("max_tokens", 0, usize::MAX)?;
-    let max_tokens = fields.count("max_completion_tokens", 0, usize::MAX)?.or(old).unwrap_or(usize::MAX);
+    // the newer name of the two counts
+    let length = Length::read(&mut fields, &["max_tokens", "max_completion_tokens"], usize::MAX)?;
     fields.only(&[
         ("logprobs", unless::false_),
         ("top_logprobs", unless::zero),
@@ -273,7 +308,8 @@ fn read_chat(app: &App, body: &[u8]) -> Outcome<Asked> {
     // an answer ends with its message, whatever a config calls the end of a text
     stop_ids.extend(tokenizer.token_to_id("<|im_end|>"));
     let head = Head::new(app, Form::Chat, model);
-    common.asked(head, vec![(ids, String::new())], adapter, max_tokens, &stop_ids)
+    let context = app.generation.options().max_context;
+    common.asked(head, vec![(ids, String::new())], adapter, (length, context), &stop_ids)
 }
 
 /// What both ask for.
@@ -290,7 +326,7 @@ impl Common {
         let temperature = fields.number("temperature", 0.0, 2.0)?.unwrap_or(1.0);
         let top_p = fields.number("top_p", 0.0, 1.0)?.filter(|p| *p < 1.0);
         // any number repeats a text: a negative one stands for one of its own
-        let seed = fields.take::<i64>("seed")?.map(i64::cast_unsigned);
+        let seed = fields.whole("seed")?.map(i64::cast_unsigned);
         let options = SamplingOptions { temperature, top_p, top_k: None };
         let sampling = Sampling { options, seed, ..Sampling::default() };
         let stop = match fields.take("stop")? {
@@ -303,7 +339,7 @@ impl Common {
             return Err(Failure::field("stop", message));
         }
         let n = fields.count("n", 1, TEXTS)?.unwrap_or(1);
-        let stream = fields.take("stream")?.unwrap_or(false);
+        let stream = fields.flag("stream")?;
         let include_usage = match fields.take("stream_options")? {
             None => false,
             Some(_) if !stream => {
@@ -312,7 +348,7 @@ impl Common {
             }
             Some(options) => {
                 let mut options = Fields::within(options, "stream_options")?;
-                let include_usage = options.take("include_usage")?.unwrap_or(false);
+                let include_usage = options.flag("include_usage")?;
                 options.only(&[("include_obfuscation", unless::false_)])?;
                 options.end()?;
                 include_usage
@@ -335,7 +371,7 @@ impl Common {
         head: Head,
         prompts: Vec<(Vec<u32>, String)>,
         adapter: Option<String>,
-        max_tokens: usize,
+        (length, context): (Length, usize),
         stop_ids: &[u32],
     ) -> Outcome<Asked> {
         let count = prompts.len().saturating_mul(self.n);
@@ -346,11 +382,12 @@ impl Common {
         let prompt_tokens = prompts.iter().map(|(ids, _)| ids.len()).sum();
         let (mut requests, mut echo) = (Vec::with_capacity(count), Vec::with_capacity(count));
         for (ids, before) in prompts {
+            length.fits(ids.len(), context)?;
             for number in 0..self.n {
                 // texts of one prompt are to differ, and to repeat themselves
                 let seed = self.sampling.seed.map(|seed| seed.wrapping_add(number as u64));
                 let mut request = GenerationRequest::new(ids.clone())
-                    .max_new_tokens(max_tokens)
+                    .max_new_tokens(length.tokens)
                     .sampling(Sampling { seed, ..self.sampling })
                     .stop_ids(stop_ids.to_vec())
                     .stop(self.stop.clone());

@@ -61,7 +61,7 @@ fn read(app: &App, body: &[u8]) -> Outcome<(Vec<Vec<u32>>, Format)> {
     let input = fields.need("input")?;
     let format = fields.take("encoding_format")?.unwrap_or(Format::Float);
     let width = app.embedding.encoder().model().hidden_size();
-    if let Some(dimensions) = fields.take::<usize>("dimensions")?.filter(|dimensions| *dimensions != width) {
+    if let Some(dimensions) = fields.count("dimensions", 1, usize::MAX)?.filter(|dimensions| *dimensions != width) {
         let message = format!("`dimensions` is {dimensions}, the model's vectors have {width} numbers.");
         return Err(Failure::unsupported("dimensions", message));
     }
@@ -73,8 +73,8 @@ fn read(app: &App, body: &[u8]) -> Outcome<(Vec<Vec<u32>>, Format)> {
         Input::Text(text) => tokenized(app, &[text])?,
         Input::Texts(texts) => tokenized(app, &texts)?,
     };
-    if texts.len() > TEXTS {
-        let message = format!("`input` has {} texts, the most are {TEXTS}.", texts.len());
+    if texts.is_empty() || texts.len() > TEXTS {
+        let message = format!("`input` has {} texts, it must have from 1 to {TEXTS}.", texts.len());
         return Err(Failure::field("input", message));
     }
     Ok((texts, format))

@@ -41,6 +41,11 @@ impl Failure {
         Self { code: Some("unsupported_parameter"), ..Self::field(param, message) }
     }
 
+    /// More tokens than there is room for.
+    pub(crate) fn too_long(message: impl Display) -> Self {
+        Self { code: Some("context_length_exceeded"), ..Self::invalid(message) }
+    }
+
     pub(crate) fn no_model(name: &str, known: &[String]) -> Self {
         let message = format!("The model `{name}` does not exist (there are {}).", known.join(", "));
         let status = StatusCode::NOT_FOUND;
@@ -118,8 +123,7 @@ impl From<nn::Error> for Failure {
         match error {
             nn::Error::EmptyPrompt { .. } => Self::invalid("The text is empty: it has no token."),
             nn::Error::PromptTooLong { len, context, .. } => {
-                let message = format!("The text has {len} tokens, the model's context has room for {context}.");
-                Self { code: Some("context_length_exceeded"), ..Self::invalid(message) }
+                Self::too_long(format_args!("The text has {len} tokens, it may have {context} at most."))
             }
             nn::Error::TokenOutOfRange { id, vocab, .. } => {
                 Self::invalid(format_args!("Token id {id} is outside of the vocabulary of {vocab}."))
@@ -130,7 +134,7 @@ impl From<nn::Error> for Failure {
             nn::Error::Deadline { .. } => Self::late(),
             nn::Error::Exec(error) => match *error {
                 exec::Error::Queue(QueueError::Full { capacity }) => {
-                    Self::busy(format_args!("The queue is full: {capacity} requests wait. Try again later."))
+                    Self::busy(format_args!("The queue is full: {capacity} may wait, and as many do. Try again later."))
                 }
                 exec::Error::Queue(QueueError::Deadline) => Self::late(),
                 exec::Error::Queue(QueueError::Closed) => Self::stopping(),

@@ -47,9 +47,10 @@ impl Fields {
 
     /// A number of a field, within bounds.
     pub(crate) fn number(&mut self, name: &str, least: f64, most: f64) -> Outcome<Option<f64>> {
-        match self.take::<f64>(name)? {
-            Some(value) if !(least..=most).contains(&value) => {
-                Err(Failure::field(name, format_args!("`{name}` is {value}, it must be from {least} to {most}.")))
+        let Some(value) = self.take::<Value>(name)? else { return Ok(None) };
+        match value.as_f64().filter(|value| (least..=most).contains(value)) {
+            None => {
+                Err(Failure::field(name, format_args!("`{name}` is {value}, it must be a number from {least} to {most}.")))
             }
             value => Ok(value),
         }
@@ -57,11 +58,36 @@ impl Fields {
 
     /// A count of a field, within bounds.
     pub(crate) fn count(&mut self, name: &str, least: usize, most: usize) -> Outcome<Option<usize>> {
-        match self.take::<usize>(name)? {
-            Some(value) if !(least..=most).contains(&value) => {
-                Err(Failure::field(name, format_args!("`{name}` is {value}, it must be from {least} to {most}.")))
-            }
-            value => Ok(value),
+        let Some(value) = self.take::<Value>(name)? else { return Ok(None) };
+        let count = value.as_u64().and_then(|value| usize::try_from(value).ok());
+        match count.filter(|count| (least..=most).contains(count)) {
+            None if most == usize::MAX => Err(Failure::field(
+                name,
+                format_args!("`{name}` is {value}, it must be a whole number of at least {least}."),
+            )),
+            None => Err(Failure::field(
+                name,
+                format_args!("`{name}` is {value}, it must be a whole number from {least} to {most}."),
+            )),
+            count => Ok(count),
+        }
+    }
+
+    /// A whole number of a field.
+    pub(crate) fn whole(&mut self, name: &str) -> Outcome<Option<i64>> {
+        let Some(value) = self.take::<Value>(name)? else { return Ok(None) };
+        let whole = value.as_i64();
+        whole.map(Some).ok_or_else(|| {
+            Failure::field(name, format_args!("`{name}` is {value}, it must be a whole number of 64 bits."))
+        })
+    }
+
+    /// Yes or no; no where it is missing.
+    pub(crate) fn flag(&mut self, name: &str) -> Outcome<bool> {
+        match self.take::<Value>(name)? {
+            None => Ok(false),
+            Some(Value::Bool(flag)) => Ok(flag),
+            Some(value) => Err(Failure::field(name, format_args!("`{name}` is {value}, it must be true or false."))),
         }
     }
 

@@ -40,7 +40,8 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .with_state(app)
 }
 
-/// Answers until `stop`; then takes no more connections and finishes what is being answered, until `enough`, which ends it with errors.
+/// Answers until `stop`; then finishes what is being answered, until `enough`, which ends it with errors. Meanwhile who watches is answered,
+/// and who asks for more is told that the server stops; with the last answer it takes no more connections.
 ///
 /// # Errors
 /// The listener's.
@@ -60,6 +61,7 @@ pub(crate) async fn serve(
             app.stop();
             // nobody listens where the server has ended by itself
             told.send(()).unwrap_or_default();
+            app.answered().await;
         }
     };
     let mut server =

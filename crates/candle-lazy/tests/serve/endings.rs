@@ -9,7 +9,7 @@ const PATH: &str = "/v1/completions";
 
 /// A text that takes longer than any test.
 fn endless(streamed: bool) -> Value {
-    json!({ "model": "tiny", "prompt": "eat", "max_tokens": LONG, "stream": streamed })
+    json!({ "model": "tiny", "prompt": "eat", "max_tokens": LONG - 8, "stream": streamed })
 }
 
 /// A server whose texts may be that long.
@@ -141,17 +141,23 @@ async fn a_stop_finishes_what_runs_and_takes_no_more() {
     let whole = tokio::spawn(read(server.post(PATH, &text(false))));
     until(|| server.app.generation.stats().queued == 1).await;
     server.interrupt();
-    let url = format!("{}/health", server.url);
-    while reqwest::get(&url).await.is_ok() {}
-    assert!(server.app.is_stopping());
+    until(|| server.app.is_stopping()).await;
+    // who watches is answered meanwhile, on new connections too; who asks for more is told
+    for (path, status) in [("/health/ready", 503), ("/health", 503), ("/health/live", 200), ("/metrics", 200)] {
+        assert_eq!(reqwest::get(format!("{}{path}", server.url)).await.unwrap().status(), status, "{path}");
+    }
+    let (status, answer) = server.ask(PATH, &text(false)).await;
+    assert_eq!((status, code(&answer)), (503, "shutting_down"), "{answer}");
+    assert_eq!(server.app.generation.stats().running, 1, "the first one runs still");
     while let Some(more) = streamed.chunk().await.unwrap() {
         events.extend(more);
     }
     assert!(events.ends_with(b"data: [DONE]\n\n"));
     let (status, answer) = whole.await.unwrap();
     assert_eq!((status, &answer["usage"]["completion_tokens"]), (200, &json!(NEW)), "{answer}");
-    let app = server.app.clone();
+    let (app, url) = (server.app.clone(), format!("{}/health", server.url));
     server.stop().await;
+    assert!(reqwest::get(&url).await.is_err(), "nobody listens any more");
     let stats = app.generation.stats();
     assert_eq!((stats.running, stats.queued, stats.completed, stats.failed, stats.cancelled), (0, 0, 2, 0, 0));
 }

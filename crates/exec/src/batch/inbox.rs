@@ -1,5 +1,6 @@
 //! A bounded line of jobs, for who serves them and who asks.
 
+use super::alarm::Alarm;
 use super::line::{Line, Place, Refused, Started};
 use super::stats::Counters;
 use super::task::{Asker, Task};
@@ -41,8 +42,8 @@ impl Priority {
 pub struct SubmitOptions {
     /// How often requests like this get their turn.
     pub priority: Priority,
-    /// When it must have begun: a request that has not is an error then, and is not run. A future looks when it is polled: to have the error in
-    /// time while nothing else wakes the task takes a timer of the runtime.
+    /// When it must have begun: a request that has not is an error then, and is not run. Who waits for it is told then; for futures a thread
+    /// of this crate sees to it, and no timer of a runtime.
     pub deadline: Option<Instant>,
     /// Whose it is: callers with different numbers get equal turns, however much one of them asks for.
     pub lane: u64,
@@ -142,7 +143,8 @@ impl<J, T> Inbox<J, T> {
     /// The future's: as [`Inbox::submit`].
     pub fn submit_async(&self, job: J, how: &SubmitOptions) -> Entering<J, T> {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
-        Entering { inbox: self.clone(), job: Some(job), how: *how, number: NUMBER.fetch_add(1, Ordering::Relaxed) }
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        Entering { inbox: self.clone(), job: Some(job), how: *how, number, alarm: Alarm::default() }
     }
 
     fn place(&self, how: &SubmitOptions) -> Result<Place> {
@@ -158,9 +160,15 @@ impl<J, T> Inbox<J, T> {
         Error::Queue(why)
     }
 
+    fn refused(&self, error: &Error) {
+        if let Error::Queue(why) = error {
+            self.0.counters.refused(why);
+        }
+    }
+
     fn ticket(&self, task: Arc<Task<J, Result<T>>>, how: &SubmitOptions) -> Ticket<J, T> {
         self.0.counters.submitted();
-        Ticket { task, inbox: self.clone(), deadline: how.deadline }
+        Ticket { task, inbox: self.clone(), deadline: how.deadline, alarm: Alarm::default() }
     }
 
     /// Sleeps until a job waits, then for others as the window says, and takes them, in the order in which they are due. `None` once the
@@ -185,6 +193,12 @@ impl<J, T> Inbox<J, T> {
                 return Some(drawn);
             }
         }
+    }
+
+    /// Says how many jobs would begin at once: as many are let in beside those that may wait, one less for each that is drawn from now on.
+    /// A server that is idle, or has room beside what it does, says so before it draws; a line whose server never does lets in its capacity.
+    pub fn set_free_slots(&self, slots: usize) {
+        self.0.line.set_slots(slots);
     }
 
     /// Takes what waits now, at most `most`.
@@ -270,6 +284,7 @@ pub struct Ticket<J, T> {
     task: Arc<Task<J, Result<T>>>,
     inbox: Inbox<J, T>,
     deadline: Option<Instant>,
+    alarm: Alarm,
 }
 
 impl<J, T> std::fmt::Debug for Ticket<J, T> {
@@ -306,14 +321,11 @@ impl<J, T> Ticket<J, T> {
             None => match self.deadline {
                 Some(deadline) => match self.task.sleep_until(deadline) {
                     Some(result) => result,
-                    None if self.task.is_waiting() => {
-                        return match self.withdraw() {
-                            true => Err(self.inbox.refuse(QueueError::Deadline)),
-                            // it was drawn in this very moment
-                            false => taken(self.task.sleep()),
-                        };
-                    }
-                    None => self.task.sleep(),
+                    None => match self.withdraw() {
+                        true => return Err(self.inbox.refuse(QueueError::Deadline)),
+                        // it runs
+                        false => self.task.sleep(),
+                    },
                 },
                 None => self.task.sleep(),
             },
@@ -367,9 +379,20 @@ impl<J, T> Future for Ticket<J, T> {
     type Output = Result<T>;
 
     /// Ready once; an error after that.
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let polled = self.task.poll(context.waker());
         if polled.is_pending() && self.is_waiting() {
+            if let Some(deadline) = self.deadline {
+                let alarm = match deadline <= Instant::now() {
+                    true => Err(Error::Queue(QueueError::Deadline)),
+                    false => self.alarm.set(deadline, context.waker()).map_err(Error::from),
+                };
+                // one that was drawn in this very moment runs, and wakes when it has
+                if let Some(error) = alarm.err().filter(|_| self.withdraw()) {
+                    self.inbox.refused(&error);
+                    return Poll::Ready(Err(error));
+                }
+            }
             self.inbox.0.line.hurry();
         }
         polled.map(taken)
@@ -389,6 +412,7 @@ pub struct Entering<J, T> {
     job: Option<J>,
     how: SubmitOptions,
     number: u64,
+    alarm: Alarm,
 }
 
 impl<J, T> std::fmt::Debug for Entering<J, T> {
@@ -415,6 +439,9 @@ impl<J: Unpin, T> Future for Entering<J, T> {
                 Ok(task) => return Poll::Ready(Ok(this.inbox.ticket(task, &this.how))),
                 Err(Refused::Closed(_)) => return Poll::Ready(Err(this.inbox.refuse(QueueError::Closed))),
                 Err(Refused::Full(job)) => this.job = Some(job),
+            }
+            if let Some(deadline) = this.how.deadline {
+                this.alarm.set(deadline, context.waker())?;
             }
             if !this.inbox.0.line.knock(this.number, context.waker()) {
                 return Poll::Pending;

@@ -82,6 +82,8 @@ struct State<J, T> {
     waiting: BinaryHeap<Reverse<Entry<J, T>>>,
     /// How many of them are wanted; the others were abandoned and are skipped.
     live: usize,
+    /// How many more than may wait are let in: who draws takes as many at once.
+    slots: usize,
     /// The turn that was drawn last.
     clock: u64,
     /// How many were ever put in.
@@ -134,6 +136,7 @@ impl<J, T> Line<J, T> {
         let state = State {
             waiting: BinaryHeap::new(),
             live: 0,
+            slots: 0,
             clock: 0,
             number: 0,
             lanes: FastMap::default(),
@@ -174,7 +177,7 @@ impl<J, T> Line<J, T> {
             if state.closed {
                 return Err(Refused::Closed(job));
             }
-            if state.live >= self.capacity {
+            if !state.has_room(self.capacity) {
                 return Err(Refused::Full(job));
             }
             state.enter(job, place)
@@ -193,7 +196,7 @@ impl<J, T> Line<J, T> {
                 if state.closed {
                     return Err(Refused::Closed(job));
                 }
-                if state.live < self.capacity {
+                if state.has_room(self.capacity) {
                     break;
                 }
                 let over = place.deadline.is_some_and(|end| Instant::now() >= end);
@@ -222,7 +225,7 @@ impl<J, T> Line<J, T> {
     pub(super) fn knock(&self, number: u64, waker: &Waker) -> bool {
         let (now, old) = {
             let mut state = held(self.state.lock());
-            if state.closed || state.live < self.capacity {
+            if state.closed || state.has_room(self.capacity) {
                 (true, state.knocking.remove(&number))
             } else {
                 (false, state.knocking.insert(number, waker.clone()))
@@ -239,6 +242,17 @@ impl<J, T> Line<J, T> {
     pub(super) fn leave(&self, number: u64) {
         let old = held(self.state.lock()).knocking.remove(&number);
         drop(old);
+    }
+
+    /// Lets in so many more than may wait, less one for each that is drawn from now on.
+    pub(super) fn set_slots(&self, slots: usize) {
+        let freed = {
+            let mut state = held(self.state.lock());
+            let more = slots > state.slots;
+            state.slots = slots;
+            if more { state.freed() } else { (false, Vec::new()) }
+        };
+        self.tell_room(freed);
     }
 
     /// A job that waited was abandoned.
@@ -348,6 +362,7 @@ impl<J, T> Line<J, T> {
             state.clock = state.clock.max(entry.turn);
             started.push(Started { task: entry.task, job, arrived: entry.arrived, late });
         }
+        state.slots = state.slots.saturating_sub(started.len());
         // who hurried may wait for one that is left
         state.hurried &= state.live > 0;
         if state.nearest.is_some() {
@@ -409,6 +424,10 @@ impl<J, T> State<J, T> {
         // a deadline that is new may be nearer than the one that the drawer sleeps for
         let calls = self.sleeps_for.is_some_and(|n| self.live >= n || deadline.is_some());
         (task, calls)
+    }
+
+    fn has_room(&self, capacity: usize) -> bool {
+        self.live < capacity.saturating_add(self.slots)
     }
 
     /// Who waits for room, if there is any or the line is closed.

@@ -26,6 +26,7 @@
 //! [`Inbox`] is what it is built on: a bounded line of jobs with priorities, equal turns, deadlines and cancelling, for services that
 //! batch something else.
 
+mod alarm;
 mod executor;
 mod inbox;
 mod line;

@@ -143,6 +143,22 @@ fn who_waits_for_room_gets_in_when_a_job_is_drawn_or_abandoned() {
     });
 }
 
+#[test]
+fn who_waits_for_room_gets_in_when_a_server_has_a_free_slot() {
+    model(1, |line| {
+        let first = line.push(1, place()).ok().unwrap();
+        let other = {
+            let line = line.clone();
+            thread::spawn(move || line.push_when_room(2, place()).ok().unwrap().sleep())
+        };
+        line.set_slots(1);
+        let server = serve(&line, 1);
+        assert_eq!((first.sleep(), other.join().unwrap()), (Some(10), Some(20)));
+        line.close(false);
+        assert_eq!(server.join().unwrap(), 2);
+    });
+}
+
 /// Sleeps until it is woken.
 struct Bell {
     rung: Mutex<bool>,

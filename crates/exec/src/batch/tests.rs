@@ -107,6 +107,24 @@ fn many_cancelled_jobs_leave_nothing_behind() {
 }
 
 #[test]
+fn a_server_with_free_slots_lets_in_as_many_beside_those_that_wait() {
+    let inbox = Jobs::new(2);
+    let try_in = |job| inbox.try_submit(job, &SubmitOptions::default());
+    inbox.set_free_slots(3);
+    let tickets: Vec<_> = (0..5).map(|i| try_in(i).unwrap()).collect();
+    assert_eq!(why(try_in(5)), QueueError::Full { capacity: 2 });
+    // those that begin take the slots with them
+    let drawn = inbox.try_draw(3);
+    assert_eq!(drawn.len(), 3);
+    assert_eq!(why(try_in(6)), QueueError::Full { capacity: 2 });
+    inbox.set_free_slots(1);
+    let one = try_in(7).unwrap();
+    assert_eq!(why(try_in(8)), QueueError::Full { capacity: 2 });
+    drop((tickets, drawn, one));
+    assert!(inbox.is_empty());
+}
+
+#[test]
 fn a_deadline_in_the_past_is_refused_and_one_that_passes_is_an_error() {
     let inbox = Jobs::new(1);
     let past = SubmitOptions { deadline: Some(Instant::now()), ..SubmitOptions::default() };
@@ -121,6 +139,54 @@ fn a_deadline_in_the_past_is_refused_and_one_that_passes_is_an_error() {
     assert!(inbox.try_draw(1).is_empty(), "a late one is not served");
     assert_eq!(why(ticket.wait()), QueueError::Deadline);
     assert_eq!(inbox.stats().expired, 4);
+}
+
+/// Polls on this thread when it is woken; how often.
+fn polled<F: Future + Unpin>(mut future: F) -> (F::Output, usize) {
+    struct Unpark(std::thread::Thread);
+    impl std::task::Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+    let mut context = Context::from_waker(&waker);
+    for polls in 1.. {
+        match std::pin::Pin::new(&mut future).poll(&mut context) {
+            Poll::Ready(output) => return (output, polls),
+            Poll::Pending => std::thread::park(),
+        }
+    }
+    unreachable!("it was polled for ever")
+}
+
+#[test]
+fn a_future_is_told_of_its_deadline_when_nothing_else_wakes_it() {
+    let inbox = Jobs::new(1);
+    let soon = || Instant::now() + Duration::from_millis(20);
+    let until = |deadline| SubmitOptions { deadline: Some(deadline), ..SubmitOptions::default() };
+    let deadline = soon();
+    let (result, polls) = polled(inbox.submit(1, &until(deadline)).unwrap());
+    // a thread may be unparked once for nothing
+    assert!(why(result) == QueueError::Deadline && Instant::now() >= deadline && polls <= 3, "{polls} polls");
+    assert!(inbox.is_empty(), "it left the line");
+    // nor does one that waits for room
+    let first = inbox.submit(2, &SubmitOptions::default()).unwrap();
+    let deadline = soon();
+    let (result, polls) = polled(inbox.submit_async(3, &until(deadline)));
+    assert!(why(result) == QueueError::Deadline && Instant::now() >= deadline && polls <= 3, "{polls} polls");
+    assert_eq!((inbox.len(), inbox.stats().expired, inbox.stats().cancelled), (1, 2, 0));
+    drop(first);
+    // one that runs by then has its answer
+    let deadline = soon();
+    let ticket = inbox.submit(4, &until(deadline)).unwrap();
+    let mut drawn = inbox.try_draw(1);
+    let server = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(40));
+        drawn.pop().unwrap().finish(Ok(40));
+    });
+    assert_eq!(polled(ticket).0.unwrap(), 40);
+    server.join().unwrap();
 }
 
 #[test]

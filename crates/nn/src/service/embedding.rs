@@ -27,7 +27,7 @@ const NAME: &str = "embedding service";
 pub struct EmbeddingOptions {
     /// How many requests are taken together at most, and how long the first one waits for company.
     pub window: Window,
-    /// Requests that may wait.
+    /// Requests that may wait, beside those that an idle service begins with at once.
     pub queue: usize,
     /// Tokens of one evaluation at most: bounds its memory. One text is computed whole, whatever its length.
     pub batch_tokens: usize,
@@ -80,6 +80,7 @@ impl EmbeddingService {
             }
         }
         let inbox = Inbox::new(options.queue);
+        inbox.set_free_slots(options.window.max_batch);
         let counters = Arc::new(Counters::default());
         let work = Work { inbox: inbox.clone(), counters: Arc::clone(&counters), encoder: encoder.clone(), options };
         let worker = Mutex::new(Worker::start("candle-lazy-embedding", move || work.run())?);
@@ -257,6 +258,7 @@ struct Text {
 impl Work {
     fn run(self) {
         while let Some(drawn) = self.inbox.draw(&self.options.window) {
+            self.inbox.set_free_slots(0);
             let (count, began) = (drawn.len(), Instant::now());
             let (mut requests, mut texts) = self.begin(drawn);
             texts.sort_by_key(|text| text.ids.len());
@@ -269,6 +271,7 @@ impl Work {
                 rest = after;
             }
             self.inbox.ran(count, began.elapsed());
+            self.inbox.set_free_slots(self.options.window.max_batch);
         }
     }
 

@@ -38,7 +38,7 @@ const SMALLEST_CACHE: usize = 256;
 pub struct GenerationOptions {
     /// Texts that are continued at once.
     pub max_running: usize,
-    /// Requests that may wait.
+    /// Requests that may wait, beside those that begin with the next step.
     pub queue: usize,
     /// Positions of a text at most, prompt included; no more than the model's context.
     pub max_context: usize,
@@ -123,6 +123,7 @@ impl GenerationService {
             ));
         }
         let inbox = Inbox::new(options.queue);
+        inbox.set_free_slots(options.max_running);
         let shared = Arc::new(Shared::default());
         let decoder = PackedDecoder::new(model.clone());
         let (queue, of_thread) = (inbox.clone(), Arc::clone(&shared));

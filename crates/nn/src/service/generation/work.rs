@@ -58,6 +58,7 @@ impl<'v> Work<'v> {
     /// Takes requests from the queue as far as there is room; sleeps while there is nothing to do. False at the end.
     fn admit(&mut self) -> bool {
         let room = self.options.max_running.saturating_sub(self.slots.len() + self.waiting.len());
+        self.inbox.set_free_slots(room);
         let drawn = if self.slots.is_empty() && self.waiting.is_empty() {
             // whoever comes next joins at the next step: nobody has to wait for company
             let window = Window { max_batch: room, max_wait: MaxWait::Fixed(Duration::ZERO) };
