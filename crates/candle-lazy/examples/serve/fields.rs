@@ -49,9 +49,10 @@ impl Fields {
     pub(crate) fn number(&mut self, name: &str, least: f64, most: f64) -> Outcome<Option<f64>> {
         let Some(value) = self.take::<Value>(name)? else { return Ok(None) };
         match value.as_f64().filter(|value| (least..=most).contains(value)) {
-            None => {
-                Err(Failure::field(name, format_args!("`{name}` is {value}, it must be a number from {least} to {most}.")))
-            }
+            None => Err(Failure::field(
+                name,
+                format_args!("`{name}` is {value}, it must be a number from {least} to {most}."),
+            )),
             value => Ok(value),
         }
     }

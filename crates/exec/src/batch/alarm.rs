@@ -113,7 +113,8 @@ mod tests {
     #[test]
     fn each_alarm_rings_at_its_time_unless_it_was_set_again_or_dropped() {
         let (sender, rung) = channel();
-        let bells = ["first", "second", "moved", "panics", "dropped"].map(|name| Arc::new(Bell(name, Mutex::new(sender.clone()))));
+        let bells = ["first", "second", "moved", "panics", "dropped"]
+            .map(|name| Arc::new(Bell(name, Mutex::new(sender.clone()))));
         let wakers = bells.each_ref().map(|bell| Waker::from(bell.clone()));
         let begin = Instant::now();
         let after = |ms| begin + Duration::from_millis(ms);

@@ -250,7 +250,11 @@ impl<J, T> Line<J, T> {
             let mut state = held(self.state.lock());
             let more = slots > state.slots;
             state.slots = slots;
-            if more { state.freed() } else { (false, Vec::new()) }
+            if more {
+                state.freed()
+            } else {
+                (false, Vec::new())
+            }
         };
         self.tell_room(freed);
     }

@@ -48,13 +48,13 @@ fn advise(start: usize, bytes: usize) {
 fn advise(_: usize, _: usize) {}
 
 /// From this size on memory is made to be there.
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", not(miri)))]
 const POPULATE_FROM: usize = 128 << 10;
 /// What one thread makes to be there, at least.
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", not(miri)))]
 const PART: usize = 64 << 10;
 /// About how long a page takes, in nanoseconds.
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", not(miri)))]
 const PAGE_NS: usize = 500;
 
 /// Up to this size to ask the system whether memory is there takes a noticeable part of what a kernel does with it.
@@ -154,9 +154,12 @@ mod tests {
     use super::*;
     use candle_core::DType;
 
+    /// Elements of what is large; Miri takes a microsecond for each.
+    const LARGE: usize = if cfg!(miri) { 5000 } else { 3 << 20 };
+
     #[test]
     fn populated_memory_holds_what_it_held() {
-        for len in [0usize, 1, 20_000, 40_000, 3 << 20] {
+        for len in [0usize, 1, 20_000, 40_000, LARGE] {
             for _ in 0..2 {
                 let mut data = Data::fresh(DType::F32, len).unwrap();
                 if let Data::F32(numbers) = &mut data {
@@ -200,7 +203,7 @@ mod tests {
 
     #[test]
     fn the_memory_holds_what_an_ordinary_vec_holds() {
-        for len in [0usize, 1, 1000, 3 << 20] {
+        for len in [0usize, 1, 1000, LARGE] {
             let mut vec: Vec<f32> = vec_with_huge_pages(len);
             assert!(vec.is_empty() && vec.capacity() >= len);
             vec.extend((0..len).map(|i| i as f32));

@@ -30,8 +30,11 @@ pub(super) fn drop_iteratively(waiting: Option<Waiting>) {
             // `into_inner` gives the node to exactly one of the threads that drop it at the same time
             None => Arc::into_inner(node).and_then(|mut node| node.take_waiting()),
         };
-        if let Some(waiting) = waiting {
-            stack.extend(waiting.inputs);
+        match waiting {
+            // one behind another: nothing is moved piece by piece
+            Some(waiting) if stack.is_empty() => stack = waiting.inputs,
+            Some(waiting) => stack.extend(waiting.inputs),
+            None => {}
         }
     }
 }
