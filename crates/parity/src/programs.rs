@@ -141,6 +141,17 @@ const PROGRAMS: &[(&str, Write)] = &[
         let y = d.binary(Sub, a, b)?;
         Ok(vec![d.binary(Div, c, y)?, d.op(Op::Matmul, &[], &[a, b])?])
     }),
+    ("a sum and its norm", |d| {
+        let (x, y, w) = (d.leaf(&[5, 40]), d.leaf(&[5, 40]), d.leaf(&[40]));
+        let sum = d.binary(Add, x, y)?;
+        Ok(vec![d.op(Op::RmsNorm { weight: true }, &[1e-5], &[sum, w])?, sum])
+    }),
+    ("a sum of three and its softmax", |d| {
+        let (x, y, z) = (d.leaf(&[5, 40]), d.leaf(&[5, 40]), d.leaf(&[5, 40]));
+        let sum = d.binary(Add, x, y)?;
+        let sum = d.binary(Add, z, sum)?;
+        Ok(vec![sum, d.softmax(sum, 1)?])
+    }),
     ("softmax over two dims", |d| {
         let (x, y) = (d.leaf(&[4, 4]), d.leaf(&[4, 4]));
         let (a, b) = (d.softmax(x, 0)?, d.softmax(y, 1)?);

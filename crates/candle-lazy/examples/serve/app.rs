@@ -4,7 +4,7 @@ use super::failure::{Failure, Outcome};
 use super::metrics::Requests;
 use candle_lazy::nn::service::{EmbeddingService, GenerationService, Shutdown, SubmitOptions};
 use std::future::Future;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{watch, OwnedSemaphorePermit, Semaphore};
@@ -35,6 +35,7 @@ pub(crate) struct App {
     pub(crate) created: u64,
     places: Arc<Semaphore>,
     all_places: u32,
+    in_flight: Arc<AtomicUsize>,
     stopping: watch::Sender<bool>,
     numbers: AtomicU64,
 }
@@ -43,7 +44,20 @@ pub(crate) struct App {
 #[derive(Debug, Clone)]
 pub(crate) struct Admission {
     pub(crate) deadline: Instant,
-    _place: Arc<OwnedSemaphorePermit>,
+    _place: Arc<Place>,
+}
+
+/// Among the requests that are being answered.
+#[derive(Debug)]
+struct Place {
+    _permit: OwnedSemaphorePermit,
+    in_flight: Arc<AtomicUsize>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Admission {
@@ -93,6 +107,7 @@ impl App {
             created: now(),
             places: Arc::new(Semaphore::new(limits.max_concurrency)),
             all_places,
+            in_flight: Arc::default(),
             stopping: watch::Sender::new(false),
             numbers: AtomicU64::new(1),
         })
@@ -103,19 +118,22 @@ impl App {
         if self.is_stopping() {
             return Err(Failure::stopping());
         }
-        let place = Arc::clone(&self.places).try_acquire_owned().map_err(|_| {
+        let permit = Arc::clone(&self.places).try_acquire_owned().map_err(|_| {
             if self.is_stopping() {
                 return Failure::stopping();
             }
             let most = self.limits.max_concurrency;
             Failure::busy(format_args!("{most} requests are being answered, which is the most. Try again later."))
         })?;
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        let place = Place { _permit: permit, in_flight: Arc::clone(&self.in_flight) };
         Ok(Admission { deadline: Instant::now() + self.limits.timeout, _place: Arc::new(place) })
     }
 
     /// Requests that are being answered.
     pub(crate) fn in_flight(&self) -> usize {
-        self.limits.max_concurrency - self.places.available_permits()
+        // not by the places that are free: who waits for the last answer holds those
+        self.in_flight.load(Ordering::Relaxed)
     }
 
     /// The adapter that a request for a text names as its model: none for the model itself.

@@ -123,7 +123,9 @@ impl From<nn::Error> for Failure {
         match error {
             nn::Error::EmptyPrompt { .. } => Self::invalid("The text is empty: it has no token."),
             nn::Error::PromptTooLong { len, context, .. } => {
-                Self::too_long(format_args!("The text has {len} tokens, it may have {context} at most."))
+                let room =
+                    if len > context { "more than there is room for" } else { "which leaves no room for another" };
+                Self::too_long(format_args!("The text has {len} tokens, {room}: the context has {context}."))
             }
             nn::Error::TokenOutOfRange { id, vocab, .. } => {
                 Self::invalid(format_args!("Token id {id} is outside of the vocabulary of {vocab}."))

@@ -3,6 +3,7 @@
 use super::failure::{Failure, Outcome};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
+use std::fmt::Arguments;
 
 /// A name, and whether a value of it asks for what is done anyway.
 pub(crate) type Only<'a> = (&'a str, fn(&Value) -> bool);
@@ -47,49 +48,38 @@ impl Fields {
 
     /// A number of a field, within bounds.
     pub(crate) fn number(&mut self, name: &str, least: f64, most: f64) -> Outcome<Option<f64>> {
-        let Some(value) = self.take::<Value>(name)? else { return Ok(None) };
-        match value.as_f64().filter(|value| (least..=most).contains(value)) {
-            None => Err(Failure::field(
-                name,
-                format_args!("`{name}` is {value}, it must be a number from {least} to {most}."),
-            )),
-            value => Ok(value),
-        }
+        let within = |value: &Value| value.as_f64().filter(|value| (least..=most).contains(value));
+        self.which(name, within, format_args!("a number from {least} to {most}"))
     }
 
     /// A count of a field, within bounds.
     pub(crate) fn count(&mut self, name: &str, least: usize, most: usize) -> Outcome<Option<usize>> {
-        let Some(value) = self.take::<Value>(name)? else { return Ok(None) };
-        let count = value.as_u64().and_then(|value| usize::try_from(value).ok());
-        match count.filter(|count| (least..=most).contains(count)) {
-            None if most == usize::MAX => Err(Failure::field(
-                name,
-                format_args!("`{name}` is {value}, it must be a whole number of at least {least}."),
-            )),
-            None => Err(Failure::field(
-                name,
-                format_args!("`{name}` is {value}, it must be a whole number from {least} to {most}."),
-            )),
-            count => Ok(count),
-        }
+        let count = |value: &Value| value.as_u64().and_then(|value| usize::try_from(value).ok());
+        let within = |value: &Value| count(value).filter(|count| (least..=most).contains(count));
+        self.which(name, within, format_args!("a whole number from {least} to {most}"))
     }
 
     /// A whole number of a field.
     pub(crate) fn whole(&mut self, name: &str) -> Outcome<Option<i64>> {
-        let Some(value) = self.take::<Value>(name)? else { return Ok(None) };
-        let whole = value.as_i64();
-        whole.map(Some).ok_or_else(|| {
-            Failure::field(name, format_args!("`{name}` is {value}, it must be a whole number of 64 bits."))
-        })
+        self.which(name, Value::as_i64, format_args!("a whole number from {} to {}", i64::MIN, i64::MAX))
     }
 
     /// Yes or no; no where it is missing.
     pub(crate) fn flag(&mut self, name: &str) -> Outcome<bool> {
-        match self.take::<Value>(name)? {
-            None => Ok(false),
-            Some(Value::Bool(flag)) => Ok(flag),
-            Some(value) => Err(Failure::field(name, format_args!("`{name}` is {value}, it must be true or false."))),
-        }
+        Ok(self.which(name, Value::as_bool, format_args!("true or false"))?.unwrap_or(false))
+    }
+
+    /// What `read` makes of a field, which must be `what`.
+    fn which<T>(
+        &mut self,
+        name: &str,
+        read: impl FnOnce(&Value) -> Option<T>,
+        what: Arguments<'_>,
+    ) -> Outcome<Option<T>> {
+        let Some(value) = self.take::<Value>(name)? else { return Ok(None) };
+        read(&value).map(Some).ok_or_else(|| {
+            Failure::field(name, format_args!("`{name}` is {}, it must be {what}.", begin(&value.to_string())))
+        })
     }
 
     /// Fields that change nothing about an answer: who asks, and notes.
@@ -119,6 +109,15 @@ impl Fields {
             Some((name, _)) => Err(Failure::unsupported(&name, format_args!("The field `{name}` is not known here."))),
             None => Ok(()),
         }
+    }
+}
+
+/// The beginning of what may be long.
+fn begin(text: &str) -> String {
+    const MOST: usize = 40;
+    match text.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
+        None => text.to_string(),
     }
 }
 

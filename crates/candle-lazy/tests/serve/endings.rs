@@ -148,7 +148,10 @@ async fn a_stop_finishes_what_runs_and_takes_no_more() {
     }
     let (status, answer) = server.ask(PATH, &text(false)).await;
     assert_eq!((status, code(&answer)), (503, "shutting_down"), "{answer}");
-    assert_eq!(server.app.generation.stats().running, 1, "the first one runs still");
+    let metrics = reqwest::get(format!("{}/metrics", server.url)).await.unwrap().text().await.unwrap();
+    let stats = server.app.generation.stats();
+    assert_eq!((stats.running, stats.queued), (1, 1), "the first one runs still");
+    assert!(metrics.lines().any(|line| line == "candle_lazy_http_requests_in_flight 2"), "{metrics}");
     while let Some(more) = streamed.chunk().await.unwrap() {
         events.extend(more);
     }

@@ -160,12 +160,6 @@ impl<J, T> Inbox<J, T> {
         Error::Queue(why)
     }
 
-    fn refused(&self, error: &Error) {
-        if let Error::Queue(why) = error {
-            self.0.counters.refused(why);
-        }
-    }
-
     fn ticket(&self, task: Arc<Task<J, Result<T>>>, how: &SubmitOptions) -> Ticket<J, T> {
         self.0.counters.submitted();
         Ticket { task, inbox: self.clone(), deadline: how.deadline, alarm: Alarm::default() }
@@ -389,7 +383,11 @@ impl<J, T> Future for Ticket<J, T> {
                 };
                 // one that was drawn in this very moment runs, and wakes when it has
                 if let Some(error) = alarm.err().filter(|_| self.withdraw()) {
-                    self.inbox.refused(&error);
+                    match &error {
+                        Error::Queue(why) => self.inbox.0.counters.refused(why),
+                        // without an alarm nobody would be told in time: the request goes
+                        _ => self.inbox.0.counters.cancelled(),
+                    }
                     return Poll::Ready(Err(error));
                 }
             }

@@ -324,7 +324,7 @@ impl<J, T> Line<J, T> {
         wanted: Option<Wanted>,
     ) -> MutexGuard<'a, State<J, T>> {
         let Some(Wanted { enough, until, leisurely }) = wanted else { return state };
-        let enough = enough.min(self.capacity);
+        let enough = enough.min(self.capacity.saturating_add(state.slots));
         while state.live < enough && !state.closed && !(leisurely && (state.hurried || state.nearest.is_some())) {
             let end = state.nearest.map_or(until, |nearest| nearest.min(until));
             if Instant::now() >= end {
@@ -366,7 +366,8 @@ impl<J, T> Line<J, T> {
             state.clock = state.clock.max(entry.turn);
             started.push(Started { task: entry.task, job, arrived: entry.arrived, late });
         }
-        state.slots = state.slots.saturating_sub(started.len());
+        // one that is late begins nowhere
+        state.slots = state.slots.saturating_sub(started.iter().filter(|one| !one.late).count());
         // who hurried may wait for one that is left
         state.hurried &= state.live > 0;
         if state.nearest.is_some() {

@@ -149,11 +149,14 @@ fn who_waits_for_room_gets_in_when_a_server_has_a_free_slot() {
         let first = line.push(1, place()).ok().unwrap();
         let other = {
             let line = line.clone();
-            thread::spawn(move || line.push_when_room(2, place()).ok().unwrap().sleep())
+            thread::spawn(move || line.push_when_room(2, place()).ok().unwrap())
         };
         line.set_slots(1);
+        // nobody draws before it is in
+        let second = other.join().unwrap();
+        assert!(matches!(line.push(3, place()), Err(Refused::Full(3))));
         let server = serve(&line, 1);
-        assert_eq!((first.sleep(), other.join().unwrap()), (Some(10), Some(20)));
+        assert_eq!((first.sleep(), second.sleep()), (Some(10), Some(20)));
         line.close(false);
         assert_eq!(server.join().unwrap(), 2);
     });
@@ -174,14 +177,15 @@ impl Wake for Bell {
 
 #[test]
 fn who_knocks_is_woken_when_there_is_room_or_the_line_is_closed() {
-    for close in [false, true] {
+    for how in ["closed", "drawn", "slots"] {
         model(1, move |line| {
             let first = line.push(1, place()).ok().unwrap();
             let other = {
                 let line = line.clone();
-                thread::spawn(move || match close {
-                    true => assert_eq!(line.close(true).len(), 1),
-                    false => assert_eq!(line.try_draw(1).len(), 1),
+                thread::spawn(move || match how {
+                    "closed" => assert_eq!(line.close(true).len(), 1),
+                    "drawn" => assert_eq!(line.try_draw(1).len(), 1),
+                    _ => line.set_slots(1),
                 })
             };
             let bell = std::sync::Arc::new(Bell { rung: Mutex::new(false), heard: Condvar::new() });
@@ -191,7 +195,7 @@ fn who_knocks_is_woken_when_there_is_room_or_the_line_is_closed() {
                     rung = bell.heard.wait(rung).unwrap();
                 }
             }
-            assert_eq!(line.push(2, place()).is_ok(), !close);
+            assert_eq!(line.push(2, place()).is_ok(), how != "closed");
             other.join().unwrap();
             drop(first);
         });

@@ -120,7 +120,15 @@ fn a_server_with_free_slots_lets_in_as_many_beside_those_that_wait() {
     inbox.set_free_slots(1);
     let one = try_in(7).unwrap();
     assert_eq!(why(try_in(8)), QueueError::Full { capacity: 2 });
+    // nothing begins with one that is late
     drop((tickets, drawn, one));
+    let soon = Instant::now() + Duration::from_millis(1);
+    let late = inbox.try_submit(9, &SubmitOptions { deadline: Some(soon), ..SubmitOptions::default() });
+    while Instant::now() <= soon {}
+    assert!(inbox.try_draw(1).is_empty());
+    let tickets: Vec<_> = (0..3).map(|i| try_in(i).unwrap()).collect();
+    assert_eq!(why(try_in(10)), QueueError::Full { capacity: 2 });
+    drop((tickets, late));
     assert!(inbox.is_empty());
 }
 
@@ -154,8 +162,9 @@ fn polled<F: Future + Unpin>(mut future: F) -> (F::Output, usize) {
     for polls in 1.. {
         match std::pin::Pin::new(&mut future).poll(&mut context) {
             Poll::Ready(output) => return (output, polls),
-            Poll::Pending => std::thread::park(),
+            Poll::Pending => std::thread::park_timeout(Duration::from_secs(60)),
         }
+        assert!(polls < 100, "nothing wakes it");
     }
     unreachable!("it was polled for ever")
 }
@@ -163,7 +172,7 @@ fn polled<F: Future + Unpin>(mut future: F) -> (F::Output, usize) {
 #[test]
 fn a_future_is_told_of_its_deadline_when_nothing_else_wakes_it() {
     let inbox = Jobs::new(1);
-    let soon = || Instant::now() + Duration::from_millis(20);
+    let soon = || Instant::now() + Duration::from_millis(200);
     let until = |deadline| SubmitOptions { deadline: Some(deadline), ..SubmitOptions::default() };
     let deadline = soon();
     let (result, polls) = polled(inbox.submit(1, &until(deadline)).unwrap());
@@ -182,7 +191,7 @@ fn a_future_is_told_of_its_deadline_when_nothing_else_wakes_it() {
     let ticket = inbox.submit(4, &until(deadline)).unwrap();
     let mut drawn = inbox.try_draw(1);
     let server = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(40));
+        std::thread::sleep(Duration::from_millis(400));
         drawn.pop().unwrap().finish(Ok(40));
     });
     assert_eq!(polled(ticket).0.unwrap(), 40);

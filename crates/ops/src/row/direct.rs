@@ -6,7 +6,7 @@ use super::prepared::cost;
 use super::program::{BinaryFn, Instr, Reg, UnaryFn};
 use super::programs::Ready;
 use super::run::{per_task, WORK_PER_NS};
-use super::whole::{self, Elements, Norm, Rows};
+use super::whole::{self, Elements, Norm, Room, Rows};
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::kernels::team;
@@ -87,7 +87,7 @@ fn one_row(data: &[f32], cols: usize) -> Result<Rows<'_, f32>> {
 fn norms(x: &[f32], norm: Norm<'_, f32>, cols: usize, out: &mut [f32]) -> Result<()> {
     same(x, out)?;
     let work = out.len() * (8 + 4 * usize::from(norm.centred));
-    shared(work, cols, out, |first, out| whole::norm(&from_row(x, first, cols), norm, out, &mut [], cols));
+    shared(work, cols, out, |first, out| whole::norm(&from_row(x, first, cols), norm, out, Room::None, cols));
     Ok(())
 }
 
@@ -107,7 +107,7 @@ pub fn rows(f: Ready, eps: f64, inputs: &[&[f32]], cols: usize, out: &mut [f32])
         (Ready::Softmax, &[x]) if by_rows => {
             same(x, out)?;
             let work = n * (cost_of(UnaryFn::Exp) + 4);
-            shared(work, cols, out, |first, out| whole::softmax(&from_row(x, first, cols), out, &mut [], cols));
+            shared(work, cols, out, |first, out| whole::softmax(&from_row(x, first, cols), out, Room::None, cols));
         }
         (Ready::RmsNorm { weight: false }, &[x]) if by_rows => norms(x, norm(None, None, false), cols, out)?,
         (Ready::RmsNorm { weight: true }, &[x, w]) if by_rows => {

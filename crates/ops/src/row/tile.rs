@@ -10,7 +10,7 @@ use super::quotient::{normal, quotient, shifted_exp, PerRow};
 use super::reduce::{self, Held};
 use super::schedule::{Few, Pass, Schedule, NO_SLOT};
 use super::space::{Offsets, Space};
-use super::whole::{self, Source, Whole};
+use super::whole::{self, Room, Source, What};
 use crate::fault;
 use crate::math::Real;
 use crate::view::{each_dtype, Slice, SliceMut};
@@ -129,18 +129,29 @@ impl<T: Real> Run<'_, T> {
             let mut rows = x.iter().filter_map(|&i| of_input(i));
             Some(whole::Elements { x: rows.next()?, plus: rows.collect() })
         };
-        let out = T::of_mut(outs.first_mut()?)?.get_mut(..rows * cols)?;
-        // nothing is taken where nothing is added up
-        let with_room = |x: &whole::Elements<'_, T>, rows: usize, f: &mut dyn FnMut(&mut [T])| match x.plus.is_empty() {
-            true => f(&mut []),
-            false => T::scratch(rows * cols, f),
+        let (mut out, mut sums) = (None, None);
+        for (k, one) in outs.iter_mut().enumerate() {
+            let one = T::of_mut(one)?.get_mut(..rows * cols)?;
+            *(if k == whole.out { &mut out } else { &mut sums }) = Some(one);
+        }
+        let (out, kept) = (out?, sums.filter(|_| whole.sums.is_some()));
+        let with_room = |x: &whole::Elements<'_, T>, rows: usize, f: &mut dyn FnMut(Room<'_, T>)| match kept {
+            // nothing is taken where nothing is added up
+            _ if x.plus.is_empty() => f(Room::None),
+            Some(kept) => {
+                f(Room::Kept(&mut *kept));
+                if let (true, Some(last)) = (fault::active("row.whole.sums"), kept.last_mut()) {
+                    *last = fault::nudged(*last);
+                }
+            }
+            None => T::scratch(rows * cols, |room| f(Room::Scratch(room))),
         };
-        match whole {
-            Whole::Softmax { x } => {
+        match &whole.what {
+            What::Softmax { x } => {
                 let x = elements(x)?;
                 with_room(&x, 1, &mut |room| whole::softmax(&x, out, room, cols));
             }
-            Whole::Norm { x, centred, eps, weight, bias } => {
+            What::Norm { x, centred, eps, weight, bias } => {
                 let x = elements(x)?;
                 let (n, eps) = (self.row_len as f64, self.param(*eps));
                 let [weight, bias] = [weight, bias].map(|i| i.and_then(of_input));

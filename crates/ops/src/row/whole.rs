@@ -30,9 +30,18 @@ const ADDENDS: usize = 3;
 /// The elements of a row: those of an input, or sums of several inputs' in this order.
 pub(crate) type Source = SmallVec<[usize; ADDENDS]>;
 
-/// What a schedule comes to.
+/// What a schedule comes to, and which of its outputs is what.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Whole {
+pub(crate) struct Whole {
+    pub(crate) what: What,
+    /// The output that the rows go to.
+    pub(crate) out: usize,
+    /// The output that the sums go to which they are made of, if that is wanted too.
+    pub(crate) sums: Option<usize>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum What {
     /// e^(x − max x) / Σ e^(x − max x).
     Softmax { x: Source },
     /// (x − mean) / √(Σ(x − mean)²/n + eps) · weight + bias, with or without a mean; weight and bias are inputs.
@@ -41,20 +50,20 @@ pub(crate) enum Whole {
 
 /// Whether these loops may run: not where a fault is to be seen that only the interpreter has.
 pub(super) fn may_run() -> bool {
-    fault::none_but(&["row.whole.softmax", "row.whole.norm", "row.gated.tail"])
+    fault::none_but(&["row.whole.softmax", "row.whole.norm", "row.whole.sums", "row.gated.tail"])
 }
 
 impl Whole {
     /// The inputs that have an element for each of the row.
     pub(crate) fn inputs(&self) -> impl Iterator<Item = usize> + '_ {
-        let (x, weight, bias) = match self {
-            Self::Softmax { x } => (x, None, None),
-            Self::Norm { x, weight, bias, .. } => (x, *weight, *bias),
+        let (x, weight, bias) = match &self.what {
+            What::Softmax { x } => (x, None, None),
+            What::Norm { x, weight, bias, .. } => (x, *weight, *bias),
         };
         x.iter().copied().chain(weight).chain(bias)
     }
 
-    /// What a schedule's only pass comes to, if it is one of these; its only output, `root`, is computed in place.
+    /// What a schedule's only pass comes to, if it is one of these; its outputs, `roots`, are computed in place.
     pub(crate) fn find(
         program: &RowProgram,
         Resolved { alias, kinds }: &Resolved,
@@ -62,10 +71,17 @@ impl Whole {
         roots: &[usize],
         facts: Facts,
     ) -> Option<Self> {
-        let &[root] = roots else { return None };
-        if facts.elementwise || facts.segmented || facts.columns || !facts.direct.has(0) {
+        if facts.elementwise || facts.segmented || facts.columns || !(0..roots.len()).all(|k| facts.direct.has(k)) {
             return None;
         }
+        // nothing else is computed behind the rows
+        let root = pass.body.last().copied()?;
+        let (out, sums) = match *roots {
+            [a] if a == root => (0, None),
+            [a, b] if b == root && a != root => (1, Some((0, a))),
+            [a, b] if a == root && b != root => (0, Some((1, b))),
+            _ => return None,
+        };
         let at = |r: Reg| alias.get(usize::from(r.0)).copied().unwrap_or(0);
         let instr = |i: usize| program.instrs.get(i).copied();
         // an input that is read in place
@@ -104,7 +120,13 @@ impl Whole {
             }
             _ => return None,
         };
-        match *steps {
+        // of sums only the last is kept
+        let sums = match sums {
+            None => None,
+            Some((k, sum)) if sum == x && source.len() > 1 => Some(k),
+            Some(_) => return None,
+        };
+        let what = match *steps {
             [(max, Instr::Reduce(ReduceFn::Max, a), None), (e, _, Some(Fused::ShiftedExp { x: b, shift })), (sum, Instr::Reduce(ReduceFn::Sum, c), None), (q, Instr::Binary(B::Quotient, d, by), None)]
                 if at(a) == x
                     && at(b) == x
@@ -114,7 +136,7 @@ impl Whole {
                     && at(by) == sum
                     && q == root =>
             {
-                Some(Self::Softmax { x: source })
+                What::Softmax { x: source }
             }
             [ref mean @ .., (squares, _, Some(Fused::Squares { x: a, shift: around })), (root_mean, Instr::RootMean { sum, eps }, None), (y, _, Some(Fused::Normal { x: b, shift, root: by, weight, bias }))]
                 if at(a) == x
@@ -138,10 +160,14 @@ impl Whole {
                     Some(r) => input(at(r)).map(Some),
                 };
                 let (weight, bias) = (of(weight)?, of(bias)?);
-                (mean == shift.map(at)).then_some(Self::Norm { x: source, centred: mean.is_some(), eps, weight, bias })
+                if mean != shift.map(at) {
+                    return None;
+                }
+                What::Norm { x: source, centred: mean.is_some(), eps, weight, bias }
             }
-            _ => None,
-        }
+            _ => return None,
+        };
+        Some(Self { what, out, sums })
     }
 }
 
@@ -167,6 +193,29 @@ pub(super) struct Elements<'a, T> {
     pub(super) x: Rows<'a, T>,
     /// What is added to them, one after the other.
     pub(super) plus: SmallVec<[Rows<'a, T>; ADDENDS - 1]>,
+}
+
+/// Where rows that are sums are added up.
+pub(super) enum Room<'a, T> {
+    /// They are none.
+    None,
+    /// In scratch, one behind another for as many as are needed at a time.
+    Scratch(&'a mut [T]),
+    /// Each in its own place, where it stays.
+    Kept(&'a mut [T]),
+}
+
+impl<T> Room<'_, T> {
+    /// That of row `r`, which is number `k` of those that are needed; empty where there is none.
+    #[inline(always)]
+    fn of(&mut self, r: usize, k: usize, cols: usize) -> &mut [T] {
+        let (room, at) = match self {
+            Self::None => return &mut [],
+            Self::Scratch(room) => (room, k),
+            Self::Kept(room) => (room, r),
+        };
+        room.get_mut(at * cols..(at + 1) * cols).unwrap_or_default()
+    }
 }
 
 impl<'a, T: Real> Elements<'a, T> {
@@ -222,13 +271,14 @@ fn add_to<T: Real>(out: &mut [T], y: &[T], next: &[T]) {
 }
 
 versions! {
-/// Softmax of rows of `cols` elements; `room` has as many, or none where `of` are no sums.
-pub(super) fn softmax<T: Real>(of: &Elements<'_, T>, out: &mut [T], room: &mut [T], cols: usize) = softmax_body;
+/// Softmax of rows of `cols` elements; scratch is of one row.
+pub(super) fn softmax<T: Real>(of: &Elements<'_, T>, out: &mut [T], room: Room<'_, T>, cols: usize) = softmax_body;
 }
 
 #[inline(always)]
-fn softmax_body<T: Real, const FMA: bool>(of: &Elements<'_, T>, out: &mut [T], room: &mut [T], cols: usize) {
+fn softmax_body<T: Real, const FMA: bool>(of: &Elements<'_, T>, out: &mut [T], mut room: Room<'_, T>, cols: usize) {
     for (r, out) in out.chunks_exact_mut(cols.max(1)).enumerate() {
+        let room = room.of(r, 0, cols);
         of.add(r, room);
         let x = of.row(r, cols, room);
         let shift = max_of_row(x);
@@ -268,8 +318,8 @@ pub(super) struct Norm<'a, T> {
 }
 
 versions! {
-/// Norms of rows of `cols` elements; `room` has three times as many, or none where `of` are no sums.
-pub(super) fn norm<T: Real>(of: &Elements<'_, T>, norm: Norm<'_, T>, out: &mut [T], room: &mut [T], cols: usize) = norm_body;
+/// Norms of rows of `cols` elements; scratch is of [`STEPS`] rows.
+pub(super) fn norm<T: Real>(of: &Elements<'_, T>, norm: Norm<'_, T>, out: &mut [T], room: Room<'_, T>, cols: usize) = norm_body;
 }
 
 #[inline(always)]
@@ -277,7 +327,7 @@ fn norm_body<T: Real, const FMA: bool>(
     of: &Elements<'_, T>,
     norm: Norm<'_, T>,
     out: &mut [T],
-    room: &mut [T],
+    mut room: Room<'_, T>,
     cols: usize,
 ) {
     let cols = cols.max(1);
@@ -290,19 +340,19 @@ fn norm_body<T: Real, const FMA: bool>(
     let [mut first, mut second, mut third] = [0, 2, 1];
     for r in 0..rows + 2 {
         if r < rows {
-            of.add(r, room_of(room, first, cols));
+            of.add(r, room.of(r, first, cols));
             if norm.centred {
-                let x = of.row(r, cols, room_of(room, first, cols));
+                let x = of.row(r, cols, room.of(r, first, cols));
                 shift[first] = sum_of_row(x, None) / T::from_f64(norm.n);
             }
         }
         if (1..=rows).contains(&r) {
-            let x = of.row(r - 1, cols, room_of(room, second, cols));
+            let x = of.row(r - 1, cols, room.of(r - 1, second, cols));
             let squares = sum_of_row(x, Some(shift[second]));
             root[second] = RootMean { n: norm.n, eps: norm.eps }.call(squares);
         }
         if let Some(done) = r.checked_sub(2) {
-            let mut operands = Operands { x: of.row(done, cols, room_of(room, third, cols)), weight: None, bias: None };
+            let mut operands = Operands { x: of.row(done, cols, room.of(done, third, cols)), weight: None, bias: None };
             if let Some(rows) = &norm.weight {
                 operands.weight = Some(rows.row(done, cols));
             }
@@ -316,14 +366,5 @@ fn norm_body<T: Real, const FMA: bool>(
             }
         }
         (first, second, third) = (third, first, second);
-    }
-}
-
-/// The room of a row whose numbers stand at `k`; empty where there is none.
-#[inline(always)]
-fn room_of<T>(room: &mut [T], k: usize, cols: usize) -> &mut [T] {
-    match room.get_mut(k * cols..(k + 1) * cols) {
-        Some(room) => room,
-        None => &mut [],
     }
 }

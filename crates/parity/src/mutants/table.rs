@@ -53,6 +53,12 @@ const ROW: &[Row] = &[
     ("row.shifted_exp.tail", "the last exponential of a softmax is off", "softmax", "all-passes"),
     ("row.whole.softmax", "the last of a row is off where rows are run whole", "softmax", "all-passes eval"),
     ("row.whole.norm", "the last of a norm is off where rows are run whole", "rms_norm layer_norm", "all-passes"),
+    (
+        "row.whole.sums",
+        "the last of the sums that a norm is of is off, where they are wanted too",
+        "program",
+        "all-passes",
+    ),
     ("row.gated.tail", "the last of a gated unit without a program is off", "glu", "eval"),
     ("row.squares.last", "the last square of a row does not count", "rms_norm layer_norm", "all-passes"),
     ("row.columns.zero", "an extreme that is zero has any zero's sign in columns", "max min", "all-passes"),
