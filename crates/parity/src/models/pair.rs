@@ -6,7 +6,7 @@ use super::measure::{measure, Side, Way};
 use super::twin::{self, Mark, Twin};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor, D};
-use candle_lazy_exec::{prepare, EvalOptions, EvalReport, LazyTensor};
+use candle_lazy_exec::{materialize, prepare, EvalOptions, EvalReport, LazyTensor};
 use candle_lazy_nn::models::{Cache, CausalLm, SentenceEncoder};
 use candle_lazy_nn::ModelDir;
 use candle_transformers::models::bert::BertModel;
@@ -248,6 +248,8 @@ impl DecoderPair {
     /// When recording fails; what it returns, when planning fails.
     pub fn planner(&self, cached: bool) -> Result<impl Fn() -> Result<()>> {
         let reader = self.reader(DType::F32);
+        // a step that was recorded and never ran, as one that was planned here before, is not to be a part of this one
+        materialize(&reader.cache.borrow().handles())?;
         reader.cache.borrow_mut().truncate(self.prompt);
         let logits = reader.record(&[1])?;
         let mut roots: Vec<LazyTensor> = reader.cache.borrow().handles().into_iter().cloned().collect();
