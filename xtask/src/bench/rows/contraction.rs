@@ -1,7 +1,7 @@
 //! Products: LoRA, linear, attention.
 
 use super::super::Error;
-use super::{bytes_of, eagerly, exactly, f64s, lazily, randn, ring, Row, Work, RING};
+use super::{bytes_of, eagerly, exactly, f64s, lazily, randn, ring, weights, Row, Work, RING};
 use candle_core::{DType, Tensor, D};
 use candle_lazy::exec::{AttentionOptions, LazyTensor};
 
@@ -33,7 +33,7 @@ fn lora(rows: usize, width: usize, rank: usize) -> Result<Work, Error> {
 /// x·Wᵀ.
 fn linear(rows: usize, features: usize, out: usize, dtype: DType) -> Result<Work, Error> {
     let xs = ring(&[rows, features], dtype)?;
-    let w = randn(&[out, features], dtype)?;
+    let w = weights(&[out, features], dtype)?;
     let (wide, lw) = (f64s(&w)?.t()?.contiguous()?, LazyTensor::from(&w));
     let size = dtype.size_in_bytes();
     let (read, written, weight) = (rows * features * size, rows * out * size, bytes_of(&w));

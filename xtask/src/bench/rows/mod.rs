@@ -11,8 +11,10 @@ mod v1;
 
 use super::measure::{Effort, Paired};
 use super::Error;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, WithDType};
+use candle_lazy::exec::buffer::vec_with_huge_pages;
 use candle_lazy::exec::LazyTensor;
+use half::bf16;
 
 /// Inputs in turn: what one call leaves in the caches is not the next call's input.
 pub(super) const RING: usize = 8;
@@ -103,6 +105,20 @@ pub(super) fn all() -> Vec<Row> {
 /// Normal random numbers.
 fn randn(dims: &[usize], dtype: DType) -> Result<Tensor, Error> {
     Ok(Tensor::randn(0f32, 1f32, dims, &Device::Cpu)?.to_dtype(dtype)?)
+}
+
+/// Normal random numbers in memory as `nn` loads weights into: on huge pages, where the system grants them. Both sides read them there.
+fn weights(dims: &[usize], dtype: DType) -> Result<Tensor, Error> {
+    fn placed<T: WithDType>(numbers: &Tensor) -> Result<Tensor, Error> {
+        let mut vec = vec_with_huge_pages::<T>(numbers.elem_count());
+        vec.extend(numbers.flatten_all()?.to_vec1::<T>()?);
+        Ok(Tensor::from_vec(vec, numbers.shape(), &Device::Cpu)?)
+    }
+    let numbers = randn(dims, dtype)?;
+    match dtype {
+        DType::BF16 => placed::<bf16>(&numbers),
+        _ => placed::<f32>(&numbers),
+    }
 }
 
 /// A ring of inputs of one shape.
