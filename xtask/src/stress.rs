@@ -20,11 +20,11 @@ use std::time::{Duration, Instant};
 #[derive(Debug, Args)]
 pub struct StressArgs {
     /// For how many seconds.
-    #[arg(long, default_value_t = 60)]
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub seconds: u64,
     /// How many threads submit.
-    #[arg(long, default_value_t = 16)]
-    pub submitters: usize,
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub submitters: u32,
     /// What the threads draw their requests from.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,

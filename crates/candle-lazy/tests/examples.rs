@@ -1,4 +1,4 @@
-//! The two examples on made-up models: what they print, and what they refuse before anything is fetched or loaded.
+//! The three examples on made-up models: what they print, and what they refuse before anything is fetched or loaded.
 
 // each example has the file that both share, as a program of its own
 #![allow(clippy::duplicate_mod)]
@@ -13,6 +13,9 @@ use std::process::ExitCode;
 
 mod made_up;
 
+#[allow(dead_code)]
+#[path = "../examples/decode_loop.rs"]
+mod decode_loop;
 #[allow(dead_code)]
 #[path = "../examples/embed.rs"]
 mod embed;
@@ -190,6 +193,29 @@ fn generate_prints_one_line_of_json() -> TestResult {
     assert_eq!(value["ids"].as_array().map(Vec::len), Some(3));
     let streamed = run_generate(dir.path(), &["--prompt", "eat food", "--max-new-tokens", "3"])?;
     assert_eq!(Some(streamed.trim_end_matches('\n')), value["text"].as_str());
+    Ok(())
+}
+
+#[test]
+fn a_decode_loop_that_is_a_step_ahead_gives_the_tokens_of_generate() -> TestResult {
+    let dir = tempfile::tempdir()?;
+    decoder(dir.path())?;
+    let path = dir.path().display().to_string();
+    let run = |more: &[&str]| -> Result<String, String> {
+        let arguments =
+            ["decode_loop", "--model-dir", &path, "--prompt", "eat food"].into_iter().chain(more.iter().copied());
+        let arguments = decode_loop::Arguments::try_parse_from(arguments).map_err(|e| e.to_string())?;
+        let mut out = Vec::new();
+        decode_loop::run(&arguments, &mut out).map_err(|e| e.to_string())?;
+        String::from_utf8(out).map_err(|e| e.to_string())
+    };
+    let printed = run(&["--max-new-tokens", "10"])?;
+    let (text, times) = printed.split_once('\n').ok_or("one line")?;
+    let generated = run_generate(dir.path(), &["--prompt", "eat food", "--max-new-tokens", "10"])?;
+    assert!(text.starts_with(generated.trim_end()), "{text} is not {generated}");
+    assert!(times.starts_with("10 tokens: ") && times.ends_with(" ms a step ahead\n"), "{times}");
+    assert!(error(run(&["--max-new-tokens", "11"])).contains("do not fit the model's context of 12"));
+    assert!(error(run(&["--max-new-tokens", "0"])).contains("0"));
     Ok(())
 }
 

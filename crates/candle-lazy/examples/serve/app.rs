@@ -21,6 +21,20 @@ pub(crate) struct Limits {
     pub(crate) timeout: Duration,
 }
 
+impl Limits {
+    /// How many places there are.
+    ///
+    /// # Errors
+    /// Where they let nothing in, or cannot be counted.
+    pub(crate) fn check(&self) -> Result<u32, String> {
+        if self.max_concurrency == 0 || self.max_body == 0 {
+            return Err("the limits of a body and of concurrency must be above 0".to_string());
+        }
+        let places = u32::try_from(self.max_concurrency).ok().filter(|&all| all as usize <= Semaphore::MAX_PERMITS);
+        places.ok_or_else(|| "the limit of concurrency is above what can be counted".to_string())
+    }
+}
+
 /// The server's state.
 #[derive(Debug)]
 pub(crate) struct App {
@@ -87,16 +101,12 @@ impl App {
         embedding_model: String,
         limits: Limits,
     ) -> Result<Self, String> {
-        if model == embedding_model
-            || generation.adapters().iter().any(|name| *name == model || *name == embedding_model)
-        {
-            return Err(format!("two of the models and adapters have one name: {model}, {embedding_model}"));
+        let adapters = generation.adapters();
+        let twice = adapters.iter().find(|name| **name == model || **name == embedding_model);
+        if let Some(name) = twice.or((model == embedding_model).then_some(&model)) {
+            return Err(format!("two of the models and adapters are named {name}"));
         }
-        if limits.max_concurrency == 0 || limits.max_body == 0 {
-            return Err("the limits of a body and of concurrency must be above 0".to_string());
-        }
-        let places = u32::try_from(limits.max_concurrency).ok().filter(|&all| all as usize <= Semaphore::MAX_PERMITS);
-        let all_places = places.ok_or("the limit of concurrency is above what can be counted")?;
+        let all_places = limits.check()?;
         Ok(Self {
             generation,
             embedding,

@@ -2,7 +2,7 @@
 
 use super::app::{compute, now, Admission, App};
 use super::embeddings::Input;
-use super::failure::{Failure, Outcome};
+use super::failure::{tokens as word_of, Failure, Outcome};
 use super::fields::{unless, Fields};
 use super::messages;
 use super::texts::{Event, Events, Texts};
@@ -93,7 +93,8 @@ impl Length {
         }
         let room = context - prompt;
         let message = format!(
-            "`{name}` is {tokens}, behind a text of {prompt} tokens there is room for {room}: the context has {context}."
+            "`{name}` is {tokens}, behind a text of {prompt} {} there is room for {room}: the context has {context}.",
+            word_of(prompt)
         );
         Err(Failure::too_long(message).of(name))
     }
@@ -233,6 +234,12 @@ impl Head {
     }
 }
 
+/// How many texts a server that is idle takes, each for itself: so many that run, and so many that wait.
+fn most_at_once(app: &App) -> usize {
+    let options = app.generation.options();
+    options.max_running.saturating_add(options.queue)
+}
+
 fn tokenizer(app: &App) -> Outcome<&Tokenizer> {
     app.generation.tokenizer().map(Arc::as_ref).ok_or_else(|| Failure::internal("the service has no tokenizer"))
 }
@@ -270,8 +277,7 @@ fn read_text(app: &App, body: &[u8]) -> Outcome<Asked> {
         asked.push((ids, echo));
     }
     let stop_ids = app.generation.model().config().eos_token_ids.clone();
-    let context = app.generation.options().max_context;
-    common.asked(Head::new(app, Form::Text, model), asked, adapter, (length, context), &stop_ids)
+    common.asked(app, Head::new(app, Form::Text, model), asked, adapter, length, &stop_ids)
 }
 
 fn prompt_ids(tokenizer: &Tokenizer, text: &str) -> Outcome<Vec<u32>> {
@@ -308,8 +314,7 @@ fn read_chat(app: &App, body: &[u8]) -> Outcome<Asked> {
     // an answer ends with its message, whatever a config calls the end of a text
     stop_ids.extend(tokenizer.token_to_id("<|im_end|>"));
     let head = Head::new(app, Form::Chat, model);
-    let context = app.generation.options().max_context;
-    common.asked(head, vec![(ids, String::new())], adapter, (length, context), &stop_ids)
+    common.asked(app, head, vec![(ids, String::new())], adapter, length, &stop_ids)
 }
 
 /// What both ask for.
@@ -368,10 +373,11 @@ impl Common {
     /// The texts that are asked for: `n` of each of `prompts` (ids, and what stands before the answer).
     fn asked(
         self,
+        app: &App,
         head: Head,
         prompts: Vec<(Vec<u32>, String)>,
         adapter: Option<String>,
-        (length, context): (Length, usize),
+        length: Length,
         stop_ids: &[u32],
     ) -> Outcome<Asked> {
         let count = prompts.len().saturating_mul(self.n);
@@ -379,15 +385,23 @@ impl Common {
             let message = format!("The request asks for {count} texts, it must be from 1 to {TEXTS}.");
             return Err(Failure::field(head.form.asks(), message));
         }
+        let most = most_at_once(app);
+        if count > most {
+            let message = format!("The request asks for {count} texts, this server takes at most {most} at once.");
+            return Err(Failure::field(if self.n > 1 { "n" } else { head.form.asks() }, message));
+        }
+        let context = app.generation.options().max_context;
         let prompt_tokens = prompts.iter().map(|(ids, _)| ids.len()).sum();
         let (mut requests, mut echo) = (Vec::with_capacity(count), Vec::with_capacity(count));
         for (ids, before) in prompts {
             length.fits(ids.len(), context)?;
+            // a text of whose length nothing was said ends with the context
+            let max_new_tokens = length.tokens.min(context.saturating_sub(ids.len()));
             for number in 0..self.n {
                 // texts of one prompt are to differ, and to repeat themselves
                 let seed = self.sampling.seed.map(|seed| seed.wrapping_add(number as u64));
                 let mut request = GenerationRequest::new(ids.clone())
-                    .max_new_tokens(length.tokens)
+                    .max_new_tokens(max_new_tokens)
                     .sampling(Sampling { seed, ..self.sampling })
                     .stop_ids(stop_ids.to_vec())
                     .stop(self.stop.clone());

@@ -125,7 +125,7 @@ impl From<nn::Error> for Failure {
             nn::Error::PromptTooLong { len, context, .. } => {
                 let room =
                     if len > context { "more than there is room for" } else { "which leaves no room for another" };
-                Self::too_long(format_args!("The text has {len} tokens, {room}: the context has {context}."))
+                Self::too_long(format_args!("The text has {len} {}, {room}: the context has {context}.", tokens(len)))
             }
             nn::Error::TokenOutOfRange { id, vocab, .. } => {
                 Self::invalid(format_args!("Token id {id} is outside of the vocabulary of {vocab}."))
@@ -144,6 +144,15 @@ impl From<nn::Error> for Failure {
             },
             error => Self::internal(error),
         }
+    }
+}
+
+/// The word for so many.
+pub(crate) fn tokens(count: usize) -> &'static str {
+    if count == 1 {
+        "token"
+    } else {
+        "tokens"
     }
 }
 

@@ -140,6 +140,12 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
 
 /// Loads what the arguments name. What can be refused is refused before anything is fetched or loaded.
 pub(crate) fn load(arguments: &Arguments) -> Result<App, Box<dyn Error>> {
+    let limits = Limits {
+        max_body: arguments.max_body,
+        max_concurrency: arguments.max_concurrency,
+        timeout: Duration::from_secs_f64(arguments.timeout),
+    };
+    limits.check()?;
     for (index, (name, dir)) in arguments.adapter.iter().enumerate() {
         if arguments.adapter.iter().take(index).any(|(other, _)| other == name) {
             return Err(format!("two adapters are named {name}").into());
@@ -157,6 +163,11 @@ pub(crate) fn load(arguments: &Arguments) -> Result<App, Box<dyn Error>> {
     };
     // every text that the other limits let in has room for its cache, alone at least
     let options = GenerationOptions { cache_positions: options.cache_positions.max(options.max_context), ..options };
+    let context = decoder.causal_lm_config()?.max_position_embeddings;
+    if context < arguments.max_context {
+        let asked = arguments.max_context;
+        say(format_args!("texts have {context} tokens at most, the model's context, and not --max-context's {asked}"));
+    }
     let model = decoder.causal_lm(DType::F32, &Device::Cpu)?;
     let generation = GenerationService::with_tokenizer(model.clone(), Arc::new(decoder.tokenizer()?), options)?;
     for (name, dir) in &arguments.adapter {
@@ -166,11 +177,6 @@ pub(crate) fn load(arguments: &Arguments) -> Result<App, Box<dyn Error>> {
     let options = EmbeddingOptions { window, queue: arguments.queue, ..EmbeddingOptions::default() };
     let embedding = EmbeddingService::new(encoder.sentence_encoder(DType::F32, &Device::Cpu)?, options)?
         .with_tokenizer(Arc::new(encoder.tokenizer()?));
-    let limits = Limits {
-        max_body: arguments.max_body,
-        max_concurrency: arguments.max_concurrency,
-        timeout: Duration::from_secs_f64(arguments.timeout),
-    };
     Ok(App::new(generation, embedding, name(&decoder), name(&encoder), limits)?)
 }
 

@@ -75,6 +75,11 @@ async fn a_completion_that_cannot_be_is_refused_by_name() {
         let body = with(&base, fields);
         check(&body.to_string(), server.ask("/v1/completions", &body).await, (400, param, code), says);
     }
+    // without a number a text ends with the context: all but one token of it are the prompt's
+    let almost = vec!["eat"; CONTEXT - 1].join(" ");
+    let (status, answer) = server.ask("/v1/completions", &json!({ "model": "tiny", "prompt": almost })).await;
+    assert_eq!((status, answer["usage"]["total_tokens"].as_u64()), (200, Some(CONTEXT as u64)), "{answer}");
+    assert_eq!(answer["choices"][0]["finish_reason"], "length", "{answer}");
     let body = with(&base, json!({ "model": "nobody" }));
     let answer = server.ask("/v1/completions", &body).await;
     check("no such adapter", answer, (404, Some("model"), Some("model_not_found")), "tiny, loud, vectors");
@@ -190,7 +195,7 @@ fn arguments_that_mean_nothing_are_refused_before_anything_is_loaded() {
     assert!(load(&["--adapter", &loud, "--adapter", &loud]).contains("two adapters are named loud"));
     assert!(load(&["--adapter", "x=no/such/adapter"]).contains("no/such/adapter"));
     let error = crate::server::load(&models.arguments(&["--adapter", &loud.replace("loud=", "tiny=")])).unwrap_err();
-    assert!(error.to_string().contains("one name"), "{error}");
+    assert!(error.to_string().contains("are named tiny"), "{error}");
     let error = crate::server::load(&models.arguments(&["--max-concurrency", "0"])).unwrap_err();
     assert!(error.to_string().contains("above 0"), "{error}");
 }
