@@ -35,7 +35,7 @@ pub(crate) fn text(app: &App) -> String {
     text.of_services("refused_total", "counter", help, &services, |stats| stats.refused);
     text.of_services("completed_total", "counter", "Requests that were answered.", &services, |stats| stats.completed);
     text.of_services("failed_total", "counter", "Requests that ended with an error.", &services, |stats| stats.failed);
-    let help = "Requests whose callers went away or had no more time, or that a shutdown ended.";
+    let help = "Requests whose callers went away, some of those whose time was over, and what a shutdown ended.";
     text.of_services("cancelled_total", "counter", help, &services, |stats| stats.cancelled);
     let help = "Tokens of prompts and of texts that were computed.";
     text.of_services("prompt_tokens_total", "counter", help, &services, |stats| stats.tokens_in);

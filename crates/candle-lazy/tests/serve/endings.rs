@@ -79,7 +79,15 @@ async fn a_full_queue_refuses_and_a_deadline_ends_who_waits() {
     until(|| server.app.generation.stats().queued == 0).await;
     drop(runs);
     idle(&server.url).await.unwrap();
-    assert_eq!(server.ask(PATH, &json!({ "model": "tiny", "prompt": "eat", "n": 2 })).await.0, 200);
+    // it may be a moment before the place of the one that ended is free
+    let mut status = 429;
+    for _ in 0..100 {
+        status = server.ask(PATH, &json!({ "model": "tiny", "prompt": "eat", "n": 2 })).await.0;
+        if status != 429 {
+            break;
+        }
+    }
+    assert_eq!(status, 200);
     // to try again would not help those that are too many for an idle server
     let (status, answer) = server.ask(PATH, &json!({ "model": "tiny", "prompt": "eat", "n": 3 })).await;
     assert_eq!((status, answer["error"]["param"].as_str()), (400, Some("n")), "{answer}");

@@ -246,17 +246,17 @@ impl<J, T> Line<J, T> {
 
     /// Lets in so many more than may wait, less one for each that is drawn from now on.
     pub(super) fn set_slots(&self, slots: usize) {
-        let freed = {
+        let (freed, fewer) = {
             let mut state = held(self.state.lock());
-            let more = slots > state.slots;
+            let (more, fewer) = (slots > state.slots, slots < state.slots);
             state.slots = slots;
-            if more {
-                state.freed()
-            } else {
-                (false, Vec::new())
-            }
+            (if more { state.freed() } else { (false, Vec::new()) }, fewer && state.sleeps_for.is_some())
         };
         self.tell_room(freed);
+        // who sleeps for as many as may not come any more looks again
+        if fewer {
+            self.news.notify_one();
+        }
     }
 
     /// A job that waited was abandoned.
@@ -324,13 +324,14 @@ impl<J, T> Line<J, T> {
         wanted: Option<Wanted>,
     ) -> MutexGuard<'a, State<J, T>> {
         let Some(Wanted { enough, until, leisurely }) = wanted else { return state };
-        let enough = enough.min(self.capacity.saturating_add(state.slots));
-        while state.live < enough && !state.closed && !(leisurely && (state.hurried || state.nearest.is_some())) {
+        // more cannot come in
+        let most = |state: &State<J, T>| enough.min(self.capacity.saturating_add(state.slots));
+        while state.live < most(&state) && !state.closed && !(leisurely && (state.hurried || state.nearest.is_some())) {
             let end = state.nearest.map_or(until, |nearest| nearest.min(until));
             if Instant::now() >= end {
                 break;
             }
-            (state.sleeps_for, state.at_leisure) = (Some(enough), leisurely);
+            (state.sleeps_for, state.at_leisure) = (Some(most(&state)), leisurely);
             state = wait_until(&self.news, state, end);
             (state.sleeps_for, state.at_leisure) = (None, false);
         }

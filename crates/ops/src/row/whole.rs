@@ -106,7 +106,7 @@ impl Whole {
             match x {
                 None => source.extend([input(at(*a))?, input(at(*b))?]),
                 Some(sum) if at(*a) == sum => source.push(input(at(*b))?),
-                // the order of two addends changes no bit
+                // the order of two addends changes no bit of a number
                 Some(sum) if at(*b) == sum => source.push(input(at(*a))?),
                 Some(_) => return None,
             }
