@@ -10,7 +10,7 @@
 
 pub(crate) mod shared;
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use candle_lazy::exec::LazyTensor;
 use candle_lazy::nn::hub::{self, SMOLLM2_135M_INSTRUCT};
 use candle_lazy::nn::models::CausalLm;
@@ -54,7 +54,7 @@ pub(crate) fn run(arguments: &Arguments, out: &mut dyn Write) -> Result<(), Box<
     }
     let model = files.causal_lm(DType::F32, &Device::Cpu)?;
     // so that none of the two makes the plans
-    let mut ids = decode(&model, &prompt, count, false)?;
+    let ids = decode(&model, &prompt, count, false)?;
     let mut best = [Duration::MAX; 2];
     for round in 0..arguments.rounds {
         // which goes first changes each time
@@ -65,7 +65,6 @@ pub(crate) fn run(arguments: &Arguments, out: &mut dyn Write) -> Result<(), Box<
             if found != ids {
                 return Err("the two ways give different tokens".into());
             }
-            ids = found;
         }
     }
     writeln!(out, "{}", tokenizer.decode(&ids)?)?;
@@ -79,21 +78,21 @@ fn decode(model: &CausalLm, prompt: &[u32], count: usize, ahead: bool) -> Result
     let mut cache = model.new_cache(prompt.len() + count)?;
     let mut token = LazyTensor::from_slice(prompt, (1, prompt.len()), &Device::Cpu)?;
     let (mut ids, mut running) = (Vec::with_capacity(count), None);
+    let id = |token: Tensor| token.reshape(())?.to_scalar::<u32>();
     for _ in 0..count {
         // where it is ahead, the step before runs meanwhile, and its token is one of this step's pending inputs
         let next = model.forward(&token, &mut cache)?.argmax(1)?.reshape((1, 1))?;
         if ahead {
-            let before = running.replace(next.eval_async());
-            if let Some(before) = before {
-                ids.extend(before.wait()?.flatten_all()?.to_vec1::<u32>()?);
+            if let Some(before) = running.replace(next.eval_async()) {
+                ids.push(id(before.wait()?)?);
             }
         } else {
-            ids.extend(next.eval()?.flatten_all()?.to_vec1::<u32>()?);
+            ids.push(id(next.eval()?)?);
         }
         token = next;
     }
     if let Some(last) = running {
-        ids.extend(last.wait()?.flatten_all()?.to_vec1::<u32>()?);
+        ids.push(id(last.wait()?)?);
     }
     Ok(ids)
 }

@@ -82,24 +82,26 @@ fn decoder(dir: &Path) -> TestResult {
     write_model(dir, &config, &made_up::decoder(&SIZES, false), |_, tensor| Ok(tensor))
 }
 
-/// What the example prints, or its error.
-fn run_embed(dir: &Path, more: &[&str]) -> Result<String, String> {
+/// What an example prints, or its error.
+fn printed<A: Parser>(
+    (name, dir): (&str, &Path),
+    more: &[&str],
+    run: impl FnOnce(&A, &mut dyn Write) -> Result<(), Box<dyn Error>>,
+) -> Result<String, String> {
     let dir = dir.display().to_string();
-    let arguments = ["embed", "--model-dir", &dir].into_iter().chain(more.iter().copied());
-    let arguments = embed::Arguments::try_parse_from(arguments).map_err(|e| e.to_string())?;
+    let arguments = [name, "--model-dir", &dir].into_iter().chain(more.iter().copied());
+    let arguments = A::try_parse_from(arguments).map_err(|e| e.to_string())?;
     let mut out = Vec::new();
-    embed::run(&arguments, &mut out).map_err(|e| e.to_string())?;
+    run(&arguments, &mut out).map_err(|e| e.to_string())?;
     String::from_utf8(out).map_err(|e| e.to_string())
 }
 
-/// As [`run_embed`].
+fn run_embed(dir: &Path, more: &[&str]) -> Result<String, String> {
+    printed(("embed", dir), more, embed::run)
+}
+
 fn run_generate(dir: &Path, more: &[&str]) -> Result<String, String> {
-    let dir = dir.display().to_string();
-    let arguments = ["generate", "--model-dir", &dir].into_iter().chain(more.iter().copied());
-    let arguments = generate::Arguments::try_parse_from(arguments).map_err(|e| e.to_string())?;
-    let mut out = Vec::new();
-    generate::run(&arguments, &mut out).map_err(|e| e.to_string())?;
-    String::from_utf8(out).map_err(|e| e.to_string())
+    printed(("generate", dir), more, generate::run)
 }
 
 /// The error; empty where there is none, which holds nothing that a test looks for.
@@ -200,17 +202,11 @@ fn generate_prints_one_line_of_json() -> TestResult {
 fn a_decode_loop_that_is_a_step_ahead_gives_the_tokens_of_generate() -> TestResult {
     let dir = tempfile::tempdir()?;
     decoder(dir.path())?;
-    let path = dir.path().display().to_string();
-    let run = |more: &[&str]| -> Result<String, String> {
-        let arguments =
-            ["decode_loop", "--model-dir", &path, "--prompt", "eat food"].into_iter().chain(more.iter().copied());
-        let arguments = decode_loop::Arguments::try_parse_from(arguments).map_err(|e| e.to_string())?;
-        let mut out = Vec::new();
-        decode_loop::run(&arguments, &mut out).map_err(|e| e.to_string())?;
-        String::from_utf8(out).map_err(|e| e.to_string())
+    let run = |more: &[&str]| {
+        printed(("decode_loop", dir.path()), &[&["--prompt", "eat food"], more].concat(), decode_loop::run)
     };
-    let printed = run(&["--max-new-tokens", "10"])?;
-    let (text, times) = printed.split_once('\n').ok_or("one line")?;
+    let both = run(&["--max-new-tokens", "10"])?;
+    let (text, times) = both.split_once('\n').ok_or("one line")?;
     let generated = run_generate(dir.path(), &["--prompt", "eat food", "--max-new-tokens", "10"])?;
     assert!(text.starts_with(generated.trim_end()), "{text} is not {generated}");
     assert!(times.starts_with("10 tokens: ") && times.ends_with(" ms a step ahead\n"), "{times}");

@@ -2,7 +2,7 @@
 
 use super::app::{compute, now, Admission, App};
 use super::embeddings::Input;
-use super::failure::{tokens as word_of, Failure, Outcome};
+use super::failure::{tokens as counted, Failure, Outcome};
 use super::fields::{unless, Fields};
 use super::messages;
 use super::texts::{Event, Events, Texts};
@@ -84,19 +84,20 @@ impl Length {
         Ok(length)
     }
 
-    /// Refuses more than a text of `prompt` tokens has room for.
-    fn fits(self, prompt: usize, context: usize) -> Outcome<()> {
-        let Self { said: Some(name), tokens } = self else { return Ok(()) };
-        // a prompt that fills the context by itself is refused when it is submitted
-        if prompt >= context || tokens <= context - prompt {
-            return Ok(());
+    /// How many a text of `prompt` tokens gets; more than it has room for is refused where it was asked for.
+    fn behind(self, prompt: usize, context: usize) -> Outcome<usize> {
+        let Self { said, tokens } = self;
+        match (said, context.saturating_sub(prompt)) {
+            // a prompt that fills the context by itself is refused when it is submitted
+            (Some(name), room @ 1..) if tokens > room => {
+                let text = counted(prompt);
+                let message = format!(
+                    "`{name}` is {tokens}, behind a text of {text} there is room for {room}: the context has {context}."
+                );
+                Err(Failure::too_long(message).of(name))
+            }
+            (_, room) => Ok(tokens.min(room)),
         }
-        let room = context - prompt;
-        let message = format!(
-            "`{name}` is {tokens}, behind a text of {prompt} {} there is room for {room}: the context has {context}.",
-            word_of(prompt)
-        );
-        Err(Failure::too_long(message).of(name))
     }
 }
 
@@ -232,12 +233,6 @@ impl Head {
             Form::Chat => json!({ "index": index, "delta": {}, "logprobs": null, "finish_reason": reason }),
         }
     }
-}
-
-/// How many texts a server that is idle takes, each for itself: so many that run, and so many that wait.
-fn most_at_once(app: &App) -> usize {
-    let options = app.generation.options();
-    options.max_running.saturating_add(options.queue)
 }
 
 fn tokenizer(app: &App) -> Outcome<&Tokenizer> {
@@ -385,18 +380,17 @@ impl Common {
             let message = format!("The request asks for {count} texts, it must be from 1 to {TEXTS}.");
             return Err(Failure::field(head.form.asks(), message));
         }
-        let most = most_at_once(app);
+        let options = app.generation.options();
+        // those that run on an idle server, and those that wait
+        let most = options.max_running.saturating_add(options.queue);
         if count > most {
             let message = format!("The request asks for {count} texts, this server takes at most {most} at once.");
             return Err(Failure::field(if self.n > 1 { "n" } else { head.form.asks() }, message));
         }
-        let context = app.generation.options().max_context;
         let prompt_tokens = prompts.iter().map(|(ids, _)| ids.len()).sum();
         let (mut requests, mut echo) = (Vec::with_capacity(count), Vec::with_capacity(count));
         for (ids, before) in prompts {
-            length.fits(ids.len(), context)?;
-            // a text of whose length nothing was said ends with the context
-            let max_new_tokens = length.tokens.min(context.saturating_sub(ids.len()));
+            let max_new_tokens = length.behind(ids.len(), options.max_context)?;
             for number in 0..self.n {
                 // texts of one prompt are to differ, and to repeat themselves
                 let seed = self.sampling.seed.map(|seed| seed.wrapping_add(number as u64));

@@ -125,7 +125,7 @@ impl From<nn::Error> for Failure {
             nn::Error::PromptTooLong { len, context, .. } => {
                 let room =
                     if len > context { "more than there is room for" } else { "which leaves no room for another" };
-                Self::too_long(format_args!("The text has {len} {}, {room}: the context has {context}.", tokens(len)))
+                Self::too_long(format_args!("The text has {}, {room}: the context has {context}.", tokens(len)))
             }
             nn::Error::TokenOutOfRange { id, vocab, .. } => {
                 Self::invalid(format_args!("Token id {id} is outside of the vocabulary of {vocab}."))
@@ -147,13 +147,9 @@ impl From<nn::Error> for Failure {
     }
 }
 
-/// The word for so many.
-pub(crate) fn tokens(count: usize) -> &'static str {
-    if count == 1 {
-        "token"
-    } else {
-        "tokens"
-    }
+/// So many, in words.
+pub(crate) fn tokens(count: usize) -> String {
+    format!("{count} token{}", if count == 1 { "" } else { "s" })
 }
 
 impl From<BytesRejection> for Failure {

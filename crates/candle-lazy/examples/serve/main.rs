@@ -163,13 +163,12 @@ pub(crate) fn load(arguments: &Arguments) -> Result<App, Box<dyn Error>> {
     };
     // every text that the other limits let in has room for its cache, alone at least
     let options = GenerationOptions { cache_positions: options.cache_positions.max(options.max_context), ..options };
-    let context = decoder.causal_lm_config()?.max_position_embeddings;
-    if context < arguments.max_context {
-        let asked = arguments.max_context;
-        say(format_args!("texts have {context} tokens at most, the model's context, and not --max-context's {asked}"));
-    }
     let model = decoder.causal_lm(DType::F32, &Device::Cpu)?;
     let generation = GenerationService::with_tokenizer(model.clone(), Arc::new(decoder.tokenizer()?), options)?;
+    let (context, asked) = (generation.options().max_context, arguments.max_context);
+    if context < asked {
+        say(format_args!("texts have {context} tokens at most, the model's context, and not --max-context's {asked}"));
+    }
     for (name, dir) in &arguments.adapter {
         generation.add_adapter(name.as_str(), &LoraAdapter::load(&mut model.clone(), dir)?)?;
     }
