@@ -129,12 +129,12 @@ impl<T: Real> Run<'_, T> {
             let mut rows = x.iter().filter_map(|&i| of_input(i));
             Some(whole::Elements { x: rows.next()?, plus: rows.collect() })
         };
-        let (mut out, mut sums) = (None, None);
+        let (mut out, mut kept) = (None, None);
         for (k, one) in outs.iter_mut().enumerate() {
             let one = T::of_mut(one)?.get_mut(..rows * cols)?;
-            *(if k == whole.out { &mut out } else { &mut sums }) = Some(one);
+            *(if k == whole.out { &mut out } else { &mut kept }) = Some(one);
         }
-        let (out, kept) = (out?, sums.filter(|_| whole.sums.is_some()));
+        let out = out?;
         let with_room = |x: &whole::Elements<'_, T>, rows: usize, f: &mut dyn FnMut(Room<'_, T>)| match kept {
             // nothing is taken where nothing is added up
             _ if x.plus.is_empty() => f(Room::None),

@@ -30,14 +30,12 @@ const ADDENDS: usize = 3;
 /// The elements of a row: those of an input, or sums of several inputs' in this order.
 pub(crate) type Source = SmallVec<[usize; ADDENDS]>;
 
-/// What a schedule comes to, and which of its outputs is what.
+/// What a schedule comes to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Whole {
     pub(crate) what: What,
-    /// The output that the rows go to.
+    /// The output that the rows go to; another one, if there is one, gets the sums that they are made of.
     pub(crate) out: usize,
-    /// The output that the sums go to which they are made of, if that is wanted too.
-    pub(crate) sums: Option<usize>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,8 +76,8 @@ impl Whole {
         let root = pass.body.last().copied()?;
         let (out, sums) = match *roots {
             [a] if a == root => (0, None),
-            [a, b] if b == root && a != root => (1, Some((0, a))),
-            [a, b] if a == root && b != root => (0, Some((1, b))),
+            [sum, a] if a == root && sum != root => (1, Some(sum)),
+            [a, sum] if a == root && sum != root => (0, Some(sum)),
             _ => return None,
         };
         let at = |r: Reg| alias.get(usize::from(r.0)).copied().unwrap_or(0);
@@ -121,11 +119,9 @@ impl Whole {
             _ => return None,
         };
         // of sums only the last is kept
-        let sums = match sums {
-            None => None,
-            Some((k, sum)) if sum == x && source.len() > 1 => Some(k),
-            Some(_) => return None,
-        };
+        if sums.is_some_and(|sum| sum != x || source.len() < 2) {
+            return None;
+        }
         let what = match *steps {
             [(max, Instr::Reduce(ReduceFn::Max, a), None), (e, _, Some(Fused::ShiftedExp { x: b, shift })), (sum, Instr::Reduce(ReduceFn::Sum, c), None), (q, Instr::Binary(B::Quotient, d, by), None)]
                 if at(a) == x
@@ -167,7 +163,7 @@ impl Whole {
             }
             _ => return None,
         };
-        Some(Self { what, out, sums })
+        Some(Self { what, out })
     }
 }
 
