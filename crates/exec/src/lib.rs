@@ -25,7 +25,7 @@ pub mod report;
 pub mod run;
 pub mod tensor;
 
-pub use candle_lazy_graph::{module_scope, BuildSite, ModuleScope};
+pub use candle_lazy_graph::{module_scope, BuildSite, ModuleScope, NodeId};
 pub use compile::compile;
 pub use config::EvalOptions;
 pub use error::{Difference, Error, Member, QueueError, Result};

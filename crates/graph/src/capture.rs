@@ -20,7 +20,7 @@ mod table;
 
 use crate::custom::CustomOp;
 use crate::error::{Error, Result};
-use crate::node::{Node, Value};
+use crate::node::{Node, NodeRef, Value};
 use crate::op::{Dims, Op};
 use builder::Builder;
 use candle_core::{DType, Device};
@@ -55,7 +55,7 @@ pub struct Bindings {
     /// The custom ops; the scalar of an [`Op::Custom`] is an index into them.
     pub customs: Vec<CustomOp>,
     /// The nodes that were captured; by a guard, those alone that others hold, several nodes read, or a run may write.
-    pub nodes: Vec<Arc<Node>>,
+    pub nodes: Vec<NodeRef>,
     /// The leaves.
     pub leaves: Vec<LeafBinding>,
     /// The devices, by index.
@@ -103,7 +103,7 @@ impl Bindings {
     /// The recorded node that a node of the graph came from. Where a guard bound it, `None` if somebody else has evaluated what is above
     /// it meanwhile.
     #[must_use]
-    pub fn recorded(&self, index: u32) -> Option<Arc<Node>> {
+    pub fn recorded(&self, index: u32) -> Option<NodeRef> {
         match &self.ways {
             Some(ways) => ways.find(index, &self.nodes),
             None => self.nodes.get(*self.recorded.get(index as usize)? as usize).cloned(),
@@ -127,7 +127,7 @@ impl Bindings {
     }
 
     /// For each output, the nodes that become ready with its value.
-    pub fn published(&self) -> impl Iterator<Item = impl Iterator<Item = &Arc<Node>>> {
+    pub fn published(&self) -> impl Iterator<Item = impl Iterator<Item = &NodeRef>> {
         self.publish.iter().map(|nodes| nodes.iter().filter_map(|&n| self.nodes.get(n as usize)))
     }
 }
@@ -165,7 +165,7 @@ pub enum CaptureFailure {
 ///
 /// # Errors
 /// [`CaptureFailure`].
-pub fn capture(roots: &[Arc<Node>], options: &CaptureOptions<'_>) -> std::result::Result<Captured, CaptureFailure> {
+pub fn capture(roots: &[NodeRef], options: &CaptureOptions<'_>) -> std::result::Result<Captured, CaptureFailure> {
     let mut workspace = Workspace::default();
     let (bindings, graph) = workspace.walk(roots, options, true)?;
     let key = GraphKey { hash: workspace.hash, words: workspace.key };
@@ -225,7 +225,7 @@ pub struct Workspace {
     visits: Vec<Visit>,
     frames: Vec<Frame>,
     /// The inputs that are still to be visited.
-    todo: Vec<Option<Arc<Node>>>,
+    todo: Vec<Option<NodeRef>>,
     /// The arena indices of those that are done.
     done: Vec<u32>,
     leaves: Vec<Leaf>,
@@ -258,7 +258,7 @@ impl Workspace {
     /// [`CaptureFailure`].
     pub fn key(
         &mut self,
-        roots: &[Arc<Node>],
+        roots: &[NodeRef],
         options: &CaptureOptions<'_>,
     ) -> std::result::Result<Bindings, CaptureFailure> {
         let walked = self.walk(roots, options, false);
@@ -305,7 +305,7 @@ impl Workspace {
 
     fn walk(
         &mut self,
-        roots: &[Arc<Node>],
+        roots: &[NodeRef],
         options: &CaptureOptions<'_>,
         whole: bool,
     ) -> std::result::Result<(Bindings, Option<Graph>), CaptureFailure> {
@@ -340,12 +340,12 @@ struct Walk<'a, 'o> {
     seen: &'a mut Table,
     visits: &'a mut Vec<Visit>,
     frames: &'a mut Vec<Frame>,
-    todo: &'a mut Vec<Option<Arc<Node>>>,
+    todo: &'a mut Vec<Option<NodeRef>>,
     done: &'a mut Vec<u32>,
     leaves: &'a mut Vec<Leaf>,
     customs: &'a mut Vec<(u32, CustomOp)>,
     /// The node of each visit.
-    nodes: Vec<Arc<Node>>,
+    nodes: Vec<NodeRef>,
     builder: Builder<'a, 'o>,
 }
 
@@ -354,7 +354,7 @@ impl Walk<'_, '_> {
         self.seen.find(node.id().get(), |_| true)
     }
 
-    fn run(mut self, roots: &[Arc<Node>]) -> std::result::Result<(Bindings, Option<Graph>), CaptureFailure> {
+    fn run(mut self, roots: &[NodeRef]) -> std::result::Result<(Bindings, Option<Graph>), CaptureFailure> {
         for root in roots {
             if root.is_ready() || self.visit_of(root).is_some() {
                 continue;
@@ -384,11 +384,11 @@ impl Walk<'_, '_> {
     }
 
     /// First visit of a node: a leaf is done at once, a pending node becomes a frame.
-    fn enter(&mut self, node: Arc<Node>, reader: Option<u32>) -> std::result::Result<(), CaptureFailure> {
+    fn enter(&mut self, node: NodeRef, reader: Option<u32>) -> std::result::Result<(), CaptureFailure> {
         let visit = self.nodes.len() as u32;
         let from = self.todo.len();
         let (todo, customs) = (&mut *self.todo, &mut *self.customs);
-        let pending = |inputs: &[Arc<Node>], custom: Option<&CustomOp>| {
+        let pending = |inputs: &[NodeRef], custom: Option<&CustomOp>| {
             inputs.iter().for_each(|input| todo.push(Some(input.clone())));
             customs.extend(custom.map(|custom| (visit, custom.clone())));
             None
@@ -428,7 +428,7 @@ impl Walk<'_, '_> {
         Ok(())
     }
 
-    fn finish(self, roots: &[Arc<Node>]) -> (Bindings, Option<Graph>) {
+    fn finish(self, roots: &[NodeRef]) -> (Bindings, Option<Graph>) {
         let Self { seen, visits, leaves, nodes, mut builder, .. } = self;
         let mut outputs = Outputs { of: vec![u32::MAX; builder.len()], arena: Vec::new(), publish: Vec::new() };
         for root in roots {
@@ -439,7 +439,7 @@ impl Walk<'_, '_> {
         // where another thread has published a node meanwhile, its edges are gone, and what is held looks as if it was not: it will be
         // computed again when it is asked for
         for (v, (visit, node)) in visits.iter_mut().zip(&nodes).enumerate() {
-            if !visit.leaf && Arc::strong_count(node) > 1 + visit.edges as usize {
+            if !visit.leaf && NodeRef::strong_count(node) > 1 + visit.edges as usize {
                 outputs.add(v as u32, visit);
             }
         }
@@ -463,13 +463,13 @@ impl Walk<'_, '_> {
 
 /// Which leaves nobody holds but captured nodes that still wait: one for each visit, or nothing where there is no such leaf. A tensor of Candle's
 /// with several readers is not asked after: it is never written.
-fn alone(seen: &Table, visits: &[Visit], leaves: &[Leaf], nodes: &[Arc<Node>]) -> Vec<bool> {
+fn alone(seen: &Table, visits: &[Visit], leaves: &[Leaf], nodes: &[NodeRef]) -> Vec<bool> {
     let mut alone = Vec::new();
     let mut several = false;
     for Leaf { visit, value, .. } in leaves {
         let (of, node) = (&visits[*visit as usize], &nodes[*visit as usize]);
         let asked = of.edges == 1 || matches!(value, Value::Engine(_));
-        if !asked || Arc::strong_count(node) > 1 + of.edges as usize {
+        if !asked || NodeRef::strong_count(node) > 1 + of.edges as usize {
             continue;
         }
         if alone.is_empty() {
@@ -499,7 +499,7 @@ fn alone(seen: &Table, visits: &[Visit], leaves: &[Leaf], nodes: &[Arc<Node>]) -
 }
 
 /// Which visits stay reachable from a traced node that becomes ready, by what it keeps for its gradient; nothing where there is none.
-fn history(seen: &Table, visits: &[Visit], nodes: &[Arc<Node>]) -> Vec<bool> {
+fn history(seen: &Table, visits: &[Visit], nodes: &[NodeRef]) -> Vec<bool> {
     let keeps = |v: usize| nodes[v].traced() && !nodes[v].is_variable();
     let mut todo: Vec<usize> = (0..visits.len()).filter(|&v| visits[v].published && keeps(v)).collect();
     if todo.is_empty() {

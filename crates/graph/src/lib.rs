@@ -39,7 +39,7 @@ pub use grad::{vjp, vjp_changed, why_unreached};
 pub use hash::{FastHasher, FastMap};
 pub use infer::{infer, Meta, OutMeta};
 pub use node::{
-    is_grad_enabled, live_nodes, no_grad, without_grad, EngineValue, Expr, Node, NodeId, Value, WithoutGrad,
+    is_grad_enabled, live_nodes, no_grad, without_grad, EngineValue, Expr, Node, NodeId, NodeRef, Value, WithoutGrad,
 };
 pub use op::{
     ArgOp, BinaryOp, CmpOp, Dims, Distribution, Exactness, Op, OpClass, ReduceOp, Scalars, ScatterOp, UnaryOp,

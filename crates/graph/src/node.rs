@@ -1,6 +1,6 @@
 //! The implicit graph: shared nodes that are pending or ready.
 //!
-//! There is no graph object. An edge is an `Arc<Node>` in the inputs of a pending node, so a subgraph that nobody can
+//! There is no graph object. An edge is an `NodeRef` in the inputs of a pending node, so a subgraph that nobody can
 //! reach frees itself, and a node that becomes ready drops its inputs. Building, reading and dropping are iterative: a chain of a
 //! million nodes needs no stack.
 //!
@@ -13,12 +13,13 @@ mod no_grad;
 mod pending;
 mod place;
 mod release;
+mod reuse;
 mod state;
 mod value;
+mod walk;
 
 use crate::custom::CustomOp;
 use crate::error::{Error, ErrorKind, Result};
-use crate::hash::FastMap;
 use crate::infer::{at_a_glance, infer, Meta};
 use crate::op::{Dims, Op, Scalars};
 use crate::site::BuildSite;
@@ -31,11 +32,13 @@ use parking_lot::Mutex;
 use pending::Pending;
 pub use place::storage_address;
 use place::Place;
+use reuse::fill;
 use smallvec::{smallvec, SmallVec};
 use state::{State, Waiting};
 use std::borrow::{Borrow, Cow};
 use std::sync::{Arc, OnceLock};
 pub use value::{EngineValue, Expr, Look, Value};
+pub use walk::find;
 
 /// What a node is from the beginning. It never changes, so reading it takes no lock.
 #[derive(Debug, Clone)]
@@ -53,6 +56,12 @@ impl Origin {
         Self::Given(value, place)
     }
 }
+
+/// A shared handle on a node. Nodes are never referred to weakly.
+pub type NodeRef = triomphe::Arc<Node>;
+
+/// What an op reads.
+pub type Inputs = SmallVec<[NodeRef; 3]>;
 
 /// A recorded operation or a leaf.
 #[derive(Debug)]
@@ -76,91 +85,88 @@ pub struct Node {
 impl Node {
     /// A ready node that holds `tensor`.
     #[must_use]
-    pub fn leaf(tensor: Tensor, site: BuildSite) -> Arc<Self> {
-        Arc::new(Self {
-            id: NodeId::next(),
-            extent: Extent::from(tensor.shape()),
-            dtype: tensor.dtype(),
-            device: tensor.device().clone(),
-            tracked: tensor.track_op(),
-            traced: tensor.track_op(),
-            quantized: false,
-            site,
-            origin: Origin::given(Value::Tensor(tensor)),
-            history: OnceLock::new(),
-            pending: Pending::none(),
-            state: Mutex::new(State::Given),
-        })
+    pub fn leaf(tensor: Tensor, site: BuildSite) -> NodeRef {
+        let tracked = tensor.track_op();
+        let mut node = Self::fresh();
+        fill(&mut node.extent, Extent::from(tensor.shape()));
+        node.dtype = tensor.dtype();
+        fill(&mut node.device, tensor.device().clone());
+        (node.tracked, node.traced) = (tracked, tracked);
+        fill(&mut node.site, site);
+        fill(&mut node.origin, Origin::given(Value::Tensor(tensor)));
+        node.shareable()
     }
 
     /// A ready node that holds a quantised weight, to be the second input of [`Op::QMatmul`].
     #[must_use]
-    pub fn quantized(weight: Arc<QTensor>, site: BuildSite) -> Arc<Self> {
-        Arc::new(Self {
-            id: NodeId::next(),
-            extent: Extent::from(weight.shape()),
-            dtype: DType::F32,
-            device: weight.device(),
-            tracked: false,
-            traced: false,
-            quantized: true,
-            site,
-            origin: Origin::given(Value::Quantized(weight)),
-            history: OnceLock::new(),
-            pending: Pending::none(),
-            state: Mutex::new(State::Given),
-        })
+    pub fn quantized(weight: Arc<QTensor>, site: BuildSite) -> NodeRef {
+        let mut node = Self::fresh();
+        fill(&mut node.extent, Extent::from(weight.shape()));
+        node.dtype = DType::F32;
+        fill(&mut node.device, weight.device());
+        node.quantized = true;
+        fill(&mut node.site, site);
+        fill(&mut node.origin, Origin::given(Value::Quantized(weight)));
+        node.shareable()
     }
 
     /// Records `op` on `inputs`; `device` is used only by ops without inputs and by [`Op::ToDevice`].
     ///
     /// # Errors
     /// When shapes, dtypes or devices do not fit: the error names the op and `site`.
-    pub fn record<N: Borrow<Arc<Self>>>(
+    pub fn record<N: Borrow<NodeRef>>(
         op: Op,
         scalars: &[f64],
         inputs: &[N],
         device: Option<&Device>,
         site: BuildSite,
-    ) -> Result<Arc<Self>> {
-        Self::record_any(op, scalars, inputs, None, device, site)
+    ) -> Result<NodeRef> {
+        Self::record_on(op, scalars, shared(inputs), None, device, site)
+    }
+
+    /// As [`Node::record`], on handles that are given up.
+    ///
+    /// # Errors
+    /// As [`Node::record`].
+    pub fn record_owned(op: Op, scalars: &[f64], inputs: Inputs, site: BuildSite) -> Result<NodeRef> {
+        Self::record_on(op, scalars, inputs, None, None, site)
     }
 
     /// Records a custom op, whose result has the shape and dtype that the caller states; both are checked when it runs.
     ///
     /// # Errors
     /// When the number of inputs is not the op's, or the inputs are on different devices.
-    pub fn record_custom<N: Borrow<Arc<Self>>>(
+    pub fn record_custom<N: Borrow<NodeRef>>(
         custom: CustomOp,
         shape: &[usize],
         dtype: DType,
         inputs: &[N],
         site: BuildSite,
-    ) -> Result<Arc<Self>> {
+    ) -> Result<NodeRef> {
         let op = Op::Custom { name: custom.name(), arity: custom.arity(), shape: Dims::from_slice(shape), dtype };
         // the scalar is the op's number among the custom ops of a captured graph
-        Self::record_any(op, &[0.0], inputs, Some(custom), None, site)
+        Self::record_on(op, &[0.0], shared(inputs), Some(custom), None, site)
     }
 
     /// Nothing is built twice or moved about on the way: recording is what every op costs.
-    fn record_any<N: Borrow<Arc<Self>>>(
+    fn record_on(
         op: Op,
         scalars: &[f64],
-        inputs: &[N],
+        inputs: Inputs,
         custom: Option<CustomOp>,
         device: Option<&Device>,
         site: BuildSite,
-    ) -> Result<Arc<Self>> {
+    ) -> Result<NodeRef> {
         let meta = {
             let mut few = [Meta { dims: &[], dtype: DType::U8 }; 4];
             let many: Vec<Meta<'_>>;
             let metas = match few.get_mut(..inputs.len()) {
                 Some(few) => {
-                    few.iter_mut().zip(inputs).for_each(|(meta, n)| *meta = n.borrow().meta());
+                    few.iter_mut().zip(&inputs).for_each(|(meta, n)| *meta = n.meta());
                     &*few
                 }
                 None => {
-                    many = inputs.iter().map(|n| n.borrow().meta()).collect();
+                    many = inputs.iter().map(|n| n.meta()).collect();
                     &many
                 }
             };
@@ -173,7 +179,7 @@ impl Node {
             let detail = format!("takes {} scalars, got {}", op.scalar_count(), scalars.len());
             return Err(Error::new(op.name(), ErrorKind::Invalid(detail)).at(&site));
         }
-        if let Some(i) = inputs.iter().position(|n| n.borrow().quantized) {
+        if let Some(i) = inputs.iter().position(|n| n.quantized) {
             if op != Op::QMatmul || i != 1 {
                 let detail = "a quantised weight is read by qmatmul alone; dequantise it first".into();
                 return Err(Error::new(op.name(), ErrorKind::Unsupported(detail)).at(&site));
@@ -181,48 +187,48 @@ impl Node {
         }
         let device = match (inputs.first(), device) {
             (Some(_), Some(device)) if op == Op::ToDevice => device.clone(),
-            (Some(first), _) => first.borrow().device.clone(),
+            (Some(first), _) => first.device.clone(),
             (None, Some(device)) => device.clone(),
             (None, None) => Device::Cpu,
         };
         for (i, input) in inputs.iter().enumerate().skip(1) {
-            let input: &Arc<Self> = input.borrow();
             if !input.device.same_device(&device) {
                 let detail = format!(
                     "input 0 is on {:?}, input {i} on {:?}; move one of them first",
                     device.location(),
                     input.device.location()
                 );
-                let metas: SmallVec<[Meta<'_>; 4]> = inputs.iter().map(|n| n.borrow().meta()).collect();
+                let metas: SmallVec<[Meta<'_>; 4]> = inputs.iter().map(|n| n.meta()).collect();
                 return Err(Error::new(op.name(), ErrorKind::Device(detail)).on(&metas).at(&site));
             }
         }
         let differentiable = op.is_differentiable() && meta.dtype.is_float() && is_grad_enabled();
-        let carrying = op.carrying(inputs);
-        let tracked = differentiable && carrying.iter().any(|n| n.borrow().tracked);
-        let traced = differentiable && carrying.iter().any(|n| n.borrow().traced);
+        let carrying = op.carrying(&inputs);
+        let tracked = differentiable && carrying.iter().any(|n| n.tracked);
+        let traced = differentiable && carrying.iter().any(|n| n.traced);
         let own_bytes = meta.dims.iter().product::<usize>() * meta.dtype.size_in_bytes();
-        let id = NodeId::next();
-        let pending = Pending::above(id, inputs.iter().map(|n| &n.borrow().pending), own_bytes as u64);
-        Ok(Arc::new(Self {
-            id,
-            extent: Extent::from(meta.dims),
-            dtype: meta.dtype,
-            device,
-            tracked,
-            traced,
-            quantized: false,
-            site,
-            origin: Origin::Recorded(op, Scalars::from_slice(scalars)),
-            history: OnceLock::new(),
-            pending,
-            state: Mutex::new(State::Pending(Waiting { inputs: shared(inputs), custom })),
-        }))
+        let mut node = Self::fresh();
+        node.pending = Pending::above(node.id, inputs.iter().map(|n| &n.pending), own_bytes as u64);
+        fill(&mut node.extent, Extent::from(meta.dims));
+        node.dtype = meta.dtype;
+        fill(&mut node.device, device);
+        (node.tracked, node.traced) = (tracked, traced);
+        fill(&mut node.site, site);
+        fill(&mut node.origin, Origin::Recorded(op, Scalars::from_slice(scalars)));
+        fill(node.state.get_mut(), State::Pending(Waiting { inputs, custom }));
+        Ok(node.shareable())
+    }
+
+    /// A leaf without elements, for a handle that holds no node.
+    #[must_use]
+    pub fn nothing() -> &'static NodeRef {
+        static NOTHING: OnceLock<NodeRef> = OnceLock::new();
+        NOTHING.get_or_init(|| Self::fresh().shareable())
     }
 
     /// Records [`Op::Detach`] on `input`: the one op that no input can make fail.
     #[must_use]
-    pub fn detached(input: &Arc<Node>, site: BuildSite) -> Arc<Self> {
+    pub fn detached(input: &NodeRef, site: BuildSite) -> NodeRef {
         Self::cut(input, false, site)
     }
 
@@ -231,7 +237,7 @@ impl Node {
     ///
     /// # Errors
     /// When `input` is not of a floating-point dtype.
-    pub fn variable(input: &Arc<Node>, site: BuildSite) -> Result<Arc<Self>> {
+    pub fn variable(input: &NodeRef, site: BuildSite) -> Result<NodeRef> {
         if !input.dtype.is_float() || input.quantized {
             let detail = "only floating-point tensors have gradients; cast it first, or leave it out".to_string();
             return Err(Error::new("variable", ErrorKind::DType(detail)).on(&[input.meta()]).at(&site));
@@ -242,61 +248,46 @@ impl Node {
             Some(value) => (Origin::Held, State::Ready(value)),
         };
         // a leaf on the same data: a graph has the same key as when the variable was computed by a plan
-        Ok(Arc::new(Self {
-            id: NodeId::next(),
-            extent: input.extent.clone(),
-            dtype: input.dtype,
-            device: input.device.clone(),
-            tracked: false,
-            traced: true,
-            quantized: false,
-            site,
-            origin,
-            history: OnceLock::new(),
-            pending: Pending::none(),
-            state: Mutex::new(state),
-        }))
+        let mut node = Self::fresh();
+        node.traced = true;
+        node.like(input, site);
+        fill(&mut node.origin, origin);
+        fill(node.state.get_mut(), state);
+        Ok(node.shareable())
     }
 
-    fn cut(input: &Arc<Node>, traced: bool, site: BuildSite) -> Arc<Self> {
+    fn cut(input: &NodeRef, traced: bool, site: BuildSite) -> NodeRef {
         let own_bytes = input.elem_count() * input.dtype.size_in_bytes();
         let inputs = SmallVec::from_iter([input.clone()]);
-        let id = NodeId::next();
-        Arc::new(Self {
-            id,
-            extent: input.extent.clone(),
-            dtype: input.dtype,
-            device: input.device.clone(),
-            tracked: false,
-            traced,
-            quantized: false,
-            site,
-            origin: Origin::Recorded(Op::Detach, Scalars::new()),
-            history: OnceLock::new(),
-            pending: Pending::above(id, std::iter::once(&input.pending), own_bytes as u64),
-            state: Mutex::new(State::Pending(Waiting { inputs, custom: None })),
-        })
+        let mut node = Self::fresh();
+        node.traced = traced;
+        node.like(input, site);
+        node.pending = Pending::above(node.id, std::iter::once(&input.pending), own_bytes as u64);
+        fill(&mut node.origin, Origin::Recorded(Op::Detach, Scalars::new()));
+        fill(node.state.get_mut(), State::Pending(Waiting { inputs, custom: None }));
+        node.shareable()
     }
 
     /// A ready node with this one's history and the value `value`, which nothing that this node holds refers to; `None` if it has none.
     #[must_use]
-    pub fn twin(&self, value: Value) -> Option<Arc<Self>> {
+    pub fn twin(&self, value: Value) -> Option<NodeRef> {
         let Expr { inputs, custom, .. } = self.history()?;
         let history = OnceLock::from(Box::new(Waiting { inputs, custom }));
-        Some(Arc::new(Self {
-            id: NodeId::next(),
-            extent: self.extent.clone(),
-            dtype: self.dtype,
-            device: self.device.clone(),
-            tracked: self.tracked,
-            traced: self.traced,
-            quantized: false,
-            site: self.site.clone(),
-            origin: self.origin.clone(),
-            history,
-            pending: Pending::none(),
-            state: Mutex::new(State::Ready(value)),
-        }))
+        let mut node = Self::fresh();
+        (node.tracked, node.traced) = (self.tracked, self.traced);
+        node.like(self, self.site.clone());
+        fill(&mut node.origin, self.origin.clone());
+        node.history = history;
+        fill(node.state.get_mut(), State::Ready(value));
+        Some(node.shareable())
+    }
+
+    /// Gets the shape, dtype and device of `other`, and is recorded at `site`.
+    fn like(&mut self, other: &Self, site: BuildSite) {
+        fill(&mut self.extent, other.extent.clone());
+        self.dtype = other.dtype;
+        fill(&mut self.device, other.device.clone());
+        fill(&mut self.site, site);
     }
 
     /// The node's own number.
@@ -459,7 +450,7 @@ impl Node {
     #[inline]
     pub(crate) fn locked<R>(
         &self,
-        pending: impl FnOnce(&[Arc<Node>], Option<&CustomOp>) -> R,
+        pending: impl FnOnce(&[NodeRef], Option<&CustomOp>) -> R,
         ready: impl FnOnce(&Value) -> R,
     ) -> Option<R> {
         if let Some(value) = self.given() {
@@ -474,7 +465,7 @@ impl Node {
 
     /// Calls `f` with the inputs while the node is locked; `None` unless it is pending. `f` must not ask this node for what the lock
     /// guards: its value, its inputs, whether it is ready.
-    pub fn with_inputs<R>(&self, f: impl FnOnce(&[Arc<Node>]) -> R) -> Option<R> {
+    pub fn with_inputs<R>(&self, f: impl FnOnce(&[NodeRef]) -> R) -> Option<R> {
         match &*self.state.lock() {
             State::Pending(Waiting { inputs, .. }) => Some(f(inputs)),
             State::Given | State::Ready(_) | State::Lent => None,
@@ -514,7 +505,7 @@ impl Node {
 
     /// The inputs, if the node is pending.
     #[must_use]
-    pub fn inputs(&self) -> SmallVec<[Arc<Node>; 3]> {
+    pub fn inputs(&self) -> Inputs {
         match &*self.state.lock() {
             State::Pending(waiting) => waiting.inputs.clone(),
             State::Given | State::Ready(_) | State::Lent => SmallVec::new(),
@@ -528,29 +519,11 @@ impl Node {
     pub fn pending_estimate(&self) -> (u64, u64) {
         self.pending.estimate()
     }
-
-    /// Counts pending nodes and bytes exactly and stores the result as the new estimate.
-    pub fn count_pending(self: &Arc<Self>) -> (u64, u64) {
-        // a node is marked when it is first met, so that shared inputs are neither cloned nor pushed twice
-        let mut seen: FastMap<NodeId, ()> = FastMap::default();
-        seen.insert(self.id, ());
-        let mut stack = vec![self.clone()];
-        let (mut nodes, mut bytes) = (0u64, 0u64);
-        while let Some(node) = stack.pop() {
-            if let State::Pending(waiting) = &*node.state.lock() {
-                nodes += 1;
-                bytes += (node.elem_count() * node.dtype.size_in_bytes()) as u64;
-                stack.extend(waiting.inputs.iter().filter(|n| seen.insert(n.id, ()).is_none()).cloned());
-            }
-        }
-        self.pending.set(nodes, bytes);
-        (nodes, bytes)
-    }
 }
 
 /// Handles on the nodes: a few are written one by one, without a loop that makes room.
 #[inline]
-fn shared<N: Borrow<Arc<Node>>>(inputs: &[N]) -> SmallVec<[Arc<Node>; 3]> {
+fn shared<N: Borrow<NodeRef>>(inputs: &[N]) -> Inputs {
     let of = |n: &N| n.borrow().clone();
     match inputs {
         [a] => smallvec![of(a)],

@@ -21,6 +21,11 @@ impl BuildSite {
         Self { location: Location::caller(), module: current_module() }
     }
 
+    /// Forgets the module.
+    pub(crate) fn leave(&mut self) {
+        self.module = None;
+    }
+
     /// The source location.
     #[must_use]
     pub fn location(&self) -> &'static Location<'static> {

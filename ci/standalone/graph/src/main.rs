@@ -1,13 +1,12 @@
 //! The intermediate representation alone: record, capture, rewrite, print.
 
 use candle_core::{DType, Device, Tensor};
-use candle_lazy_graph::{capture, dump, passes, BinaryOp, BuildSite, CaptureOptions, Node, Op};
+use candle_lazy_graph::{capture, dump, passes, BinaryOp, BuildSite, CaptureOptions, Node, NodeRef, Op};
 use std::error::Error;
-use std::sync::Arc;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let x = Node::leaf(Tensor::zeros((2, 3), DType::F32, &Device::Cpu)?, BuildSite::here());
-    let record = |op: Op, inputs: &[&Arc<Node>]| Node::record(op, &[], inputs, None, BuildSite::here());
+    let record = |op: Op, inputs: &[&NodeRef]| Node::record(op, &[], inputs, None, BuildSite::here());
     let same = record(Op::Contiguous, &[&x])?;
     let sum = record(Op::Binary(BinaryOp::Add), &[&same, &x])?;
     assert!(record(Op::Matmul, &[&x, &x]).is_err(), "(2, 3) x (2, 3) is refused when it is recorded");

@@ -18,7 +18,7 @@ pub struct LazyTensor {
     dtype: DType,
     device: Device,
     /// The engine's handle: what keeps the recorded node alive. Made at the first need for a handle from [`LazyTensor::new`].
-    recorded: OnceLock<Recorded>,
+    recorded: OnceLock<Arc<Recorded>>,
 }
 
 impl std::fmt::Debug for LazyTensor {
@@ -78,7 +78,7 @@ impl LazyTensor {
 
     #[track_caller]
     fn input(graph: &Arc<RwLock<ComputationGraph>>, tensor: Tensor) -> Self {
-        let recorded = Recorded::from_tensor(tensor.clone());
+        let recorded = Arc::new(Recorded::from_tensor(tensor.clone()));
         let mut nodes = write(graph);
         let id = nodes.add_input(tensor);
         nodes.remember(id, &recorded);
@@ -86,7 +86,7 @@ impl LazyTensor {
         Self::of(id, graph, recorded)
     }
 
-    fn of(id: NodeId, graph: &Arc<RwLock<ComputationGraph>>, recorded: Recorded) -> Self {
+    fn of(id: NodeId, graph: &Arc<RwLock<ComputationGraph>>, recorded: Arc<Recorded>) -> Self {
         let (shape, dtype, device) = (recorded.shape().clone(), recorded.dtype(), recorded.device().clone());
         Self { id, graph: Arc::clone(graph), shape, dtype, device, recorded: OnceLock::from(recorded) }
     }
@@ -146,7 +146,7 @@ impl LazyTensor {
     }
 
     #[track_caller]
-    fn recorded(&self) -> Result<Recorded, String> {
+    fn recorded(&self) -> Result<Arc<Recorded>, String> {
         // a node that was changed by hand since is recorded anew
         if let Some(recorded) = self.recorded.get().filter(|recorded| read(&self.graph).holds(self.id, recorded)) {
             return Ok(recorded.clone());
@@ -168,7 +168,7 @@ impl LazyTensor {
         // refused before anything is copied: a call that fails leaves the graph as it was
         let line = Location::caller();
         operation(&[]).output_shape(&shapes).map_err(|e| Error::Msg(format!("{e}, at {line}")))?;
-        let recorded = operation(&[]).record(&handles)?;
+        let recorded = Arc::new(operation(&[]).record(&handles)?);
         let mut inputs = vec![self.id];
         for (other, handle) in others.iter().zip(handles.iter().skip(1)) {
             if Arc::ptr_eq(&self.graph, &other.graph) {

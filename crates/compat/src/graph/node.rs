@@ -3,8 +3,7 @@
 use super::Operation;
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_lazy_exec::LazyTensor as Recorded;
-use candle_lazy_graph::Node;
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 
 /// The place of a node in its graph.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -94,8 +93,8 @@ impl GraphNode {
 pub struct ComputationGraph {
     device: Device,
     nodes: Vec<GraphNode>,
-    /// The engine's node of each, as long as a handle holds it.
-    recorded: Vec<Weak<Node>>,
+    /// The engine's handle of each, as long as somebody holds it.
+    recorded: Vec<Weak<Recorded>>,
     /// Nodes that were handed out to be changed since what was recorded was last looked at.
     changed: Vec<NodeId>,
 }
@@ -167,10 +166,9 @@ impl ComputationGraph {
     }
 
     /// Whether `handle` is what was recorded of the node.
-    pub(crate) fn holds(&self, id: NodeId, handle: &Recorded) -> bool {
+    pub(crate) fn holds(&self, id: NodeId, handle: &Arc<Recorded>) -> bool {
         let known = self.recorded.get(id.0);
-        self.changed.is_empty()
-            && known.is_some_and(|known| std::ptr::eq(known.as_ptr(), std::sync::Arc::as_ptr(handle.node())))
+        self.changed.is_empty() && known.is_some_and(|known| std::ptr::eq(known.as_ptr(), Arc::as_ptr(handle)))
     }
 
     /// Adds an input.
@@ -192,7 +190,7 @@ impl ComputationGraph {
         Ok(self.push(GraphNode::new(id, operation, inputs, shape, dtype), Weak::new()))
     }
 
-    fn push(&mut self, node: GraphNode, recorded: Weak<Node>) -> NodeId {
+    fn push(&mut self, node: GraphNode, recorded: Weak<Recorded>) -> NodeId {
         let id = node.id;
         self.nodes.push(node);
         self.recorded.push(recorded);
@@ -285,26 +283,26 @@ impl ComputationGraph {
 
     /// The engine's handle of a node: the one that somebody holds, else one recorded anew from the arena.
     #[track_caller]
-    pub(crate) fn handle(&mut self, id: NodeId) -> Result<Recorded, String> {
+    pub(crate) fn handle(&mut self, id: NodeId) -> Result<Arc<Recorded>, String> {
         self.forget_changed();
-        let known = |graph: &Self, at: usize| graph.recorded.get(at).and_then(Weak::upgrade).map(Recorded::from_node);
+        let known = |graph: &Self, at: usize| graph.recorded.get(at).and_then(Weak::upgrade);
         if let Some(handle) = known(self, id.0) {
             return Ok(handle);
         }
         let given = |at: usize| self.nodes.get(at).is_some_and(|n| n.data.is_available()) || known(self, at).is_some();
         let order = self.order(id, given)?;
-        let mut handles: Vec<Option<Recorded>> = vec![None; self.nodes.len()];
+        let mut handles: Vec<Option<Arc<Recorded>>> = vec![None; self.nodes.len()];
         for at in order {
             let node = self.get_node(at)?;
             let handle = match (known(self, at.0), &node.data) {
                 (Some(handle), _) => handle,
                 (None, NodeData::Concrete(tensor) | NodeData::Available(tensor)) => {
-                    Recorded::from_tensor(tensor.clone())
+                    Arc::new(Recorded::from_tensor(tensor.clone()))
                 }
                 (None, NodeData::Lazy) => {
                     let input = |id: &NodeId| handles.get(id.0).cloned().flatten().ok_or_else(|| missing(*id));
                     let inputs = node.inputs.iter().map(input).collect::<Result<Vec<_>, _>>()?;
-                    node.operation.record(&inputs).map_err(|error| error.to_string())?
+                    Arc::new(node.operation.record(&inputs).map_err(|error| error.to_string())?)
                 }
             };
             if let Some(slot) = handles.get_mut(at.0) {
@@ -317,9 +315,9 @@ impl ComputationGraph {
     }
 
     /// Notes the engine's handle of a node, without keeping it alive.
-    pub(crate) fn remember(&mut self, id: NodeId, handle: &Recorded) {
+    pub(crate) fn remember(&mut self, id: NodeId, handle: &Arc<Recorded>) {
         if let Some(recorded) = self.recorded.get_mut(id.0) {
-            *recorded = std::sync::Arc::downgrade(handle.node());
+            *recorded = Arc::downgrade(handle);
         }
     }
 
@@ -334,7 +332,7 @@ impl ComputationGraph {
             let held = recorded.upgrade().filter(|held| held.is_ready());
             if node.id == id {
                 node.data = NodeData::Available(value.clone());
-            } else if let Some(Ok(tensor)) = held.map(|held| Recorded::from_node(held).eval()) {
+            } else if let Some(Ok(tensor)) = held.map(|held| held.eval()) {
                 node.data = NodeData::Available(tensor);
             }
         }

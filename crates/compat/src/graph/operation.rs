@@ -135,8 +135,9 @@ impl Operation {
 
     /// The operation in the engine's words. Elementwise ops broadcast here.
     #[track_caller]
-    pub(crate) fn record(&self, inputs: &[Recorded]) -> CandleResult<Recorded> {
-        let recorded = match (self, inputs) {
+    pub(crate) fn record(&self, inputs: &[impl AsRef<Recorded>]) -> CandleResult<Recorded> {
+        let inputs: Vec<&Recorded> = inputs.iter().map(AsRef::as_ref).collect();
+        let recorded = match (self, inputs.as_slice()) {
             (Self::Matmul, [a, b])
                 if a.rank() == b.rank()
                     && a.dims().split_last_chunk::<2>().map(|s| s.0)

@@ -15,8 +15,7 @@ pub use transform::{value_and_grad, ValueAndGrad};
 
 use crate::error::{Error, Result};
 use crate::tensor::LazyTensor;
-use candle_lazy_graph::{why_unreached, BuildSite, ErrorKind, Node};
-use std::sync::Arc;
+use candle_lazy_graph::{why_unreached, BuildSite, ErrorKind, Node, NodeRef};
 
 /// Calls `f`; what this thread records meanwhile keeps no history, and variables and leaves that Candle tracks count as constants, so
 /// that values are freed as soon as nobody needs them: for inference on a model with trainable parameters. Scopes nest, and one ends with
@@ -124,7 +123,7 @@ pub fn vjp(
     cotangents: &[&LazyTensor],
     wrt: &[&LazyTensor],
 ) -> Result<Vec<Option<LazyTensor>>> {
-    let nodes = |tensors: &[&LazyTensor]| tensors.iter().map(|t| t.node().clone()).collect::<Vec<Arc<Node>>>();
+    let nodes = |tensors: &[&LazyTensor]| tensors.iter().map(|t| t.node().clone()).collect::<Vec<NodeRef>>();
     #[cfg(feature = "testing")]
     let change = broken::change();
     #[cfg(not(feature = "testing"))]

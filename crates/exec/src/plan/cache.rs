@@ -3,7 +3,7 @@
 use super::guards::{Guarded, Guards};
 use super::Plan;
 use crate::config::{EvalOptions, OptionsKey};
-use candle_lazy_graph::{Bindings, FastMap, GraphKey, Guard, Node};
+use candle_lazy_graph::{Bindings, FastMap, GraphKey, Guard, NodeRef};
 use candle_lazy_ops::fault;
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -171,7 +171,7 @@ pub(crate) struct Known {
 }
 
 /// The plan of the graph of `roots` and what to bind to it, if a guard knows the graph.
-pub(crate) fn known(roots: &[Arc<Node>], options: &EvalOptions) -> Option<Known> {
+pub(crate) fn known(roots: &[NodeRef], options: &EvalOptions) -> Option<Known> {
     let options = options.key();
     let candidates = with_cache(|c| c.guards.candidates(roots, &options));
     candidates.into_iter().find_map(|guard| Some(Known { bindings: guard.bind(roots)?, guard }))
@@ -209,7 +209,7 @@ pub(crate) fn no_guard(hash: u64, plan: &Arc<Plan>) {
 
 /// Keeps a guard of a plan, if the plan is kept and its graph has this key. What the guard binds for `roots`.
 pub(crate) fn keep_guard(
-    roots: &[Arc<Node>],
+    roots: &[NodeRef],
     options: &EvalOptions,
     plan: &Arc<Plan>,
     guard: Guard,

@@ -2,7 +2,7 @@
 
 use super::Plan;
 use crate::config::OptionsKey;
-use candle_lazy_graph::{Bindings, FastMap, Guard, Node};
+use candle_lazy_graph::{Bindings, FastMap, Guard, NodeRef};
 use smallvec::SmallVec;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
@@ -27,7 +27,7 @@ pub(crate) struct Guarded {
 }
 
 impl Guarded {
-    pub(super) fn new(guard: Guard, plan: Arc<Plan>, options: OptionsKey, hash: u64, roots: &[Arc<Node>]) -> Self {
+    pub(super) fn new(guard: Guard, plan: Arc<Plan>, options: OptionsKey, hash: u64, roots: &[NodeRef]) -> Self {
         Self {
             guard,
             plan,
@@ -42,7 +42,7 @@ impl Guarded {
     }
 
     /// What to bind to the plan, if `roots` have its graph.
-    pub(crate) fn bind(&self, roots: &[Arc<Node>]) -> Option<Bindings> {
+    pub(crate) fn bind(&self, roots: &[NodeRef]) -> Option<Bindings> {
         #[allow(unused_mut)] // faults write it
         let mut bindings = self.guard.bind(roots);
         #[cfg(feature = "testing")]
@@ -75,7 +75,7 @@ impl Guarded {
     }
 }
 
-fn estimate(roots: &[Arc<Node>]) -> u64 {
+fn estimate(roots: &[NodeRef]) -> u64 {
     roots.iter().map(|root| root.pending_estimate().0).fold(0, u64::saturating_add)
 }
 
@@ -95,7 +95,7 @@ pub(super) type Candidates = SmallVec<[Arc<Guarded>; ASKED]>;
 
 impl Guards {
     /// Which guards may know the graph of `roots`.
-    pub(super) fn candidates(&self, roots: &[Arc<Node>], options: &OptionsKey) -> Candidates {
+    pub(super) fn candidates(&self, roots: &[NodeRef], options: &OptionsKey) -> Candidates {
         let Some(all) = self.0.get(&Guard::hint(roots)) else { return Candidates::new() };
         let now = estimate(roots);
         let in_vain = |one: &Arc<Guarded>| one.in_vain.load(Ordering::Relaxed);

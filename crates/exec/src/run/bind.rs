@@ -4,7 +4,7 @@ use super::slots::SlotValue;
 use super::Engine;
 use crate::error::{Error, Result};
 use crate::plan::{Plan, Slot};
-use candle_lazy_graph::{Bindings, EngineValue, FastMap, Node, Value};
+use candle_lazy_graph::{Bindings, EngineValue, FastMap, NodeRef, Value};
 use std::sync::Arc;
 
 /// The values that a run took out of nodes in order to write them in place.
@@ -18,7 +18,7 @@ pub(super) struct Lent {
 }
 
 struct Loan {
-    node: Arc<Node>,
+    node: NodeRef,
     place: Place,
 }
 
@@ -31,7 +31,7 @@ enum Place {
 }
 
 impl Lent {
-    fn lend(&mut self, node: Arc<Node>, slot: Slot) {
+    fn lend(&mut self, node: NodeRef, slot: Slot) {
         self.of_slot.insert(slot, self.loans.len());
         self.loans.push(Loan { node, place: Place::Slot(slot) });
     }

@@ -11,8 +11,7 @@ use crate::error::{Difference, Error, Result};
 use crate::report::EvalReport;
 use crate::tensor::LazyTensor;
 use candle_core::Tensor;
-use candle_lazy_graph::{FastMap, Node, NodeId, Op};
-use std::sync::Arc;
+use candle_lazy_graph::{FastMap, NodeId, NodeRef, Op};
 
 /// Evaluates all tensors and checks every recorded node on the way against eager execution.
 ///
@@ -29,14 +28,14 @@ use std::sync::Arc;
 /// [`Error::Differs`] naming the first node that differs: then every node is still pending. Else as
 /// [`crate::run::eval_all`].
 pub fn eval_all_checked(tensors: &[&LazyTensor]) -> Result<Vec<Tensor>> {
-    let roots: Vec<Arc<Node>> = tensors.iter().map(|t| t.node().clone()).collect();
+    let roots: Vec<NodeRef> = tensors.iter().map(|t| t.node().clone()).collect();
     let judged = judge_all(&roots)?;
     run_checked(&roots, &judged)?;
     roots.iter().map(tensor_of).collect()
 }
 
 /// The planned values of the roots, after every node above them was judged.
-fn judge_all(roots: &[Arc<Node>]) -> Result<FastMap<NodeId, Tensor>> {
+fn judge_all(roots: &[NodeRef]) -> Result<FastMap<NodeId, Tensor>> {
     let recorded = recorded(roots);
     let mut values = every_value(&recorded, &EvalOptions { cache: false, ..EvalOptions::default() })?;
     for (node, expr) in &recorded.pending {
@@ -63,7 +62,7 @@ fn judge_all(roots: &[Arc<Node>]) -> Result<FastMap<NodeId, Tensor>> {
 }
 
 /// Runs the plan of the roots, compares its results with what was judged, and publishes them.
-fn run_checked(roots: &[Arc<Node>], judged: &FastMap<NodeId, Tensor>) -> Result<()> {
+fn run_checked(roots: &[NodeRef], judged: &FastMap<NodeId, Tensor>) -> Result<()> {
     let options = EvalOptions::default();
     loop {
         let Planned { plan, mut bindings, .. } = planned(roots, &options)?;

@@ -11,7 +11,7 @@ use crate::lower::{binary, unary};
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Device, Shape, Storage, Tensor};
 use candle_lazy_graph::node::storage_address;
-use candle_lazy_graph::{Node, Op, Value};
+use candle_lazy_graph::{Node, NodeRef, Op, Value};
 use candle_lazy_ops::fault;
 use candle_lazy_ops::kernels::{self, fresh};
 use candle_lazy_ops::row::programs::Ready;
@@ -19,7 +19,6 @@ use candle_lazy_ops::row::{direct, BinaryFn, UnaryFn};
 use candle_lazy_ops::view::SliceMut;
 use smallvec::SmallVec;
 use std::borrow::Cow;
-use std::sync::Arc;
 
 /// With more elements an elementwise op is a row program, which may use more threads.
 const MOST: usize = 4096;
@@ -71,7 +70,7 @@ pub(crate) fn is_direct(node: &Node) -> bool {
 }
 
 /// Whether an op reads and writes little, and so takes microseconds.
-fn is_little(node: &Node, inputs: &[Arc<Node>]) -> bool {
+fn is_little(node: &Node, inputs: &[NodeRef]) -> bool {
     node.elem_count() <= MOST && inputs.iter().map(|input| input.elem_count()).sum::<usize>() <= MOST_READ
 }
 
@@ -82,7 +81,7 @@ fn is_plain(node: &Node) -> bool {
 
 /// The value of a pending node that is one op of f32 on ready, untracked tensors on the CPU: an elementwise one (of tensors of its own
 /// shape; where they are small, dense ones), a softmax, a norm or a gated unit, or a small LoRA. `None` if it is anything else.
-pub(crate) fn eval_direct(node: &Arc<Node>) -> Option<Result<Tensor>> {
+pub(crate) fn eval_direct(node: &NodeRef) -> Option<Result<Tensor>> {
     let direct = Direct::of(node)?;
     let mut later: Option<Operands<'static>> = None;
     let computed = node.compute(|inputs| {
@@ -109,10 +108,10 @@ pub(crate) fn eval_direct(node: &Arc<Node>) -> Option<Result<Tensor>> {
 }
 
 /// The same of a node that [`is_direct`] takes, or that has its value already.
-pub(crate) fn eval_little(node: &Arc<Node>) -> Option<Result<Tensor>> {
+pub(crate) fn eval_little(node: &NodeRef) -> Option<Result<Tensor>> {
     let ready = || node.tensor().filter(|_| !node.tracked()).map(|tensor| Ok(tensor.into_owned()));
     let Some(direct) = Direct::of(node).filter(|_| node.elem_count() <= MOST) else { return ready() };
-    let little = |inputs: &[Arc<Node>]| direct.run(&direct.operands(is_little(node, inputs).then_some(inputs)?)?);
+    let little = |inputs: &[NodeRef]| direct.run(&direct.operands(is_little(node, inputs).then_some(inputs)?)?);
     node.compute(little).or_else(ready)
 }
 
@@ -163,7 +162,7 @@ impl<'a> Direct<'a> {
     }
 
     /// The inputs, if they are ready tensors of a kind that the function takes.
-    fn operands<'i>(&self, inputs: &'i [Arc<Node>]) -> Option<Operands<'i>> {
+    fn operands<'i>(&self, inputs: &'i [NodeRef]) -> Option<Operands<'i>> {
         let elementwise = matches!(self.function, Function::Unary(_) | Function::Binary(_) | Function::Affine(..));
         let alike = elementwise || matches!(self.function, Function::Row(_, 0));
         let mut operands = Operands::new();

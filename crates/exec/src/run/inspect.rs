@@ -8,26 +8,25 @@ use crate::report::EvalReport;
 use crate::tensor::LazyTensor;
 use candle_core::{DType, Device, Tensor};
 use candle_lazy_graph::node::Look;
-use candle_lazy_graph::{describe, BuildSite, Captured, Expr, FastMap, Meta, Node, NodeId, Value};
+use candle_lazy_graph::{describe, BuildSite, Captured, Expr, FastMap, Meta, Node, NodeId, NodeRef, Value};
 use std::fmt;
-use std::sync::Arc;
 
 /// What is above some roots, each list in the order of recording, which is a topological one.
 pub(super) struct Recorded {
-    pub(super) leaves: Vec<Arc<Node>>,
-    pub(super) pending: Vec<(Arc<Node>, Expr)>,
+    pub(super) leaves: Vec<NodeRef>,
+    pub(super) pending: Vec<(NodeRef, Expr)>,
 }
 
-pub(super) fn recorded(roots: &[Arc<Node>]) -> Recorded {
+pub(super) fn recorded(roots: &[NodeRef]) -> Recorded {
     above(roots, |_| None)
 }
 
 /// As [`recorded`]; a value that is ready and keeps what it was made of, as traced ones do, is no leaf but counts as pending.
-fn recorded_once(roots: &[Arc<Node>]) -> Recorded {
+fn recorded_once(roots: &[NodeRef]) -> Recorded {
     above(roots, Node::history)
 }
 
-fn above(roots: &[Arc<Node>], of_ready: impl Fn(&Node) -> Option<Expr>) -> Recorded {
+fn above(roots: &[NodeRef], of_ready: impl Fn(&Node) -> Option<Expr>) -> Recorded {
     let mut seen: FastMap<NodeId, ()> = FastMap::default();
     let mut stack = roots.to_vec();
     let mut found = Recorded { leaves: Vec::new(), pending: Vec::new() };
@@ -54,7 +53,7 @@ fn above(roots: &[Arc<Node>], of_ready: impl Fn(&Node) -> Option<Expr>) -> Recor
 
 /// The planned value of every pending node, run as one plan whose outputs they all are. Nothing is written in place.
 pub(super) fn every_value(recorded: &Recorded, options: &EvalOptions) -> Result<FastMap<NodeId, Tensor>> {
-    let nodes: Vec<Arc<Node>> = recorded.pending.iter().map(|(n, _)| n.clone()).filter(|n| n.is_pending()).collect();
+    let nodes: Vec<NodeRef> = recorded.pending.iter().map(|(n, _)| n.clone()).filter(|n| n.is_pending()).collect();
     let mut values: FastMap<NodeId, Tensor> = FastMap::default();
     loop {
         let Captured { graph, mut bindings, .. } = capture_waiting(&nodes, options)?;
@@ -84,7 +83,7 @@ pub(super) fn every_value(recorded: &Recorded, options: &EvalOptions) -> Result<
 }
 
 /// The value of a node that is ready: a copy where the engine holds it.
-pub(super) fn ready_tensor(node: &Arc<Node>) -> Result<Tensor> {
+pub(super) fn ready_tensor(node: &NodeRef) -> Result<Tensor> {
     loop {
         let seen = *LENT.lock();
         match node.value() {
@@ -196,7 +195,7 @@ pub fn first_nan(tensors: &[&LazyTensor]) -> Result<Option<NonFinite>> {
 }
 
 fn first(tensors: &[&LazyTensor], unwanted: Unwanted) -> Result<Option<NonFinite>> {
-    let roots: Vec<Arc<Node>> = tensors.iter().map(|t| t.node().clone()).collect();
+    let roots: Vec<NodeRef> = tensors.iter().map(|t| t.node().clone()).collect();
     let recorded = recorded_once(&roots);
     for leaf in &recorded.leaves {
         if let Some(found) = find_in(leaf, None, &ready_tensor(leaf)?, unwanted)? {

@@ -34,7 +34,7 @@ use crate::report::EvalReport;
 use crate::tensor::LazyTensor;
 use bind::Lent;
 use candle_core::Tensor;
-use candle_lazy_graph::{Bindings, FastMap, Node, NodeId, Value};
+use candle_lazy_graph::{Bindings, FastMap, NodeId, NodeRef, Value};
 use candle_lazy_ops::fault;
 use candle_lazy_ops::kernels::rouse;
 use parking_lot::{Condvar, Mutex};
@@ -86,7 +86,7 @@ pub fn materialize(tensors: &[&LazyTensor]) -> Result<EvalReport> {
 /// # Errors
 /// When lowering fails.
 pub fn explain(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<String> {
-    let roots: Vec<Arc<Node>> = tensors.iter().map(|t| t.node().clone()).collect();
+    let roots: Vec<NodeRef> = tensors.iter().map(|t| t.node().clone()).collect();
     let captured = capture_waiting(&roots, options)?;
     let graph = candle_lazy_graph::dump::dump(&captured.graph, Some(&captured.bindings));
     let plan = lower::make_plan(captured.graph, &captured.bindings, options)?;
@@ -100,7 +100,7 @@ pub fn explain(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<String>
 /// # Errors
 /// When lowering fails.
 pub fn prepare(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<bool> {
-    let roots: Vec<Arc<Node>> = tensors.iter().map(|t| t.node().clone()).collect();
+    let roots: Vec<NodeRef> = tensors.iter().map(|t| t.node().clone()).collect();
     Ok(planned(&roots, options)?.hit)
 }
 
@@ -111,7 +111,7 @@ pub fn prepare(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<bool> {
 /// # Errors
 /// When lowering fails.
 pub fn peak_bytes(tensors: &[&LazyTensor], options: &EvalOptions) -> Result<u64> {
-    let roots: Vec<Arc<Node>> = tensors.iter().map(|t| t.node().clone()).collect();
+    let roots: Vec<NodeRef> = tensors.iter().map(|t| t.node().clone()).collect();
     let Planned { plan, bindings, .. } = planned(&roots, options)?;
     Ok(plan::needs(&plan, &bindings).peak)
 }
@@ -125,7 +125,7 @@ fn evaluate(tensors: &[&LazyTensor], options: &EvalOptions, as_tensors: As) -> R
         return Ok(report);
     }
     let span = debug_span!(target: TARGET, "eval", nodes = field::Empty, cache_hit = field::Empty).entered();
-    let roots: Vec<Arc<Node>> = tensors.iter().map(|t| t.node().clone()).collect();
+    let roots: Vec<NodeRef> = tensors.iter().map(|t| t.node().clone()).collect();
     loop {
         #[allow(unused_mut)] // faults write it
         let Planned { plan, mut bindings, hit } = planned(&roots, options)?;
@@ -203,7 +203,7 @@ fn announce_returned() {
 }
 
 /// The value of a ready node as a tensor: an engine buffer moves into one where nobody else holds it.
-fn tensor_of(node: &Arc<Node>) -> Result<Tensor> {
+fn tensor_of(node: &NodeRef) -> Result<Tensor> {
     let dims = node.dims();
     loop {
         let seen = *LENT.lock();
@@ -234,7 +234,7 @@ fn tensor_of(node: &Arc<Node>) -> Result<Tensor> {
 }
 
 /// Turns a lent value into a tensor and makes the node ready with it; on failure the node gets the value back.
-fn settle_as_tensor(node: &Arc<Node>, value: Engine, dims: &[usize]) -> Result<Tensor> {
+fn settle_as_tensor(node: &NodeRef, value: Engine, dims: &[usize]) -> Result<Tensor> {
     // only a value that will be copied can fail, and then a second reference is no loss
     let will_move = value.is_whole() && Arc::strong_count(&value.buffer) == 1;
     let spare = (!will_move).then(|| value.clone());
@@ -292,7 +292,7 @@ impl Terms {
 fn execute(
     plan: &Plan,
     bindings: &mut Bindings,
-    roots: &[Arc<Node>],
+    roots: &[NodeRef],
     terms: Terms,
     report: &mut EvalReport,
 ) -> Result<Executed> {
@@ -362,7 +362,7 @@ fn publish(bindings: &Bindings, mut values: Vec<Value>) {
 fn run_and_publish(
     plan: &Plan,
     mut bindings: Bindings,
-    roots: &[Arc<Node>],
+    roots: &[NodeRef],
     terms: Terms,
     report: &mut EvalReport,
 ) -> Result<Ran> {
@@ -384,7 +384,7 @@ fn values(
     plan: &Plan,
     bindings: &Bindings,
     slots: &mut [SlotValue],
-    roots: &[Arc<Node>],
+    roots: &[NodeRef],
     as_tensors: As,
 ) -> Result<Vec<Value>> {
     let wanted: FastMap<NodeId, ()> = roots.iter().map(|n| (n.id(), ())).collect();

@@ -8,7 +8,7 @@ use crate::plan::{self, Guarded, Known, Plan};
 use candle_core::{DType, Device};
 use candle_lazy_graph::capture::{CaptureFailure, Unguarded};
 use candle_lazy_graph::{
-    capture, validate, Bindings, CaptureOptions, Captured, Guard, Node, NodeId, Op, Value, Workspace,
+    capture, validate, Bindings, CaptureOptions, Captured, Guard, NodeId, NodeRef, Op, Value, Workspace,
 };
 use std::cell::Cell;
 use std::sync::Arc;
@@ -46,7 +46,7 @@ thread_local! {
 
 /// The plan of what `roots` need: one whose graph a guard knows, the cached one of their key, or a new one, for which they are captured again
 /// as a graph.
-pub(super) fn planned(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Planned> {
+pub(super) fn planned(roots: &[NodeRef], options: &EvalOptions) -> Result<Planned> {
     loop {
         if let Some(planned) = attempt(roots, options)? {
             return Ok(planned);
@@ -55,7 +55,7 @@ pub(super) fn planned(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Plan
 }
 
 /// `None` where it is to be looked again: somebody else has changed the graph meanwhile, or it turned out to have no guard.
-fn attempt(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Option<Planned>> {
+fn attempt(roots: &[NodeRef], options: &EvalOptions) -> Result<Option<Planned>> {
     if options.cache {
         match (plan::known(roots, options), options.validate) {
             (Some(known), false) => {
@@ -86,7 +86,7 @@ fn attempt(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Option<Planned>
 }
 
 /// What to bind to a plan of the key of `roots`, and the cached one.
-fn keyed(roots: &[Arc<Node>], options: &EvalOptions) -> Result<(Bindings, Option<Found>)> {
+fn keyed(roots: &[NodeRef], options: &EvalOptions) -> Result<(Bindings, Option<Found>)> {
     let mut workspace = WORKSPACE.take().unwrap_or_default();
     let bindings = waiting(options, |how| workspace.key(roots, how));
     let hash = workspace.hash();
@@ -97,7 +97,7 @@ fn keyed(roots: &[Arc<Node>], options: &EvalOptions) -> Result<(Bindings, Option
 
 /// A plan that was found: the next graph like this one is known by a guard. `None` where there is none of its kind, which is not asked
 /// again, or somebody else has changed the graph meanwhile.
-fn guarded(roots: &[Arc<Node>], options: &EvalOptions, (hash, plan): Found, bindings: Bindings) -> Option<Planned> {
+fn guarded(roots: &[NodeRef], options: &EvalOptions, (hash, plan): Found, bindings: Bindings) -> Option<Planned> {
     if !plan::wants_guard(hash, &plan) {
         return Some(Planned::found(plan, bindings));
     }
@@ -117,7 +117,7 @@ fn guarded(roots: &[Arc<Node>], options: &EvalOptions, (hash, plan): Found, bind
 }
 
 /// What a guard knew, if a capture finds the same; `None` where others have changed the graph meanwhile.
-fn confirmed(known: Known, roots: &[Arc<Node>], options: &EvalOptions) -> Result<Option<Planned>> {
+fn confirmed(known: Known, roots: &[NodeRef], options: &EvalOptions) -> Result<Option<Planned>> {
     let Known { bindings, guard } = known;
     let (bound, size) = (structure(&bindings), (bindings.pending, bindings.graph_nodes()));
     drop(bindings);
@@ -149,7 +149,7 @@ fn structure(bindings: &Bindings) -> impl PartialEq {
 }
 
 /// Captures a graph, and validates it where the options ask for that.
-pub(super) fn capture_waiting(roots: &[Arc<Node>], options: &EvalOptions) -> Result<Captured> {
+pub(super) fn capture_waiting(roots: &[NodeRef], options: &EvalOptions) -> Result<Captured> {
     let captured = waiting(options, |how| capture(roots, how))?;
     if options.validate {
         validate::validate(&captured.graph, &captured.bindings)?;

@@ -18,7 +18,7 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, MetalStorage, Result as CandleResult,
     Shape, Storage, Tensor,
 };
-use candle_lazy_graph::{vjp, BuildSite, FastMap, Node, NodeId, Value};
+use candle_lazy_graph::{vjp, BuildSite, FastMap, Node, NodeId, NodeRef, Value};
 use candle_lazy_ops::fault;
 use candle_lazy_ops::storage::cpu_slice;
 use parking_lot::Mutex;
@@ -35,7 +35,7 @@ pub(super) enum Finished {
 }
 
 /// The tensor of a finished value of `node`, whose gradients reach the tracked leaves above it.
-pub(super) fn attach(node: &Arc<Node>, value: Finished) -> Result<Tensor> {
+pub(super) fn attach(node: &NodeRef, value: Finished) -> Result<Tensor> {
     let leaves = tracked_leaves(node);
     let mut items: Vec<(Tensor, Source)> = Vec::with_capacity(leaves.len());
     for (i, leaf) in leaves.iter().enumerate() {
@@ -90,7 +90,7 @@ fn copied(tensor: &Tensor) -> CandleResult<Storage> {
 }
 
 /// The leaves above a node that Candle tracks, in the order of their making.
-fn tracked_leaves(node: &Arc<Node>) -> Vec<Arc<Node>> {
+fn tracked_leaves(node: &NodeRef) -> Vec<NodeRef> {
     let mut seen: FastMap<NodeId, ()> = FastMap::default();
     let mut stack = vec![node.clone()];
     let mut leaves = Vec::new();
@@ -119,8 +119,8 @@ enum Source {
 /// What all ops of one result share.
 struct Shared {
     /// The result's history and its value.
-    twin: OnceLock<Arc<Node>>,
-    leaves: Vec<Arc<Node>>,
+    twin: OnceLock<NodeRef>,
+    leaves: Vec<NodeRef>,
     /// The gradients of backward passes that have not reached all leaves yet.
     pending: Mutex<FastMap<u32, Vec<Option<Tensor>>>>,
 }

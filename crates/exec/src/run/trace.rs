@@ -9,7 +9,7 @@ use crate::report::EvalReport;
 use crate::tensor::LazyTensor;
 use candle_core::{Tensor, TensorId};
 use candle_lazy_graph::capture::LeafBinding;
-use candle_lazy_graph::{Bindings, BuildSite, Captured, ErrorKind, FastMap, Node, NodeId, Value};
+use candle_lazy_graph::{Bindings, BuildSite, Captured, ErrorKind, FastMap, NodeId, NodeRef, Value};
 use std::sync::Arc;
 
 /// Where a result comes from.
@@ -29,7 +29,7 @@ pub(crate) struct Trace {
     /// For each leaf the argument that it stands for.
     arguments: Vec<Option<usize>>,
     results: Vec<From>,
-    roots: Vec<Arc<Node>>,
+    roots: Vec<NodeRef>,
 }
 
 impl Trace {
@@ -39,7 +39,7 @@ impl Trace {
         let tensors: Vec<Option<TensorId>> = leaves.iter().map(|x| x.node().tensor().map(|t| t.id())).collect();
         // by its tensor: a variable made of an argument is a node of its own on the same one
         let argument = |tensor: &Tensor| tensors.iter().position(|id| *id == Some(tensor.id()));
-        let roots: Vec<Arc<Node>> = outputs.iter().map(|y| y.node().clone()).collect();
+        let roots: Vec<NodeRef> = outputs.iter().map(|y| y.node().clone()).collect();
         drop(outputs);
         let Captured { graph, key, mut bindings } = capture_waiting(&roots, &options)?;
         let plan = match plan::find(key.hash(), key.words(), &options) {

@@ -4,7 +4,7 @@ use super::LazyTensor;
 use crate::error::Result;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{CustomOp1, CustomOp2, CustomOp3, DType, Shape};
-use candle_lazy_graph::{BuildSite, CustomOp, ErrorKind, Node, Op};
+use candle_lazy_graph::{BuildSite, CustomOp, ErrorKind, Node, NodeRef, Op};
 use smallvec::SmallVec;
 use std::sync::Arc;
 
@@ -96,7 +96,7 @@ impl LazyTensor {
 
     #[track_caller]
     fn custom(op: CustomOp, shape: Shape, dtype: DType, inputs: &[&Self]) -> Result<Self> {
-        let inputs: SmallVec<[&Arc<Node>; 3]> = inputs.iter().map(|t| t.node()).collect();
+        let inputs: SmallVec<[&NodeRef; 3]> = inputs.iter().map(|t| t.node()).collect();
         let node = Node::record_custom(op, shape.dims(), dtype, &inputs, BuildSite::here())?;
         Self::within_budget(node)
     }

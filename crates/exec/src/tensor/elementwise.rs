@@ -309,6 +309,7 @@ impl LazyTensor {
     }
 
     #[track_caller]
+    #[inline]
     fn same_shape(&self, rhs: &Self, op: &'static str, broadcast: &str) -> Result<()> {
         if self.dims() == rhs.dims() {
             return Ok(());
@@ -323,11 +324,26 @@ impl LazyTensor {
     /// When the dtype is not supported.
     #[track_caller]
     pub fn affine(&self, mul: f64, add: f64) -> Result<Self> {
-        // −0 as the addend changes nothing; +0 turns −0 into +0, as Candle's affine does
-        if mul == 1.0 && add == 0.0 && add.is_sign_negative() {
+        if is_nothing(mul, add) {
             return Ok(self.clone());
         }
         Self::record(Op::Affine, &[mul, add], &[self])
+    }
+
+    /// The same of a handle that is given up.
+    #[track_caller]
+    pub(super) fn into_affine(self, mul: f64, add: f64) -> Result<Self> {
+        if is_nothing(mul, add) {
+            return Ok(self);
+        }
+        self.record_taking(Op::Affine, &[mul, add], None)
+    }
+
+    /// A function of a handle that is given up and of a tensor of the same shape.
+    #[track_caller]
+    pub(super) fn into_binary(self, op: BinaryOp, rhs: &Self, [name, broadcast]: [&'static str; 2]) -> Result<Self> {
+        self.same_shape(rhs, name, broadcast)?;
+        self.record_taking(Op::Binary(op), &[], Some(rhs))
     }
 
     /// xᵉ.
@@ -359,4 +375,9 @@ impl LazyTensor {
         }
         Self::record(Op::Cast(dtype), &[], &[self])
     }
+}
+
+/// Whether x·mul + add is x, bit for bit: −0 as the addend changes nothing; +0 turns −0 into +0, as Candle's affine does.
+fn is_nothing(mul: f64, add: f64) -> bool {
+    mul == 1.0 && add == 0.0 && add.is_sign_negative()
 }

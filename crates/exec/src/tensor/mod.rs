@@ -28,10 +28,10 @@ pub use random::RandomKey;
 use crate::config;
 use crate::error::Result;
 use candle_core::{DType, Device, Shape, Tensor};
-use candle_lazy_graph::{BuildSite, Node, Op};
-use smallvec::SmallVec;
+use candle_lazy_graph::node::find;
+use candle_lazy_graph::{BuildSite, Node, NodeId, NodeRef, Op};
+use smallvec::{smallvec, SmallVec};
 use std::borrow::Borrow;
-use std::sync::Arc;
 
 /// A tensor that is computed when its value is asked for.
 ///
@@ -50,7 +50,17 @@ use std::sync::Arc;
 /// ```
 #[derive(Clone)]
 pub struct LazyTensor {
-    node: Arc<Node>,
+    /// Taken when the handle is dropped, and by operators that consume it.
+    node: Option<NodeRef>,
+}
+
+impl Drop for LazyTensor {
+    #[inline]
+    fn drop(&mut self) {
+        if let Some(node) = self.node.take() {
+            Node::release(node);
+        }
+    }
 }
 
 impl std::fmt::Debug for LazyTensor {
@@ -62,7 +72,7 @@ impl std::fmt::Debug for LazyTensor {
             self.dims(),
             self.dtype().as_str(),
             self.device().location(),
-            self.node.site()
+            self.node().site()
         )
     }
 }
@@ -71,7 +81,7 @@ impl From<Tensor> for LazyTensor {
     /// A leaf. The tensor is read when a result is computed: a change of its storage until then is seen.
     #[track_caller]
     fn from(tensor: Tensor) -> Self {
-        Self { node: Node::leaf(tensor, BuildSite::here()) }
+        Self::from_node(Node::leaf(tensor, BuildSite::here()))
     }
 }
 
@@ -88,9 +98,9 @@ impl AsRef<LazyTensor> for LazyTensor {
     }
 }
 
-impl Borrow<Arc<Node>> for &LazyTensor {
-    fn borrow(&self) -> &Arc<Node> {
-        &self.node
+impl Borrow<NodeRef> for &LazyTensor {
+    fn borrow(&self) -> &NodeRef {
+        self.node()
     }
 }
 
@@ -103,27 +113,45 @@ impl LazyTensor {
     }
 
     /// The recorded node.
+    #[inline]
     #[must_use]
-    pub fn node(&self) -> &Arc<Node> {
-        &self.node
+    pub fn node(&self) -> &NodeRef {
+        match &self.node {
+            Some(node) => node,
+            // nobody can ask a handle that is gone
+            None => Node::nothing(),
+        }
     }
 
     /// A handle on `node`.
     #[must_use]
-    pub fn from_node(node: Arc<Node>) -> Self {
-        Self { node }
+    pub fn from_node(node: NodeRef) -> Self {
+        Self { node: Some(node) }
+    }
+
+    /// Whether nothing else holds the node: no other handle, and no graph.
+    #[must_use]
+    pub fn is_sole(&self) -> bool {
+        NodeRef::strong_count(self.node()) == 1
+    }
+
+    /// Those of `roots`, and of what they wait for, with one of these numbers: a handle would keep a value from being written in place, its
+    /// number does not.
+    #[must_use]
+    pub fn find(roots: &[&Self], ids: impl IntoIterator<Item = NodeId>) -> Vec<Self> {
+        find(roots.iter().map(|root| root.node()), ids).into_iter().map(Self::from_node).collect()
     }
 
     /// The shape.
     #[must_use]
     pub fn shape(&self) -> &Shape {
-        self.node.shape()
+        self.node().shape()
     }
 
     /// The dimensions.
     #[must_use]
     pub fn dims(&self) -> &[usize] {
-        self.node.dims()
+        self.node().dims()
     }
 
     /// The size of one dim.
@@ -145,37 +173,37 @@ impl LazyTensor {
     /// The number of elements.
     #[must_use]
     pub fn elem_count(&self) -> usize {
-        self.node.elem_count()
+        self.node().elem_count()
     }
 
     /// The element type.
     #[must_use]
     pub fn dtype(&self) -> DType {
-        self.node.dtype()
+        self.node().dtype()
     }
 
     /// The device.
     #[must_use]
     pub fn device(&self) -> &Device {
-        self.node.device()
+        self.node().device()
     }
 
     /// Whether the value has been computed.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        self.node.is_ready()
+        self.node().is_ready()
     }
 
     /// Whether Candle's autograd tracks a leaf that this tensor depends on.
     #[must_use]
     pub fn track_op(&self) -> bool {
-        self.node.tracked()
+        self.node().tracked()
     }
 
     /// Where the tensor was recorded.
     #[must_use]
     pub fn site(&self) -> &BuildSite {
-        self.node.site()
+        self.node().site()
     }
 
     /// Records an op at the caller's line.
@@ -190,10 +218,21 @@ impl LazyTensor {
         Self::within_budget(Node::record(op, scalars, inputs, device, site)?)
     }
 
+    /// Records an op on this handle, which is given up: who counts no handle to drop one needs no atomic operation.
+    #[track_caller]
+    pub(crate) fn record_taking(mut self, op: Op, scalars: &[f64], rhs: Option<&Self>) -> Result<Self> {
+        let site = BuildSite::here();
+        let inputs = match (self.node.take(), rhs) {
+            (Some(lhs), Some(rhs)) => smallvec![lhs, rhs.node().clone()],
+            (lhs, _) => lhs.into_iter().collect(),
+        };
+        Self::within_budget(Node::record_owned(op, scalars, inputs, site)?)
+    }
+
     pub(crate) fn record_nodes(
         op: Op,
         scalars: &[f64],
-        inputs: &[&Arc<Node>],
+        inputs: &[&NodeRef],
         device: Option<&Device>,
         site: BuildSite,
     ) -> Result<Self> {
@@ -202,19 +241,19 @@ impl LazyTensor {
 
     /// A handle on a new node; evaluated at once where the pending graph passed its budget. As by every evaluation, what is held or read by
     /// others on the way is kept with it.
-    pub(crate) fn within_budget(node: Arc<Node>) -> Result<Self> {
+    pub(crate) fn within_budget(node: NodeRef) -> Result<Self> {
         let (nodes, bytes) = node.pending_estimate();
         if config::over_budget(nodes, bytes, node.traced()) && !config::is_unbounded() {
             // the estimate counts shared parts more than once: look before evaluating
             let (nodes, bytes) = node.count_pending();
             if config::over_budget(nodes, bytes, node.traced()) {
                 config::count_budget_evaluation();
-                let tensor = Self { node };
+                let tensor = Self::from_node(node);
                 crate::run::materialize(&[&tensor])?;
                 return Ok(tensor);
             }
         }
-        Ok(Self { node })
+        Ok(Self::from_node(node))
     }
 
     /// The index of a dim, or an error at the caller's line.
@@ -239,7 +278,7 @@ impl LazyTensor {
     ) -> crate::error::Error {
         use candle_lazy_graph::{Error, ErrorKind};
         let detail = crate::error::words(error);
-        Error::new(op, ErrorKind::Range(detail)).on(&[self.node.meta()]).at(site).into()
+        Error::new(op, ErrorKind::Range(detail)).on(&[self.node().meta()]).at(site).into()
     }
 
     /// A recording error of this crate's own checks on this tensor, at the caller's line.
@@ -251,7 +290,7 @@ impl LazyTensor {
     /// The same on several tensors.
     #[track_caller]
     pub(crate) fn refuse_on<T>(op: &'static str, kind: candle_lazy_graph::ErrorKind, on: &[&Self]) -> Result<T> {
-        let metas: SmallVec<[_; 4]> = on.iter().map(|t| t.node.meta()).collect();
+        let metas: SmallVec<[_; 4]> = on.iter().map(|t| t.node().meta()).collect();
         Err(candle_lazy_graph::Error::new(op, kind).on(&metas).at(&BuildSite::here()).into())
     }
 
@@ -260,7 +299,7 @@ impl LazyTensor {
     #[track_caller]
     #[must_use]
     pub fn shape_error(op: &'static str, detail: impl std::fmt::Display, operands: &[&Self]) -> crate::error::Error {
-        let metas: SmallVec<[_; 4]> = operands.iter().map(|t| t.node.meta()).collect();
+        let metas: SmallVec<[_; 4]> = operands.iter().map(|t| t.node().meta()).collect();
         let kind = candle_lazy_graph::ErrorKind::Shape(detail.to_string());
         candle_lazy_graph::Error::new(op, kind).on(&metas).at(&BuildSite::here()).into()
     }

@@ -3,10 +3,9 @@
 use super::LazyTensor;
 use crate::error::Result;
 use candle_core::shape::Dim;
-use candle_lazy_graph::{BuildSite, ErrorKind, Node, Op};
+use candle_lazy_graph::{BuildSite, ErrorKind, NodeRef, Op};
 use smallvec::SmallVec;
 use std::ops::{Bound, RangeBounds};
-use std::sync::Arc;
 
 impl LazyTensor {
     /// The matrix product (…, m, k) × (…, k, n). The batch dims are the same on both sides.
@@ -50,7 +49,7 @@ impl LazyTensor {
         if let [only] = tensors {
             return Ok(only.as_ref().clone());
         }
-        let inputs: SmallVec<[&Arc<Node>; 4]> = tensors.iter().map(|t| t.as_ref().node()).collect();
+        let inputs: SmallVec<[&NodeRef; 4]> = tensors.iter().map(|t| t.as_ref().node()).collect();
         Self::record_nodes(Op::Concat { dim: dim as u8 }, &[], &inputs, None, BuildSite::here())
     }
 

@@ -2,6 +2,7 @@
 
 use super::LazyTensor;
 use crate::error::Result;
+use candle_lazy_graph::BinaryOp;
 use std::borrow::Borrow;
 
 macro_rules! operator {
@@ -10,7 +11,11 @@ macro_rules! operator {
             type Output = Result<LazyTensor>;
             #[track_caller]
             fn $name(self, rhs: B) -> Self::Output {
-                LazyTensor::$name(&self, rhs.borrow())
+                self.into_binary(
+                    BinaryOp::$trait,
+                    rhs.borrow(),
+                    [stringify!($name), concat!("broadcast_", stringify!($name))],
+                )
             }
         }
 
@@ -26,7 +31,11 @@ macro_rules! operator {
             type Output = Result<LazyTensor>;
             #[track_caller]
             fn $name(self, rhs: Result<B>) -> Self::Output {
-                LazyTensor::$name(&self, rhs?.borrow())
+                self.into_binary(
+                    BinaryOp::$trait,
+                    rhs?.borrow(),
+                    [stringify!($name), concat!("broadcast_", stringify!($name))],
+                )
             }
         }
 
@@ -58,7 +67,7 @@ macro_rules! operator {
             type Output = Result<LazyTensor>;
             #[track_caller]
             fn $name(self, rhs: f64) -> Self::Output {
-                self.affine($mul(rhs), $add(rhs))
+                self.into_affine($mul(rhs), $add(rhs))
             }
         }
 

@@ -7,7 +7,7 @@ use crate::decompose::{decompose, is_composite};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hash::FastHasher;
 use crate::infer::{infer, Meta};
-use crate::node::{Node, Value};
+use crate::node::{Node, NodeRef, Value};
 use crate::op::{Dims, Op, Scalars};
 use crate::recorder::Recorder;
 use candle_core::{DType, Device};
@@ -146,7 +146,7 @@ impl<'a, 'o> Builder<'a, 'o> {
     }
 
     /// The index of a ready node, and whether it is new. `nodes` are those of all visits before.
-    pub(super) fn leaf(&mut self, visit: u32, node: &Arc<Node>, value: &Value, nodes: &[Arc<Node>]) -> (u32, bool) {
+    pub(super) fn leaf(&mut self, visit: u32, node: &NodeRef, value: &Value, nodes: &[NodeRef]) -> (u32, bool) {
         let identity = match value {
             Value::Tensor(tensor) => {
                 let mut hasher = FastHasher::default();
@@ -176,7 +176,7 @@ impl<'a, 'o> Builder<'a, 'o> {
     }
 
     /// Adds a recorded op, or its decomposition.
-    pub(super) fn op(&mut self, visit: u32, node: &Arc<Node>, custom: Option<CustomOp>, inputs: &[u32]) -> Result<u32> {
+    pub(super) fn op(&mut self, visit: u32, node: &NodeRef, custom: Option<CustomOp>, inputs: &[u32]) -> Result<u32> {
         let Some((op, scalars)) = node.recorded() else {
             return Err(Error::new("leaf", ErrorKind::Invalid("a leaf that waits".into())));
         };

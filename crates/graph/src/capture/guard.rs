@@ -13,7 +13,7 @@ mod sizes;
 use super::builder::same_data;
 use super::{Bindings, LeafBinding, LeafKey, Sym};
 use crate::hash::FastHasher;
-use crate::node::{Node, Value};
+use crate::node::{Node, NodeRef, Value};
 use crate::op::{Dims, Op};
 pub use build::Unguarded;
 use candle_core::{DType, Device};
@@ -126,7 +126,7 @@ impl Ways {
     }
 
     /// The recorded node that a node of the graph came from, if all above it still wait.
-    pub(super) fn find(&self, index: u32, kept: &[Arc<Node>]) -> Option<Arc<Node>> {
+    pub(super) fn find(&self, index: u32, kept: &[NodeRef]) -> Option<NodeRef> {
         let (mut number, mut turns) = (*self.recorded.get(index as usize)?, Vec::new());
         let top = loop {
             match *self.from.get(number as usize)? {
@@ -137,7 +137,7 @@ impl Ways {
                 }
             }
         };
-        let down = |node: Arc<Node>, input: u32| node.with_inputs(|inputs| inputs.get(input as usize).cloned())?;
+        let down = |node: NodeRef, input: u32| node.with_inputs(|inputs| inputs.get(input as usize).cloned())?;
         turns.into_iter().rev().try_fold(top.clone(), down)
     }
 }
@@ -145,7 +145,7 @@ impl Ways {
 impl Guard {
     /// What the roots look like at a glance: equal graphs have equal hints.
     #[must_use]
-    pub fn hint(roots: &[Arc<Node>]) -> u64 {
+    pub fn hint(roots: &[NodeRef]) -> u64 {
         let mut hasher = FastHasher::default();
         roots.len().hash(&mut hasher);
         for root in [roots.first(), roots.last()].into_iter().flatten() {
@@ -158,7 +158,7 @@ impl Guard {
     /// What to bind to a plan of the captured graph, if `roots` have that graph: as a capture finds it, but that scalars, offsets or data
     /// which happen to be equal do not make two nodes one which were two, and that of nodes which were one the same are held.
     #[must_use]
-    pub fn bind(&self, roots: &[Arc<Node>]) -> Option<Bindings> {
+    pub fn bind(&self, roots: &[NodeRef]) -> Option<Bindings> {
         if roots.len() != self.roots.len() {
             return None;
         }
@@ -211,7 +211,7 @@ impl Guard {
     }
 
     /// Whether no node has two numbers. One that nobody holds and one node reads cannot: the other one's edge would count as a handle.
-    fn are_different(&self, nodes: &[Arc<Node>]) -> bool {
+    fn are_different(&self, nodes: &[NodeRef]) -> bool {
         let ids = || self.order.iter().filter_map(|&place| nodes.get(place as usize)).map(|node| node.id());
         // a program mostly records in the same order
         if ids().zip(ids().skip(1)).all(|(a, b)| a < b) {
@@ -231,18 +231,18 @@ struct Walk<'a> {
     guard: &'a Guard,
     sizes: Sizes,
     params: Vec<f64>,
-    kept: Vec<Option<Arc<Node>>>,
+    kept: Vec<Option<NodeRef>>,
     leaves: Vec<Option<LeafBinding>>,
-    later: Vec<(u32, Arc<Node>)>,
+    later: Vec<(u32, NodeRef)>,
 }
 
 impl Walk<'_> {
     /// Whether a node is the one with this number, or may be where it is met for the first time.
-    fn meet(&mut self, number: u32, node: &Arc<Node>, depth: usize) -> bool {
+    fn meet(&mut self, number: u32, node: &NodeRef, depth: usize) -> bool {
         let Some(expected) = self.guard.expected.get(number as usize) else { return false };
         if let Some(place) = expected.kept {
             match self.kept.get_mut(place as usize) {
-                Some(Some(known)) => return Arc::ptr_eq(known, node),
+                Some(Some(known)) => return NodeRef::ptr_eq(known, node),
                 Some(new) => *new = Some(node.clone()),
                 None => return false,
             }
@@ -262,14 +262,14 @@ impl Walk<'_> {
     }
 
     /// Whether a leaf is of this kind; a run gets its value.
-    fn leaf(&mut self, expected: &Expected, key: LeafKey, place: Option<u32>, node: &Arc<Node>) -> bool {
+    fn leaf(&mut self, expected: &Expected, key: LeafKey, place: Option<u32>, node: &NodeRef) -> bool {
         let value = node.locked(|_, _| None, |value| (LeafKey::of(node, value) == key).then(|| value.clone()));
         let Some(Some(value)) = value else { return false };
         // one on the same data as another is compared with that one
         let Some(place) = place else { return true };
         // the one that reads it is locked and waits, so one of these references is its own
         let ours = usize::from(expected.kept.is_some());
-        let exclusive = expected.edges == 1 && Arc::strong_count(node) == 1 + ours && is_alone(&value, 0);
+        let exclusive = expected.edges == 1 && NodeRef::strong_count(node) == 1 + ours && is_alone(&value, 0);
         let index = self.guard.leaves.get(place as usize).copied();
         match (self.leaves.get_mut(place as usize), index) {
             (Some(leaf), Some(index)) => *leaf = Some(LeafBinding { index, node: expected.kept, value, exclusive }),
@@ -279,7 +279,7 @@ impl Walk<'_> {
     }
 
     /// Whether an op and all that it reads are those with this number. `besides` handles on it are ours, beside one where it is kept.
-    fn inside(&mut self, number: u32, node: &Arc<Node>, depth: usize, besides: usize) -> bool {
+    fn inside(&mut self, number: u32, node: &NodeRef, depth: usize, besides: usize) -> bool {
         let guard = self.guard;
         let Some(expected) = guard.expected.get(number as usize) else { return false };
         let (What::Op(known), Some((op, scalars))) = (&expected.what, node.recorded()) else { return false };
@@ -295,7 +295,7 @@ impl Walk<'_> {
         }
         // where another thread has published a node meanwhile, its edges are gone: as in a capture
         let ours = usize::from(expected.kept.is_some()) + besides;
-        let held = || Arc::strong_count(node) > ours + expected.edges as usize;
+        let held = || NodeRef::strong_count(node) > ours + expected.edges as usize;
         let keeps = known.held.unwrap_or(true) && node.traced() && !node.is_variable();
         if !same || keeps || known.held.is_some_and(|expected| expected != held()) {
             return false;
@@ -316,10 +316,10 @@ impl Walk<'_> {
 
 impl Several {
     /// Whether nobody but those that read the leaf holds it.
-    fn is_exclusive(&self, nodes: &[Arc<Node>]) -> Option<bool> {
+    fn is_exclusive(&self, nodes: &[NodeRef]) -> Option<bool> {
         let node = nodes.get(self.node as usize)?;
         // in this order: one that still waits held its edges when the count was taken
-        let alone = Arc::strong_count(node) == 1 + self.edges as usize;
+        let alone = NodeRef::strong_count(node) == 1 + self.edges as usize;
         let mut readers = self.readers.iter().filter_map(|&reader| nodes.get(reader as usize));
         Some(
             alone && readers.all(|reader| reader.is_pending()) && node.value().is_some_and(|value| is_alone(&value, 1)),
@@ -333,7 +333,7 @@ fn is_alone(value: &Value, bound: usize) -> bool {
 }
 
 /// Whether `same` holds of the nodes at two places.
-fn same(nodes: &[Arc<Node>], (a, b): (u32, u32), same: impl Fn(&Node, &Node) -> bool) -> bool {
+fn same(nodes: &[NodeRef], (a, b): (u32, u32), same: impl Fn(&Node, &Node) -> bool) -> bool {
     matches!((nodes.get(a as usize), nodes.get(b as usize)), (Some(a), Some(b)) if same(a, b))
 }
 

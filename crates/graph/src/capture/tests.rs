@@ -14,15 +14,15 @@ fn expand(_: &Op, _: DType, _: &Device) -> bool {
     true
 }
 
-fn leaf(dims: &[usize]) -> Arc<Node> {
+fn leaf(dims: &[usize]) -> NodeRef {
     Node::leaf(Tensor::ones(dims, DType::F32, &Device::Cpu).unwrap(), BuildSite::here())
 }
 
-fn rec(op: Op, scalars: &[f64], inputs: &[&Arc<Node>]) -> Arc<Node> {
+fn rec(op: Op, scalars: &[f64], inputs: &[&NodeRef]) -> NodeRef {
     Node::record(op, scalars, inputs, None, BuildSite::here()).unwrap()
 }
 
-fn get(roots: &[Arc<Node>]) -> Captured {
+fn get(roots: &[NodeRef]) -> Captured {
     let mut workspace = Workspace::default();
     let Bindings { sizes, params, .. } = workspace.key(roots, &CaptureOptions { expand: &keep }).unwrap();
     let captured = capture(roots, &CaptureOptions { expand: &keep }).unwrap();

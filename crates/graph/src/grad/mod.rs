@@ -19,17 +19,16 @@ mod rules;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::hash::FastMap;
-use crate::node::{Expr, Node, NodeId};
+use crate::node::{Expr, Node, NodeId, NodeRef};
 use crate::op::{BinaryOp, Dims, Op, Scalars};
 use crate::recorder::{Rec, Recorder};
 use crate::site::BuildSite;
 use candle_core::{DType, Device};
 use recompute::Regions;
 use smallvec::{smallvec, SmallVec};
-use std::sync::Arc;
 
 /// A recorded node.
-type Ref = Arc<Node>;
+type Ref = NodeRef;
 /// For each input of an op its gradient, where one was asked for and there is one.
 type Parts = SmallVec<[Option<Ref>; 4]>;
 
@@ -45,7 +44,7 @@ pub struct Recorded<'a> {
     /// Its scalars.
     pub scalars: &'a mut Scalars,
     /// Its inputs.
-    pub inputs: &'a mut Vec<Arc<Node>>,
+    pub inputs: &'a mut Vec<NodeRef>,
 }
 
 /// What checks the checker may do to an op of a derivative: change it, or (true) have it replaced by its first input.

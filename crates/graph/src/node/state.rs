@@ -1,11 +1,10 @@
 //! How a node stands: a leaf with its value, pending, ready, or lent to a running plan; and how it becomes the next.
 
 use super::release::drop_iteratively;
-use super::{EngineValue, Node, Value};
+use super::{EngineValue, Inputs, Node, NodeRef, Value};
 use crate::custom::CustomOp;
 use candle_core::Tensor;
 use parking_lot::MutexGuard;
-use smallvec::SmallVec;
 use std::sync::Arc;
 
 #[derive(Debug)]
@@ -21,7 +20,7 @@ pub(super) enum State {
 /// What a pending node holds and a ready one has dropped.
 #[derive(Debug)]
 pub(super) struct Waiting {
-    pub(super) inputs: SmallVec<[Arc<Node>; 3]>,
+    pub(super) inputs: Inputs,
     pub(super) custom: Option<CustomOp>,
 }
 
@@ -47,7 +46,7 @@ impl Node {
     /// What `f` returns; the node is pending still.
     pub fn compute<E>(
         &self,
-        f: impl FnOnce(&[Arc<Node>]) -> Option<std::result::Result<Tensor, E>>,
+        f: impl FnOnce(&[NodeRef]) -> Option<std::result::Result<Tensor, E>>,
     ) -> Option<std::result::Result<Tensor, E>> {
         let state = self.state.lock();
         let State::Pending(Waiting { inputs, .. }) = &*state else { return None };

@@ -2,11 +2,11 @@
 use super::*;
 use crate::op::{BinaryOp, UnaryOp};
 
-fn leaf() -> Arc<Node> {
+fn leaf() -> NodeRef {
     Node::leaf(Tensor::ones((2, 3), DType::F32, &Device::Cpu).unwrap(), BuildSite::here())
 }
 
-fn unary(x: &Arc<Node>) -> Arc<Node> {
+fn unary(x: &NodeRef) -> NodeRef {
     Node::record(Op::Unary(UnaryOp::Neg), &[], &[x], None, BuildSite::here()).unwrap()
 }
 
@@ -26,11 +26,11 @@ fn recording_validates_and_names_the_line() {
 fn becoming_ready_drops_the_inputs() {
     let a = leaf();
     let b = unary(&a);
-    assert_eq!(Arc::strong_count(&a), 2);
+    assert_eq!(NodeRef::strong_count(&a), 2);
     let value = Value::Tensor(Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap());
     assert!(b.publish(value.clone()));
     assert!(b.is_ready());
-    assert_eq!(Arc::strong_count(&a), 1);
+    assert_eq!(NodeRef::strong_count(&a), 1);
     assert!(!b.publish(value), "the first to publish wins");
 }
 
@@ -54,7 +54,7 @@ fn long_chains_drop_on_a_small_stack() {
 
 #[test]
 fn pending_estimates_are_upper_ones_until_counted_exactly() {
-    let add = |a: &Arc<Node>, b: &Arc<Node>| {
+    let add = |a: &NodeRef, b: &NodeRef| {
         Node::record(Op::Binary(BinaryOp::Add), &[], &[a, b], None, BuildSite::here()).unwrap()
     };
     let (mut x, mut aside) = (leaf(), leaf());
@@ -89,4 +89,76 @@ fn tracked_follows_floats_and_stops_at_detach() {
 fn scalar_counts_are_checked() {
     let error = Node::record(Op::Affine, &[1.0], &[leaf()], None, BuildSite::here()).unwrap_err();
     assert!(error.to_string().contains("takes 2 scalars"), "{error}");
+}
+
+/// In a thread of its own, whose first memory of nodes is its own.
+fn alone(f: impl FnOnce() + Send + 'static) {
+    std::thread::spawn(f).join().unwrap();
+}
+
+#[test]
+fn a_node_in_the_memory_of_another_has_nothing_of_it() {
+    alone(|| {
+        let module = crate::site::module_scope("first");
+        let w = Node::variable(&leaf(), BuildSite::here()).unwrap();
+        let x = unary(&w);
+        x.publish(Value::Tensor(Tensor::ones((2, 3), DType::F32, &Device::Cpu).unwrap()));
+        assert!(x.traced() && x.history().is_some() && x.site().module().is_some());
+        assert_eq!(x.shape().dims(), [2, 3]);
+        let (at, first) = (NodeRef::as_ptr(&x), x.id());
+        drop(module);
+        Node::release(x);
+        let y = Node::leaf(Tensor::ones(4, DType::F64, &Device::Cpu).unwrap(), BuildSite::here());
+        assert_eq!(NodeRef::as_ptr(&y), at, "the memory is used again");
+        assert!(y.id() > first && !y.traced() && !y.tracked() && !y.is_quantized() && !y.is_pending());
+        assert!(y.history().is_none() && y.recorded().is_none() && y.site().module().is_none());
+        assert_eq!((y.dims(), y.shape().dims(), y.dtype()), (&[4][..], &[4][..], DType::F64));
+        assert_eq!((y.pending_estimate(), y.count_pending()), ((0, 0), (0, 0)));
+        assert!(matches!(y.value(), Some(Value::Tensor(t)) if t.elem_count() == 4));
+    });
+}
+
+#[test]
+fn what_is_dropped_gives_its_value_up_at_once() {
+    alone(|| {
+        let op = std::sync::Arc::new(Box::new(Nothing) as Box<dyn candle_core::CustomOp1 + Send + Sync>);
+        let x =
+            Node::record_custom(CustomOp::One(op.clone()), &[2, 3], DType::F32, &[leaf()], BuildSite::here()).unwrap();
+        let y = unary(&x);
+        drop(x);
+        assert_eq!(std::sync::Arc::strong_count(&op), 2);
+        Node::release(y);
+        assert_eq!(std::sync::Arc::strong_count(&op), 1, "it is kept with the memory");
+    });
+}
+
+struct Nothing;
+
+impl candle_core::CustomOp1 for Nothing {
+    fn name(&self) -> &'static str {
+        "nothing"
+    }
+    fn cpu_fwd(
+        &self,
+        storage: &candle_core::CpuStorage,
+        layout: &candle_core::Layout,
+    ) -> candle_core::Result<(candle_core::CpuStorage, Shape)> {
+        Ok((storage.clone(), layout.shape().clone()))
+    }
+}
+
+#[test]
+fn what_waits_is_found_by_its_number() {
+    let (a, b) = (leaf(), leaf());
+    let x = unary(&a);
+    let y = Node::record(Op::Binary(BinaryOp::Add), &[], &[&x, &unary(&b)], None, BuildSite::here()).unwrap();
+    let found = |wanted: &[NodeId]| -> Vec<NodeId> {
+        let mut ids: Vec<_> = find([&y], wanted.iter().copied()).iter().map(|node| node.id()).collect();
+        ids.sort_unstable();
+        ids
+    };
+    assert_eq!(found(&[x.id(), a.id(), y.id()]), [a.id(), x.id(), y.id()]);
+    assert_eq!(found(&[leaf().id(), b.id()]), [b.id()]);
+    x.publish(Value::Tensor(Tensor::ones((2, 3), DType::F32, &Device::Cpu).unwrap()));
+    assert_eq!(found(&[x.id(), a.id()]), [x.id()], "what is ready waits for nothing");
 }

@@ -1,11 +1,10 @@
 //! What a node holds: an expression that waits, or a value.
 
-use super::Node;
+use super::Inputs;
 use crate::custom::CustomOp;
 use crate::op::{Op, Scalars};
 use candle_core::quantized::QTensor;
 use candle_core::Tensor;
-use smallvec::SmallVec;
 use std::any::Any;
 use std::sync::Arc;
 
@@ -49,7 +48,7 @@ pub struct Expr {
     /// Its run-time scalars.
     pub scalars: Scalars,
     /// Its inputs.
-    pub inputs: SmallVec<[Arc<Node>; 3]>,
+    pub inputs: Inputs,
     /// Which custom op [`Op::Custom`] means.
     pub custom: Option<CustomOp>,
 }

@@ -2,23 +2,22 @@
 use super::*;
 use crate::capture::{capture, CaptureOptions, Captured, Workspace};
 use crate::dump::dump;
-use crate::node::Node;
+use crate::node::{Node, NodeRef};
 use crate::op::{BinaryOp, CmpOp, Dims, Op, Scalars, UnaryOp};
 use crate::site::BuildSite;
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 use smallvec::SmallVec;
-use std::sync::Arc;
 
-fn leaf(dims: &[usize]) -> Arc<Node> {
+fn leaf(dims: &[usize]) -> NodeRef {
     Node::leaf(Tensor::ones(dims, DType::F32, &Device::Cpu).unwrap(), BuildSite::here())
 }
 
-fn rec(op: Op, scalars: &[f64], inputs: &[&Arc<Node>]) -> Arc<Node> {
+fn rec(op: Op, scalars: &[f64], inputs: &[&NodeRef]) -> NodeRef {
     Node::record(op, scalars, inputs, None, BuildSite::here()).unwrap()
 }
 
-fn get(roots: Vec<Arc<Node>>) -> Captured {
+fn get(roots: Vec<NodeRef>) -> Captured {
     capture(&roots, &CaptureOptions { expand: &|_, _, _| false }).unwrap()
 }
 
@@ -118,7 +117,7 @@ fn a_pass_that_breaks_the_graph_is_named() {
 }
 
 /// Bytes that choose ops: every graph is valid, because an op that refuses its inputs is skipped.
-fn random_graph(bytes: &[u8]) -> Vec<Arc<Node>> {
+fn random_graph(bytes: &[u8]) -> Vec<NodeRef> {
     let mut pool = vec![leaf(&[4, 3]), leaf(&[3, 4]), leaf(&[1, 3]), leaf(&[3]), leaf(&[4, 4])];
     for chunk in bytes.chunks_exact(4) {
         let pick = |b: u8| pool[usize::from(b) % pool.len()].clone();

@@ -7,8 +7,7 @@ use crate::error::{Error, Result};
 use crate::params::{copied, quoted, Glob, Gradients, Param, Params};
 use candle_core::{DType, Device, Tensor};
 use candle_lazy_exec::config::without_pending_budget;
-use candle_lazy_exec::{materialize, without_grad, EvalReport, LazyTensor};
-use std::sync::Arc;
+use candle_lazy_exec::{materialize, without_grad, EvalReport, LazyTensor, NodeId};
 
 /// What differs for some parameters: the first group whose pattern names a parameter is its group.
 #[derive(Debug, Clone, PartialEq)]
@@ -344,10 +343,13 @@ impl Optimizer {
         }
         let ran = materialize(&roots);
         if ran.is_err() {
+            let ids =
+                before.iter().flat_map(|(_, theta, kept)| std::iter::once(theta).chain(kept)).filter_map(Before::id);
+            let found = LazyTensor::find(&roots, ids);
             for (at, theta, kept) in before {
-                if let (Some(slot), Some(theta)) = (self.slots.get_mut(at), theta.back()) {
+                if let (Some(slot), Some(theta)) = (self.slots.get_mut(at), theta.back(&found)) {
                     slot.param.put_back(theta);
-                    slot.kept = kept.into_iter().filter_map(Before::back).collect();
+                    slot.kept = kept.into_iter().filter_map(|value| value.back(&found)).collect();
                 }
             }
         }
@@ -365,23 +367,30 @@ struct Move {
 /// A value that a step replaces.
 enum Before {
     /// The graph holds it, and nobody else need: it may be written in place.
-    InGraph(Box<dyn Fn() -> Option<LazyTensor>>),
+    InGraph(NodeId),
     /// A part of the graph was evaluated early, and nobody else holds it.
     Held(LazyTensor),
 }
 
 impl Before {
     fn of(value: LazyTensor) -> Self {
-        if Arc::strong_count(value.node()) == 1 {
+        if value.is_sole() {
             return Self::Held(value);
         }
-        let node = Arc::downgrade(value.node());
-        Self::InGraph(Box::new(move || node.upgrade().map(LazyTensor::from_node)))
+        Self::InGraph(value.id())
     }
 
-    fn back(self) -> Option<LazyTensor> {
+    fn id(&self) -> Option<NodeId> {
         match self {
-            Self::InGraph(node) => node(),
+            Self::InGraph(id) => Some(*id),
+            Self::Held(_) => None,
+        }
+    }
+
+    /// The value, among those that were found in the graph.
+    fn back(self, found: &[LazyTensor]) -> Option<LazyTensor> {
+        match self {
+            Self::InGraph(id) => found.iter().find(|value| value.id() == id).cloned(),
             Self::Held(value) => Some(value),
         }
     }

@@ -22,7 +22,7 @@ use crate::plan::{Memory, Plan};
 use crate::report::EvalReport;
 use crate::tensor::LazyTensor;
 use candle_core::Tensor;
-use candle_lazy_graph::{Bindings, FastMap, Node, NodeId};
+use candle_lazy_graph::{Bindings, FastMap, NodeId, NodeRef};
 use candle_lazy_ops::fault;
 use candle_lazy_ops::kernels::{each, with_threads};
 use parking_lot::Mutex;
@@ -98,7 +98,7 @@ pub(crate) fn is_small(request: &Request) -> bool {
 }
 
 /// The value of a node that takes no more than a few microseconds, on this thread alone; `None` if it is no such node.
-pub(crate) fn eval_now(node: &Arc<Node>) -> Option<Result<Values>> {
+pub(crate) fn eval_now(node: &NodeRef) -> Option<Result<Values>> {
     let known = |result: Result<Option<Tensor>>| result.transpose().map(|value| Ok(smallvec![value?]));
     known(with_threads(1, || inside(|| contained(|| eval_little(node).transpose()))))
 }
@@ -209,7 +209,7 @@ fn round(left: Vec<Pending>, company: &Company<'_>) -> Vec<Pending> {
     let nodes = AtomicUsize::new(0);
     let plan_one = |pending: Pending| {
         let found = contained(|| {
-            let roots: Vec<Arc<Node>> = pending.request.iter().map(|t| t.node().clone()).collect();
+            let roots: Vec<NodeRef> = pending.request.iter().map(|t| t.node().clone()).collect();
             planned(&roots, &options)
         });
         match found {
@@ -250,7 +250,7 @@ fn round(left: Vec<Pending>, company: &Company<'_>) -> Vec<Pending> {
 /// A request on its way through the plan.
 struct Member {
     pending: Pending,
-    roots: Vec<Arc<Node>>,
+    roots: Vec<NodeRef>,
     bindings: Bindings,
     memory: Arc<Memory>,
     slots: Vec<SlotValue>,

@@ -4,7 +4,7 @@ use super::super::{Bindings, CaptureFailure, CaptureOptions, GOp, Graph, GraphKe
 use super::{Expected, ExpectedOp, Function, Guard, Several, Way, Ways, What};
 use crate::decompose::is_composite;
 use crate::hash::FastMap;
-use crate::node::Node;
+use crate::node::{Node, NodeRef};
 use crate::op::{Dims, Op};
 use candle_core::Device;
 use std::sync::Arc;
@@ -40,7 +40,7 @@ impl Guard {
     ///
     /// # Errors
     /// [`Unguarded`].
-    pub fn of(roots: &[Arc<Node>], options: &CaptureOptions<'_>) -> std::result::Result<(Self, GraphKey), Unguarded> {
+    pub fn of(roots: &[NodeRef], options: &CaptureOptions<'_>) -> std::result::Result<(Self, GraphKey), Unguarded> {
         let mut workspace = Workspace::default();
         let (bindings, graph) = workspace.walk(roots, options, true).map_err(|failure| match failure {
             CaptureFailure::Lent => Unguarded::Changed,
@@ -113,7 +113,7 @@ impl Capture<'_> {
         self.workspace.seen.find(node.id().get(), |_| true)
     }
 
-    fn guard(&self, roots: &[Arc<Node>]) -> Option<Guard> {
+    fn guard(&self, roots: &[NodeRef]) -> Option<Guard> {
         let Self { bindings, graph, .. } = *self;
         let numbers = self.numbers(roots)?;
         // one that was ready was visited only where others read it
@@ -197,7 +197,7 @@ impl Capture<'_> {
     }
 
     /// Numbers every node before what it reads, root by root.
-    fn numbers(&self, roots: &[Arc<Node>]) -> Option<Numbers> {
+    fn numbers(&self, roots: &[NodeRef]) -> Option<Numbers> {
         let count = self.workspace.visits.len();
         let mut numbers = Numbers {
             of: vec![u32::MAX; count],

@@ -16,11 +16,11 @@ fn keep(_: &Op, _: DType, _: &Device) -> bool {
 
 const KEEP: super::super::CaptureOptions<'_> = super::super::CaptureOptions { expand: &keep };
 
-fn rec(op: Op, scalars: &[f64], inputs: &[&Arc<Node>]) -> Arc<Node> {
+fn rec(op: Op, scalars: &[f64], inputs: &[&NodeRef]) -> NodeRef {
     Node::record(op, scalars, inputs, None, BuildSite::here()).unwrap()
 }
 
-fn leaf(dims: &[usize]) -> Arc<Node> {
+fn leaf(dims: &[usize]) -> NodeRef {
     Node::leaf(Tensor::zeros(dims, DType::F32, &Device::Cpu).unwrap(), BuildSite::here())
 }
 
@@ -40,7 +40,7 @@ impl EngineValue for Memory {
     }
 }
 
-fn held_by_engine(dims: &[usize], value: &Arc<dyn EngineValue>) -> Arc<Node> {
+fn held_by_engine(dims: &[usize], value: &Arc<dyn EngineValue>) -> NodeRef {
     let node = rec(Op::Contiguous, &[], &[&leaf(dims)]);
     assert!(node.publish(Value::Engine(value.clone())));
     node
@@ -61,7 +61,7 @@ struct Recipe {
 
 impl Recipe {
     /// The root, and what else is held.
-    fn record(&self) -> (Arc<Node>, Vec<Arc<Node>>) {
+    fn record(&self) -> (NodeRef, Vec<NodeRef>) {
         let [n, m, k] = self.sizes;
         let tensor = leaf(&[n, m]);
         let again = Node::leaf(tensor.tensor().unwrap().into_owned(), BuildSite::here());
@@ -91,12 +91,12 @@ impl Recipe {
 }
 
 trait PipeBack {
-    fn pipe_back(self, to: &Arc<Node>) -> Arc<Node>;
+    fn pipe_back(self, to: &NodeRef) -> NodeRef;
 }
 
-impl PipeBack for Arc<Node> {
+impl PipeBack for NodeRef {
     /// Under the shape that it had.
-    fn pipe_back(self, to: &Arc<Node>) -> Arc<Node> {
+    fn pipe_back(self, to: &NodeRef) -> NodeRef {
         rec(Op::Reshape { shape: to.dims().iter().copied().collect() }, &[], &[&self])
     }
 }
@@ -247,7 +247,7 @@ fn a_guard_knows_which_of_the_nodes_that_were_merged_is_held() {
 
 #[test]
 fn leaves_are_known_by_kind_layout_and_identity() {
-    let sum = |a: &Arc<Node>, b: &Arc<Node>| [rec(Op::Binary(BinaryOp::Add), &[], &[a, b])];
+    let sum = |a: &NodeRef, b: &NodeRef| [rec(Op::Binary(BinaryOp::Add), &[], &[a, b])];
     let (x, y) = (leaf(&[3, 4]), leaf(&[3, 4]));
     let (twins, _) = Guard::of(&sum(&x, &x), &KEEP).unwrap();
     let (two, _) = Guard::of(&sum(&x, &y), &KEEP).unwrap();
@@ -319,8 +319,8 @@ fn what_keeps_a_history_is_expanded_or_stands_for_an_object_has_no_guard() {
 #[test]
 fn a_node_that_waits_is_no_leaf_on_the_data_of_another() {
     let (x, y) = (leaf(&[4]), leaf(&[4]));
-    let exp = |x: &Arc<Node>| rec(Op::Unary(UnaryOp::Exp), &[], &[x]);
-    let sum = |a: &Arc<Node>, b: &Arc<Node>| [rec(Op::Binary(BinaryOp::Add), &[], &[a, b])];
+    let exp = |x: &NodeRef| rec(Op::Unary(UnaryOp::Exp), &[], &[x]);
+    let sum = |a: &NodeRef, b: &NodeRef| [rec(Op::Binary(BinaryOp::Add), &[], &[a, b])];
     let value = || Value::Tensor(x.tensor().unwrap().into_owned());
     let (a, b) = (exp(&x), exp(&x));
     assert!(a.publish(value()) && b.publish(value()));
@@ -334,8 +334,8 @@ fn a_node_that_waits_is_no_leaf_on_the_data_of_another() {
 #[test]
 fn one_node_is_never_two() {
     let memory = || held_by_engine(&[4], &(Arc::new(Memory) as Arc<dyn EngineValue>));
-    let times = |x: &Arc<Node>, by: f64| rec(Op::Affine, &[by, 0.0], &[x]);
-    let exclusive = |roots: &[Arc<Node>], guard: &Guard| -> Vec<bool> {
+    let times = |x: &NodeRef, by: f64| rec(Op::Affine, &[by, 0.0], &[x]);
+    let exclusive = |roots: &[NodeRef], guard: &Guard| -> Vec<bool> {
         let capture = capture(roots, &KEEP).unwrap().bindings;
         let found = capture.leaves.iter().map(|leaf| leaf.exclusive).collect::<Vec<_>>();
         drop(capture);
@@ -360,7 +360,7 @@ fn one_node_is_never_two() {
     let x = memory();
     let (p, q) = (times(&x, 2.0), times(&x, 3.0));
     drop(x);
-    let sum = |a: &Arc<Node>, b: &Arc<Node>| [rec(Op::Binary(BinaryOp::Add), &[], &[a, b])];
+    let sum = |a: &NodeRef, b: &NodeRef| [rec(Op::Binary(BinaryOp::Add), &[], &[a, b])];
     let (guard, _) = Guard::of(&sum(&p, &q), &KEEP).unwrap();
     assert!(guard.bind(&sum(&p, &q)).is_some() && guard.bind(&sum(&q, &p)).is_some());
     let once = times(&y, 2.0);
