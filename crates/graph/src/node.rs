@@ -88,7 +88,7 @@ impl Node {
     pub fn leaf(tensor: Tensor, site: BuildSite) -> NodeRef {
         let tracked = tensor.track_op();
         let mut node = Self::fresh();
-        fill(&mut node.extent, Extent::from(tensor.shape()));
+        node.extent.set(tensor.dims(), None);
         node.dtype = tensor.dtype();
         fill(&mut node.device, tensor.device().clone());
         (node.tracked, node.traced) = (tracked, tracked);
@@ -101,7 +101,7 @@ impl Node {
     #[must_use]
     pub fn quantized(weight: Arc<QTensor>, site: BuildSite) -> NodeRef {
         let mut node = Self::fresh();
-        fill(&mut node.extent, Extent::from(weight.shape()));
+        node.extent.set(weight.shape().dims(), None);
         node.dtype = DType::F32;
         fill(&mut node.device, weight.device());
         node.quantized = true;
@@ -157,7 +157,8 @@ impl Node {
         device: Option<&Device>,
         site: BuildSite,
     ) -> Result<NodeRef> {
-        let meta = {
+        let inferred;
+        let (dims, last, dtype) = {
             let mut few = [Meta { dims: &[], dtype: DType::U8 }; 4];
             let many: Vec<Meta<'_>>;
             let metas = match few.get_mut(..inputs.len()) {
@@ -171,8 +172,11 @@ impl Node {
                 }
             };
             match at_a_glance(&op, metas) {
-                Some(meta) => meta,
-                None => infer(&op, metas).map_err(|e| e.at(&site))?,
+                Some(glance) => (glance.dims, glance.last, glance.dtype),
+                None => {
+                    inferred = infer(&op, metas).map_err(|e| e.at(&site))?;
+                    (inferred.dims.as_slice(), None, inferred.dtype)
+                }
             }
         };
         if scalars.len() != op.scalar_count() {
@@ -202,19 +206,19 @@ impl Node {
                 return Err(Error::new(op.name(), ErrorKind::Device(detail)).on(&metas).at(&site));
             }
         }
-        let differentiable = op.is_differentiable() && meta.dtype.is_float() && is_grad_enabled();
+        let differentiable = op.is_differentiable() && dtype.is_float() && is_grad_enabled();
         let carrying = op.carrying(&inputs);
         let tracked = differentiable && carrying.iter().any(|n| n.tracked);
         let traced = differentiable && carrying.iter().any(|n| n.traced);
-        let own_bytes = meta.dims.iter().product::<usize>() * meta.dtype.size_in_bytes();
+        let own_bytes = dims.iter().chain(&last).product::<usize>() * dtype.size_in_bytes();
         let mut node = Self::fresh();
         node.pending = Pending::above(node.id, inputs.iter().map(|n| &n.pending), own_bytes as u64);
-        fill(&mut node.extent, Extent::from(meta.dims));
-        node.dtype = meta.dtype;
+        node.extent.set(dims, last);
+        node.dtype = dtype;
         fill(&mut node.device, device);
         (node.tracked, node.traced) = (tracked, traced);
         fill(&mut node.site, site);
-        fill(&mut node.origin, Origin::Recorded(op, Scalars::from_slice(scalars)));
+        fill(&mut node.origin, Origin::Recorded(op, scalars.iter().copied().collect()));
         fill(node.state.get_mut(), State::Pending(Waiting { inputs, custom }));
         Ok(node.shareable())
     }
@@ -284,7 +288,7 @@ impl Node {
 
     /// Gets the shape, dtype and device of `other`, and is recorded at `site`.
     fn like(&mut self, other: &Self, site: BuildSite) {
-        fill(&mut self.extent, other.extent.clone());
+        self.extent.set(other.dims(), None);
         self.dtype = other.dtype;
         fill(&mut self.device, other.device.clone());
         fill(&mut self.site, site);

@@ -291,7 +291,10 @@ impl Walk<'_> {
         let place = known.scalars.map(|at| at as usize).filter(|_| !scalars.is_empty());
         let params = place.and_then(|at| self.params.get_mut(at..at + scalars.len()));
         if let Some(params) = params {
-            params.copy_from_slice(scalars);
+            // few: written one by one
+            for (param, scalar) in params.iter_mut().zip(scalars) {
+                *param = *scalar;
+            }
         }
         // where another thread has published a node meanwhile, its edges are gone: as in a capture
         let ours = usize::from(expected.kept.is_some()) + besides;

@@ -13,6 +13,13 @@ pub(super) struct Extent {
 }
 
 impl Extent {
+    /// Fills in the dims of a blank: `dims`, and another last one. They are written one by one, since a copy of what was just written in
+    /// smaller pieces waits for it.
+    #[inline]
+    pub(super) fn set(&mut self, dims: &[usize], last: Option<usize>) {
+        self.dims.extend(dims.iter().copied().chain(last));
+    }
+
     #[inline]
     pub(super) fn dims(&self) -> &[usize] {
         &self.dims
@@ -32,11 +39,5 @@ impl From<Dims> for Extent {
     #[inline]
     fn from(dims: Dims) -> Self {
         Self { dims, shape: OnceLock::new() }
-    }
-}
-
-impl From<&Shape> for Extent {
-    fn from(shape: &Shape) -> Self {
-        Self::from(Dims::from_slice(shape.dims()))
     }
 }

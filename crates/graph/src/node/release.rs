@@ -1,27 +1,27 @@
 //! How nodes go: without recursion, however long the chain above is.
 
 use super::state::{State, Waiting};
-use super::{id, Node, NodeId, NodeRef};
+use super::{id, Inputs, Node, NodeId, NodeRef};
 use triomphe::UniqueArc;
 
 impl Node {
     /// Gives up a handle. The last one's node is taken apart, and the next one is recorded in its memory.
     #[inline]
     pub fn release(handle: NodeRef) {
-        if let Some(node) = last(handle) {
-            drop_iteratively(take_apart(node));
-        }
+        release_above(Some(handle), Inputs::new());
     }
 
-    /// What the node waits for or has kept of it; the node is being dropped.
-    fn take_waiting(&mut self) -> Option<Waiting> {
-        match self.state.get_mut() {
-            State::Given => None,
-            State::Ready(_) | State::Lent => self.history.take().map(|waiting| *waiting),
-            state @ State::Pending(_) => match std::mem::replace(state, State::Lent) {
-                State::Pending(waiting) => Some(waiting),
-                _ => None,
-            },
+    /// Moves what the node waits for, or has kept of that, to `next` and `stack`; the node is being dropped.
+    #[inline]
+    fn give_up_inputs(&mut self, next: &mut Option<NodeRef>, stack: &mut Inputs) {
+        let history = self.history.get_mut().map(|waiting| &mut **waiting);
+        let mut waiting = match self.state.get_mut() {
+            State::Pending(waiting) => Some(waiting),
+            State::Given | State::Ready(_) | State::Lent => history,
+        };
+        // one by one: most nodes have one or two, and what is moved as a whole is moved twice
+        while let Some(input) = waiting.as_mut().and_then(|waiting| waiting.inputs.pop()) {
+            stack.extend(next.replace(input));
         }
     }
 }
@@ -36,23 +36,18 @@ fn last(handle: NodeRef) -> Option<UniqueArc<Node>> {
     }
 }
 
-#[inline]
-fn take_apart(mut node: UniqueArc<Node>) -> Option<Waiting> {
-    let waiting = node.take_waiting();
-    Node::reuse(node);
-    waiting
+/// Drops what a node has waited for without recursion: whoever holds the last reference to an input takes that input apart too.
+pub(super) fn drop_iteratively(waiting: Option<Waiting>) {
+    if let Some(Waiting { inputs, .. }) = waiting {
+        release_above(None, inputs);
+    }
 }
 
-/// Drops a pending state without recursion: whoever holds the last reference to an input takes that input apart too.
-pub(super) fn drop_iteratively(waiting: Option<Waiting>) {
-    let Some(waiting) = waiting else { return };
-    let mut stack = waiting.inputs;
-    while let Some(node) = stack.pop() {
-        match last(node).and_then(take_apart) {
-            // one behind another: nothing is moved piece by piece
-            Some(waiting) if stack.is_empty() => stack = waiting.inputs,
-            Some(waiting) => stack.extend(waiting.inputs),
-            None => {}
+fn release_above(mut next: Option<NodeRef>, mut stack: Inputs) {
+    while let Some(handle) = next.take().or_else(|| stack.pop()) {
+        if let Some(mut node) = last(handle) {
+            node.give_up_inputs(&mut next, &mut stack);
+            Node::reuse(node);
         }
     }
 }
@@ -61,7 +56,9 @@ impl Drop for Node {
     fn drop(&mut self) {
         if self.id != NodeId::NONE {
             id::dropped();
-            drop_iteratively(self.take_waiting());
+            let (mut next, mut stack) = (None, Inputs::new());
+            self.give_up_inputs(&mut next, &mut stack);
+            release_above(next, stack);
         }
     }
 }

@@ -89,6 +89,11 @@ fn padded<T: Real>(x: &[T]) -> [T; LINE] {
 pub(super) fn one<T: Real>(dst: &mut [T], x: &[T], f: impl Map1<T>) {
     let n = dst.len().min(x.len());
     let (dst, x) = (&mut dst[..n], &x[..n]);
+    // a number of its own, as losses and rates are, needs no line
+    if let ([d], [x]) = (&mut *dst, x) {
+        *d = f.call(*x);
+        return;
+    }
     let Some(parts) = parts(dst) else {
         let mut line = padded(x);
         for l in &mut line {
@@ -108,6 +113,10 @@ pub(super) fn one<T: Real>(dst: &mut [T], x: &[T], f: impl Map1<T>) {
 pub(super) fn two<T: Real>(dst: &mut [T], x: &[T], y: &[T], f: impl Map2<T>) {
     let n = dst.len().min(x.len()).min(y.len());
     let (dst, x, y) = (&mut dst[..n], &x[..n], &y[..n]);
+    if let ([d], [x], [y]) = (&mut *dst, x, y) {
+        *d = f.call(*x, *y);
+        return;
+    }
     let Some(parts) = parts(dst) else {
         let mut line = padded(x);
         for (l, y) in line.iter_mut().zip(padded(y)) {
