@@ -85,6 +85,14 @@ impl<'a> Slice<'a> {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    /// The addresses of the elements' bytes.
+    pub fn addresses(&self) -> std::ops::Range<usize> {
+        each_dtype!(Slice, self, v => {
+            let range = v.as_ptr_range();
+            range.start as usize..range.end as usize
+        })
+    }
 }
 
 impl<'a> SliceMut<'a> {

@@ -4,10 +4,12 @@
 //! what `eval()` returns leaves the pool for good. Every element of a pooled `Vec` is initialised, so reuse needs no
 //! `unsafe`; kernels assume no alignment beyond the type's.
 
+mod gather;
 mod heap;
 mod huge;
 mod pool;
 
+pub use gather::{on_huge_pages, HugePages};
 pub(crate) use heap::keep_freed;
 pub use huge::vec_with_huge_pages;
 pub(crate) use pool::running;

@@ -12,6 +12,7 @@ use crate::rope::RopeScaling;
 use candle_core::quantized::gguf_file::Value;
 use candle_core::quantized::{ggml_file::qtensor_from_ggml, GgmlDType};
 use candle_core::{DType, Device, Shape, Tensor};
+use candle_lazy_exec::buffer::HugePages;
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
 use half::{bf16, f16};
@@ -203,7 +204,11 @@ impl Gguf {
 
     /// A `VarBuilder` that dequantises each tensor when a model asks for it.
     pub fn var_builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
-        VarBuilder::from_backend(Box::new(Backend(self.inner.clone())), dtype, device.clone())
+        VarBuilder::from_backend(
+            Box::new(Backend { inner: self.inner.clone(), pages: HugePages::default() }),
+            dtype,
+            device.clone(),
+        )
     }
 }
 
@@ -287,11 +292,15 @@ fn rope_scaling_of(path: &Path, keys: &Keys<'_>, header: &GgufHeader, file: &mut
     }
 }
 
-struct Backend(Arc<Inner>);
+struct Backend {
+    inner: Arc<Inner>,
+    /// Where the tensors lie that were read: they go to huge pages when the model has all it wants.
+    pages: HugePages,
+}
 
 impl Backend {
     fn read(&self, name: &str, expected: Option<&Shape>, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
-        let inner = &self.0;
+        let inner = &self.inner;
         let mapped = inner
             .tensors
             .get(name)
@@ -385,15 +394,15 @@ fn read_rows(
 
 impl SimpleBackend for Backend {
     fn get(&self, s: Shape, name: &str, _: Init, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
-        self.read(name, Some(&s), dtype, dev)
+        self.read(name, Some(&s), dtype, dev).inspect(|tensor| self.pages.note(tensor))
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
-        self.read(name, None, dtype, dev)
+        self.read(name, None, dtype, dev).inspect(|tensor| self.pages.note(tensor))
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.0.tensors.contains_key(name)
+        self.inner.tensors.contains_key(name)
     }
 }
 

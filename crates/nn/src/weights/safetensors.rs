@@ -5,6 +5,7 @@
 use super::read::{read_tensor, Extent};
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Shape, Tensor};
+use candle_lazy_exec::buffer::HugePages;
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
 use parking_lot::Mutex;
@@ -208,9 +209,15 @@ impl SafetensorsFile {
 struct Shards {
     files: Vec<SafetensorsFile>,
     by_name: BTreeMap<String, usize>,
+    /// Where the tensors lie that were read: they go to huge pages when the model has all it wants.
+    pages: HugePages,
 }
 
 impl Shards {
+    fn noted(&self, tensor: candle_core::Result<Tensor>) -> candle_core::Result<Tensor> {
+        tensor.inspect(|tensor| self.pages.note(tensor))
+    }
+
     fn file_of(&self, name: &str) -> candle_core::Result<&SafetensorsFile> {
         let index = self.by_name.get(name).copied();
         // A model in one file names that file also for what it lacks.
@@ -223,11 +230,11 @@ impl Shards {
 
 impl SimpleBackend for Shards {
     fn get(&self, s: Shape, name: &str, _: Init, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
-        self.file_of(name)?.read(name, Some(&s), dtype, dev)
+        self.noted(self.file_of(name)?.read(name, Some(&s), dtype, dev))
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
-        self.file_of(name)?.read(name, None, dtype, dev)
+        self.noted(self.file_of(name)?.read(name, None, dtype, dev))
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
@@ -258,5 +265,9 @@ pub fn safetensors<P: AsRef<Path>>(paths: &[P], dtype: DType, device: &Device) -
         }
         files.push(file);
     }
-    Ok(VarBuilder::from_backend(Box::new(Shards { files, by_name }), dtype, device.clone()))
+    Ok(VarBuilder::from_backend(
+        Box::new(Shards { files, by_name, pages: HugePages::default() }),
+        dtype,
+        device.clone(),
+    ))
 }

@@ -8,8 +8,10 @@ use crate::kernels::square::transposed;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-/// How far ahead a row that comes from memory is asked for, in bytes. The machine's own guess ends with the page.
-const AHEAD: usize = 4096;
+/// How far ahead a row that comes from memory is asked for, in bytes. The machine's own guess ends with the page. It comes to the second-level
+/// cache, which waits for more lines at a time than the first, and from there a little ahead of its use.
+const AHEAD: usize = 8192;
+const NEAR: usize = 1024;
 
 /// As `super::dots`, columns from `at` on.
 pub(super) fn dots<E: Narrow>(x: Rows<'_, f32>, w: Rows<'_, E>, out: &mut Grid<'_>, at: usize) {
@@ -104,7 +106,9 @@ fn segment<E: Narrow, const M: usize, const R: usize>(x: [&[f32]; M], w: [&[E]; 
         for (sums, w) in sums.iter_mut().zip(w) {
             if R == 1 {
                 // the row comes from memory, and so will those behind it
-                _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(l).wrapping_byte_add(AHEAD).cast());
+                let here = w.as_ptr().wrapping_add(l);
+                _mm_prefetch::<_MM_HINT_T1>(here.wrapping_byte_add(AHEAD).cast());
+                _mm_prefetch::<_MM_HINT_T0>(here.wrapping_byte_add(NEAR).cast());
             }
             // SAFETY: as above.
             let right = unsafe { E::load(w.as_ptr().add(l), None) };
