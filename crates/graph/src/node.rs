@@ -1,6 +1,6 @@
 //! The implicit graph: shared nodes that are pending or ready.
 //!
-//! There is no graph object. An edge is an `NodeRef` in the inputs of a pending node, so a subgraph that nobody can
+//! There is no graph object. An edge is a `NodeRef` in the inputs of a pending node, so a subgraph that nobody can
 //! reach frees itself, and a node that becomes ready drops its inputs. Building, reading and dropping are iterative: a chain of a
 //! million nodes needs no stack.
 //!
@@ -223,11 +223,15 @@ impl Node {
         Ok(node.shareable())
     }
 
-    /// A leaf without elements, for a handle that holds no node.
+    /// A node that never has a value, for a handle that holds none.
     #[must_use]
     pub fn nothing() -> &'static NodeRef {
         static NOTHING: OnceLock<NodeRef> = OnceLock::new();
-        NOTHING.get_or_init(|| Self::fresh().shareable())
+        NOTHING.get_or_init(|| {
+            let mut node = Self::fresh();
+            (node.dtype, node.site) = (DType::U8, BuildSite::bare());
+            node.shareable()
+        })
     }
 
     /// Records [`Op::Detach`] on `input`: the one op that no input can make fail.

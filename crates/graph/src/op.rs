@@ -3,7 +3,7 @@
 use candle_core::DType;
 use smallvec::SmallVec;
 
-/// Dimensions of a shape: inline up to rank 6.
+/// Dimensions of a shape: inline up to rank 4.
 pub type Dims<S = usize> = SmallVec<[S; 4]>;
 
 /// Run-time scalars of a node (a factor, an epsilon). They are parameters of a plan, never part of its key.

@@ -21,6 +21,12 @@ impl BuildSite {
         Self { location: Location::caller(), module: current_module() }
     }
 
+    /// The caller's line, in no module.
+    #[track_caller]
+    pub(crate) fn bare() -> Self {
+        Self { location: Location::caller(), module: None }
+    }
+
     /// Forgets the module.
     pub(crate) fn leave(&mut self) {
         self.module = None;

@@ -2,7 +2,8 @@
 
 use super::Operation;
 use candle_core::{DType, Device, Shape, Tensor};
-use candle_lazy_exec::LazyTensor as Recorded;
+use candle_lazy_exec::{LazyTensor as Recorded, NodeId as RecordedId};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
 /// The place of a node in its graph.
@@ -89,12 +90,19 @@ impl GraphNode {
     }
 }
 
+/// What is known of the engine's node of one of the graph, which does not keep it alive.
+#[derive(Clone, Default)]
+struct Known {
+    id: Option<RecordedId>,
+    handle: Weak<Recorded>,
+}
+
 /// All nodes that were recorded together.
 pub struct ComputationGraph {
     device: Device,
     nodes: Vec<GraphNode>,
-    /// The engine's handle of each, as long as somebody holds it.
-    recorded: Vec<Weak<Recorded>>,
+    /// The engine's node of each, as long as a handle holds it, or what waits for it.
+    recorded: Vec<Known>,
     /// Nodes that were handed out to be changed since what was recorded was last looked at.
     changed: Vec<NodeId>,
 }
@@ -161,20 +169,45 @@ impl ComputationGraph {
             }
         }
         for (recorded, _) in self.recorded.iter_mut().zip(stale).filter(|(_, stale)| *stale) {
-            *recorded = Weak::new();
+            *recorded = Known::default();
         }
     }
 
     /// Whether `handle` is what was recorded of the node.
-    pub(crate) fn holds(&self, id: NodeId, handle: &Arc<Recorded>) -> bool {
+    pub(crate) fn holds(&self, id: NodeId, handle: &Recorded) -> bool {
         let known = self.recorded.get(id.0);
-        self.changed.is_empty() && known.is_some_and(|known| std::ptr::eq(known.as_ptr(), Arc::as_ptr(handle)))
+        self.changed.is_empty() && known.is_some_and(|known| known.id == Some(handle.id()))
+    }
+
+    /// The engine's handle of each node that one holds, or that waits below one.
+    fn held(&self) -> Vec<Option<Arc<Recorded>>> {
+        let mut held: Vec<_> = self.recorded.iter().map(|known| known.handle.upgrade()).collect();
+        let lost: BTreeMap<RecordedId, Vec<usize>> =
+            self.recorded.iter().zip(&held).enumerate().fold(BTreeMap::new(), |mut lost, (at, (known, held))| {
+                if let (Some(id), None) = (known.id, held) {
+                    lost.entry(id).or_insert_with(Vec::new).push(at);
+                }
+                lost
+            });
+        if lost.is_empty() {
+            return held;
+        }
+        let roots: Vec<&Recorded> = held.iter().flatten().map(AsRef::as_ref).collect();
+        for found in Recorded::find(&roots, lost.keys().copied()) {
+            let (places, found) = (lost.get(&found.id()), Arc::new(found));
+            for &at in places.into_iter().flatten() {
+                if let Some(held) = held.get_mut(at) {
+                    *held = Some(found.clone());
+                }
+            }
+        }
+        held
     }
 
     /// Adds an input.
     pub fn add_input(&mut self, tensor: Tensor) -> NodeId {
         let id = NodeId(self.nodes.len());
-        self.push(GraphNode::input(id, tensor), Weak::new())
+        self.push(GraphNode::input(id, tensor), Known::default())
     }
 
     /// Adds an operation on nodes that are there.
@@ -187,10 +220,10 @@ impl ComputationGraph {
         let dtypes: Vec<DType> = nodes.iter().map(|node| node.output_dtype).collect();
         let (shape, dtype) = (operation.output_shape(&shapes)?, operation.output_dtype(&dtypes));
         let id = NodeId(self.nodes.len());
-        Ok(self.push(GraphNode::new(id, operation, inputs, shape, dtype), Weak::new()))
+        Ok(self.push(GraphNode::new(id, operation, inputs, shape, dtype), Known::default()))
     }
 
-    fn push(&mut self, node: GraphNode, recorded: Weak<Recorded>) -> NodeId {
+    fn push(&mut self, node: GraphNode, recorded: Known) -> NodeId {
         let id = node.id;
         self.nodes.push(node);
         self.recorded.push(recorded);
@@ -265,7 +298,7 @@ impl ComputationGraph {
                 (*a, *b) = (copy_of(*a), copy_of(*b));
             }
             node.id = NodeId(self.nodes.len());
-            let recorded = if other.changed.is_empty() { recorded.clone() } else { Weak::new() };
+            let recorded = if other.changed.is_empty() { recorded.clone() } else { Known::default() };
             last = self.push(node, recorded);
             if let Some(copy) = copies.get_mut(old.0) {
                 *copy = Some(last);
@@ -285,16 +318,21 @@ impl ComputationGraph {
     #[track_caller]
     pub(crate) fn handle(&mut self, id: NodeId) -> Result<Arc<Recorded>, String> {
         self.forget_changed();
-        let known = |graph: &Self, at: usize| graph.recorded.get(at).and_then(Weak::upgrade);
-        if let Some(handle) = known(self, id.0) {
+        if let Some(handle) = self.recorded.get(id.0).and_then(|known| known.handle.upgrade()) {
             return Ok(handle);
         }
-        let given = |at: usize| self.nodes.get(at).is_some_and(|n| n.data.is_available()) || known(self, at).is_some();
+        let held = self.held();
+        let known = |at: usize| held.get(at).cloned().flatten();
+        if let Some(handle) = known(id.0) {
+            self.remember(id, &handle);
+            return Ok(handle);
+        }
+        let given = |at: usize| self.nodes.get(at).is_some_and(|n| n.data.is_available()) || known(at).is_some();
         let order = self.order(id, given)?;
         let mut handles: Vec<Option<Arc<Recorded>>> = vec![None; self.nodes.len()];
         for at in order {
             let node = self.get_node(at)?;
-            let handle = match (known(self, at.0), &node.data) {
+            let handle = match (known(at.0), &node.data) {
                 (Some(handle), _) => handle,
                 (None, NodeData::Concrete(tensor) | NodeData::Available(tensor)) => {
                     Arc::new(Recorded::from_tensor(tensor.clone()))
@@ -317,19 +355,20 @@ impl ComputationGraph {
     /// Notes the engine's handle of a node, without keeping it alive.
     pub(crate) fn remember(&mut self, id: NodeId, handle: &Arc<Recorded>) {
         if let Some(recorded) = self.recorded.get_mut(id.0) {
-            *recorded = Arc::downgrade(handle);
+            *recorded = Known { id: Some(handle.id()), handle: Arc::downgrade(handle) };
         }
     }
 
     /// Takes over the values that an evaluation made: of `id`, and of every node that somebody holds.
     pub(crate) fn fill(&mut self, id: NodeId, value: &Tensor) {
         self.forget_changed();
-        for (node, recorded) in self.nodes.iter_mut().zip(&self.recorded) {
+        let held = self.held();
+        for (node, held) in self.nodes.iter_mut().zip(held) {
             if node.data.is_available() {
                 continue;
             }
             // what the engine keeps in its own memory becomes a tensor when it is asked for
-            let held = recorded.upgrade().filter(|held| held.is_ready());
+            let held = held.filter(|held| held.is_ready());
             if node.id == id {
                 node.data = NodeData::Available(value.clone());
             } else if let Some(Ok(tensor)) = held.map(|held| held.eval()) {

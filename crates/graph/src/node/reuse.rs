@@ -29,7 +29,7 @@ pub(super) fn fill<T>(part: &mut T, new: T) {
 impl Node {
     /// What owns nothing: on the CPU, with no dims, without a value, and not waiting for any.
     #[cold]
-    fn blank() -> Self {
+    pub(super) fn blank() -> Self {
         Self {
             id: NodeId::NONE,
             extent: Extent::from(Dims::new()),
@@ -38,7 +38,7 @@ impl Node {
             tracked: false,
             traced: false,
             quantized: false,
-            site: BuildSite::here(),
+            site: BuildSite::bare(),
             origin: Origin::Held,
             history: OnceLock::new(),
             pending: Pending::none(),

@@ -162,3 +162,10 @@ fn what_waits_is_found_by_its_number() {
     x.publish(Value::Tensor(Tensor::ones((2, 3), DType::F32, &Device::Cpu).unwrap()));
     assert_eq!(found(&[x.id(), a.id()]), [x.id()], "what is ready waits for nothing");
 }
+
+#[test]
+fn a_blank_keeps_nothing_of_the_module_that_records() {
+    let _module = crate::site::module_scope("inside");
+    // it is overwritten without being dropped
+    assert!(Node::blank().site().module().is_none() && leaf().site().module().is_some());
+}

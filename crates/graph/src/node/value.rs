@@ -53,7 +53,7 @@ pub struct Expr {
     pub custom: Option<CustomOp>,
 }
 
-/// What [`Node::look`] saw.
+/// What [`Node::look`](super::Node::look) saw.
 #[derive(Debug)]
 pub enum Look {
     /// The op and its inputs.

@@ -8,6 +8,7 @@ use crate::params::{copied, quoted, Glob, Gradients, Param, Params};
 use candle_core::{DType, Device, Tensor};
 use candle_lazy_exec::config::without_pending_budget;
 use candle_lazy_exec::{materialize, without_grad, EvalReport, LazyTensor, NodeId};
+use std::collections::BTreeMap;
 
 /// What differs for some parameters: the first group whose pattern names a parameter is its group.
 #[derive(Debug, Clone, PartialEq)]
@@ -345,11 +346,14 @@ impl Optimizer {
         if ran.is_err() {
             let ids =
                 before.iter().flat_map(|(_, theta, kept)| std::iter::once(theta).chain(kept)).filter_map(Before::id);
-            let found = LazyTensor::find(&roots, ids);
+            let found: BTreeMap<_, _> =
+                LazyTensor::find(&roots, ids).into_iter().map(|value| (value.id(), value)).collect();
             for (at, theta, kept) in before {
-                if let (Some(slot), Some(theta)) = (self.slots.get_mut(at), theta.back(&found)) {
+                // what somebody has evaluated meanwhile stands, with all that belongs to it
+                let kept = kept.into_iter().map(|value| value.back(&found)).collect::<Option<Vec<_>>>();
+                if let (Some(slot), Some(theta), Some(kept)) = (self.slots.get_mut(at), theta.back(&found), kept) {
                     slot.param.put_back(theta);
-                    slot.kept = kept.into_iter().filter_map(|value| value.back(&found)).collect();
+                    slot.kept = kept;
                 }
             }
         }
@@ -388,9 +392,9 @@ impl Before {
     }
 
     /// The value, among those that were found in the graph.
-    fn back(self, found: &[LazyTensor]) -> Option<LazyTensor> {
+    fn back(self, found: &BTreeMap<NodeId, LazyTensor>) -> Option<LazyTensor> {
         match self {
-            Self::InGraph(id) => found.iter().find(|value| value.id() == id).cloned(),
+            Self::InGraph(id) => found.get(&id).cloned(),
             Self::Held(value) => Some(value),
         }
     }

@@ -1,7 +1,7 @@
 //! Loops over a run of elements, cut so that the stores of the body lie on boundaries of cache lines.
 //!
 //! What stands before the first boundary and behind the last whole line is done with the elements beside it, as a whole line that laps
-//! over the body (of a run that is shorter than a line, as a padded one), in the same vector code: left to the compiler, it would run
+//! over the body (of a run that is shorter than a line, as a padded one; one element of one or two operands is done alone), in the same vector code: left to the compiler, it would run
 //! element by element, which for an exponential costs as much as a line each. No run is written where it is read.
 
 use crate::math::Real;

@@ -8,9 +8,10 @@ use crate::kernels::square::transposed;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-/// How far ahead a row that comes from memory is asked for, in bytes. The machine's own guess ends with the page. It comes to the second-level
-/// cache, which waits for more lines at a time than the first, and from there a little ahead of its use.
+/// How far ahead a row that comes from memory is asked for, in bytes, into the second-level cache, which waits for more lines at a time than the
+/// first. The machine's own guess ends with the page.
 const AHEAD: usize = 8192;
+/// How far ahead it is asked for into the first.
 const NEAR: usize = 1024;
 
 /// As `super::dots`, columns from `at` on.
