@@ -177,6 +177,22 @@ fn a_handle_reads_nodes_that_were_changed_since() {
 }
 
 #[test]
+fn what_another_tensor_waits_for_is_filled_without_a_handle_of_its_own() {
+    let graph = Arc::new(RwLock::new(ComputationGraph::new(Device::Cpu)));
+    let x = graph.write().unwrap().add_input(Tensor::new(&[1f32, 2.], CPU).unwrap());
+    let x = LazyTensor::new(x, Arc::clone(&graph), Shape::from(2), DType::F32, Device::Cpu);
+    let double = x.mul_scalar(2.).unwrap();
+    let (six, ten) = (double.mul_scalar(3.).unwrap(), double.mul_scalar(5.).unwrap());
+    let id = double.node_id();
+    drop(double);
+    assert_eq!(values(&six.eval().unwrap()), [6., 12.]);
+    // the other one still needs it
+    let held = graph.read().unwrap().get_node(id).unwrap().data.as_tensor().cloned();
+    assert_eq!(values(&held.unwrap()), [2., 4.]);
+    assert_eq!(values(&ten.eval().unwrap()), [10., 20.]);
+}
+
+#[test]
 fn names_shapes_and_dtypes_of_operations() {
     let ops = [
         (Operation::Input, "input"),
