@@ -27,11 +27,6 @@ impl BuildSite {
         Self { location: Location::caller(), module: None }
     }
 
-    /// Forgets the module.
-    pub(crate) fn leave(&mut self) {
-        self.module = None;
-    }
-
     /// The source location.
     #[must_use]
     pub fn location(&self) -> &'static Location<'static> {

@@ -182,24 +182,12 @@ impl ComputationGraph {
     /// The engine's handle of each node that one holds, or that waits below one.
     fn held(&self) -> Vec<Option<Arc<Recorded>>> {
         let mut held: Vec<_> = self.recorded.iter().map(|known| known.handle.upgrade()).collect();
-        let lost: BTreeMap<RecordedId, Vec<usize>> =
-            self.recorded.iter().zip(&held).enumerate().fold(BTreeMap::new(), |mut lost, (at, (known, held))| {
-                if let (Some(id), None) = (known.id, held) {
-                    lost.entry(id).or_insert_with(Vec::new).push(at);
-                }
-                lost
-            });
-        if lost.is_empty() {
-            return held;
-        }
+        let lost = self.recorded.iter().zip(&held).filter(|(_, held)| held.is_none()).filter_map(|(known, _)| known.id);
         let roots: Vec<&Recorded> = held.iter().flatten().map(AsRef::as_ref).collect();
-        for found in Recorded::find(&roots, lost.keys().copied()) {
-            let (places, found) = (lost.get(&found.id()), Arc::new(found));
-            for &at in places.into_iter().flatten() {
-                if let Some(held) = held.get_mut(at) {
-                    *held = Some(found.clone());
-                }
-            }
+        let found: BTreeMap<_, _> =
+            Recorded::find(&roots, lost).into_iter().map(|(id, found)| (id, Arc::new(found))).collect();
+        for (held, known) in held.iter_mut().zip(&self.recorded).filter(|(held, _)| held.is_none()) {
+            *held = known.id.and_then(|id| found.get(&id).cloned());
         }
         held
     }

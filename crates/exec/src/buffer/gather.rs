@@ -6,13 +6,12 @@
 //! weights once, and finds its way through a five-hundredth of the page tables.
 #![allow(unsafe_code)] // a system call on memory that is in use, whose content it leaves
 
+use super::huge::HUGE_PAGE as PAGE;
 use candle_core::{Storage, Tensor};
 use candle_lazy_ops::storage::cpu_slice;
 use parking_lot::Mutex;
 use std::ops::Range;
 
-/// Bytes of a huge page.
-const PAGE: usize = 2 << 20;
 /// Tensors of fewer bytes together stay in the processor's caches, where pages matter little.
 const LEAST: usize = 16 << 20;
 /// How long the system takes for a page, about, in nanoseconds.

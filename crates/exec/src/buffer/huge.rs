@@ -12,8 +12,8 @@ use super::Data;
 /// Smaller memory gains nothing from pages of 2 MiB.
 #[cfg(target_os = "linux")]
 const MIN_BYTES: usize = 4 << 20;
-#[cfg(target_os = "linux")]
-const HUGE_PAGE: usize = 2 << 20;
+/// Bytes of a huge page.
+pub(super) const HUGE_PAGE: usize = 2 << 20;
 
 /// An empty `Vec` of at least `capacity` elements whose memory asks for huge pages where the system has them.
 ///

@@ -84,7 +84,7 @@ macro_rules! binary {
                 /// When shapes, dtypes or devices differ.
                 #[track_caller]
                 pub fn $name(&self, rhs: &Self) -> Result<Self> {
-                    self.same_shape(rhs, stringify!($name), stringify!($broadcast))?;
+                    self.same_shape(rhs, stringify!($name))?;
                     Self::record($op, &[], &[self, rhs])
                 }
 
@@ -185,7 +185,7 @@ macro_rules! compare {
                 pub fn $name<'a>(&self, rhs: impl Into<TensorOrScalar<'a>>) -> Result<Self> {
                     match rhs.into() {
                         TensorOrScalar::Tensor(rhs) => {
-                            self.same_shape(rhs, stringify!($name), stringify!($broadcast))?;
+                            self.same_shape(rhs, stringify!($name))?;
                             Self::record(Op::Compare(CmpOp::$op), &[], &[self, rhs])
                         }
                         TensorOrScalar::Scalar(value) => match self.number(value)? {
@@ -231,7 +231,7 @@ macro_rules! extreme {
                 pub fn $name<'a>(&self, rhs: impl Into<TensorOrScalar<'a>>) -> Result<Self> {
                     match rhs.into() {
                         TensorOrScalar::Tensor(rhs) => {
-                            self.same_shape(rhs, stringify!($name), stringify!($broadcast))?;
+                            self.same_shape(rhs, stringify!($name))?;
                             Self::record(Op::Binary(BinaryOp::$op), &[], &[self, rhs])
                         }
                         TensorOrScalar::Scalar(value) => match self.number(value)? {
@@ -310,11 +310,11 @@ impl LazyTensor {
 
     #[track_caller]
     #[inline]
-    fn same_shape(&self, rhs: &Self, op: &'static str, broadcast: &str) -> Result<()> {
+    fn same_shape(&self, rhs: &Self, op: &'static str) -> Result<()> {
         if self.dims() == rhs.dims() {
             return Ok(());
         }
-        let detail = format!("{:?} and {:?} differ; {broadcast} broadcasts", self.dims(), rhs.dims());
+        let detail = format!("{:?} and {:?} differ; broadcast_{op} broadcasts", self.dims(), rhs.dims());
         Self::refuse_on(op, ErrorKind::Shape(detail), &[self, rhs])
     }
 
@@ -341,8 +341,8 @@ impl LazyTensor {
 
     /// A function of a handle that is given up and of a tensor of the same shape.
     #[track_caller]
-    pub(super) fn into_binary(self, op: BinaryOp, rhs: &Self, [name, broadcast]: [&'static str; 2]) -> Result<Self> {
-        self.same_shape(rhs, name, broadcast)?;
+    pub(super) fn into_binary(self, op: BinaryOp, rhs: &Self) -> Result<Self> {
+        self.same_shape(rhs, op.name())?;
         self.record_taking(Op::Binary(op), &[], Some(rhs))
     }
 

@@ -32,6 +32,7 @@ use candle_lazy_graph::node::find;
 use candle_lazy_graph::{BuildSite, Node, NodeId, NodeRef, Op};
 use smallvec::{smallvec, SmallVec};
 use std::borrow::Borrow;
+use std::collections::BTreeMap;
 
 /// A tensor that is computed when its value is asked for.
 ///
@@ -138,8 +139,9 @@ impl LazyTensor {
     /// Those of `roots`, and of what they wait for, with one of these numbers: a handle would keep a value from being written in place, its
     /// number does not.
     #[must_use]
-    pub fn find(roots: &[&Self], ids: impl IntoIterator<Item = NodeId>) -> Vec<Self> {
-        find(roots.iter().map(|root| root.node()), ids).into_iter().map(Self::from_node).collect()
+    pub fn find(roots: &[&Self], ids: impl IntoIterator<Item = NodeId>) -> BTreeMap<NodeId, Self> {
+        let found = find(roots.iter().map(|root| root.node()), ids);
+        found.into_iter().map(|node| (node.id(), Self::from_node(node))).collect()
     }
 
     /// The shape.

@@ -11,11 +11,7 @@ macro_rules! operator {
             type Output = Result<LazyTensor>;
             #[track_caller]
             fn $name(self, rhs: B) -> Self::Output {
-                self.into_binary(
-                    BinaryOp::$trait,
-                    rhs.borrow(),
-                    [stringify!($name), concat!("broadcast_", stringify!($name))],
-                )
+                self.into_binary(BinaryOp::$trait, rhs.borrow())
             }
         }
 
@@ -31,11 +27,7 @@ macro_rules! operator {
             type Output = Result<LazyTensor>;
             #[track_caller]
             fn $name(self, rhs: Result<B>) -> Self::Output {
-                self.into_binary(
-                    BinaryOp::$trait,
-                    rhs?.borrow(),
-                    [stringify!($name), concat!("broadcast_", stringify!($name))],
-                )
+                self.into_binary(BinaryOp::$trait, rhs?.borrow())
             }
         }
 

@@ -5,7 +5,7 @@ use candle_core::Shape;
 use std::sync::OnceLock;
 
 /// Dims, and the shape of them from when it is asked for.
-#[derive(Debug, Clone)]
+#[derive(Debug, Default)]
 pub(super) struct Extent {
     dims: Dims,
     // in a box: few nodes have it
@@ -32,12 +32,5 @@ impl Extent {
     #[inline]
     pub(super) fn elem_count(&self) -> usize {
         self.dims.iter().product()
-    }
-}
-
-impl From<Dims> for Extent {
-    #[inline]
-    fn from(dims: Dims) -> Self {
-        Self { dims, shape: OnceLock::new() }
     }
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 pub struct NodeId(pub(super) u64);
 
 static ISSUED: AtomicU64 = AtomicU64::new(0);
-/// How many nodes each thread has dropped: a thread's own count takes no atomic addition, which would be a twentieth of recording a node.
+/// How many nodes each thread has dropped: a thread's own count takes no atomic addition.
 static THREADS: Mutex<Vec<Arc<AtomicU64>>> = Mutex::new(Vec::new());
 /// The same of the threads that have ended.
 static ENDED: AtomicU64 = AtomicU64::new(0);

@@ -3,7 +3,7 @@
 use super::NodeId;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The bytes that the process has recorded so far, but for those of small nodes: an atomic operation takes a twentieth of recording one.
+/// The bytes that the process has recorded so far, but for those of small nodes, for which an atomic operation would be much.
 static BYTES: AtomicU64 = AtomicU64::new(0);
 /// A node of no more bytes is small: it counts as one of so many where nodes are not looked at one by one.
 const SMALL: u64 = 16384;

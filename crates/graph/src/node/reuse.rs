@@ -5,7 +5,6 @@
 use super::pending::Pending;
 use super::state::State;
 use super::{id, Extent, Node, NodeId, Origin};
-use crate::op::Dims;
 use crate::site::BuildSite;
 use candle_core::{DType, Device};
 use parking_lot::Mutex;
@@ -32,7 +31,7 @@ impl Node {
     pub(super) fn blank() -> Self {
         Self {
             id: NodeId::NONE,
-            extent: Extent::from(Dims::new()),
+            extent: Extent::default(),
             dtype: DType::U8,
             device: Device::Cpu,
             tracked: false,
@@ -65,10 +64,10 @@ impl Node {
     pub(super) fn reuse(mut node: UniqueArc<Self>) {
         id::dropped();
         node.id = NodeId::NONE;
-        node.extent = Extent::from(Dims::new());
+        node.extent = Extent::default();
         node.device = Device::Cpu;
         (node.tracked, node.traced, node.quantized) = (false, false, false);
-        node.site.leave();
+        node.site = BuildSite::bare();
         node.origin = Origin::Held;
         node.history.take();
         node.pending = Pending::none();

@@ -53,6 +53,9 @@ pub fn find<'a>(
 ) -> Vec<NodeRef> {
     let wanted: FastMap<NodeId, ()> = wanted.into_iter().map(|id| (id, ())).collect();
     let mut found = Vec::new();
+    if wanted.is_empty() {
+        return found;
+    }
     let mut walk = Walk::new();
     for root in roots {
         if walk.seen.insert(root.id, ()).is_none() {

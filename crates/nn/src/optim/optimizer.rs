@@ -346,8 +346,7 @@ impl Optimizer {
         if ran.is_err() {
             let ids =
                 before.iter().flat_map(|(_, theta, kept)| std::iter::once(theta).chain(kept)).filter_map(Before::id);
-            let found: BTreeMap<_, _> =
-                LazyTensor::find(&roots, ids).into_iter().map(|value| (value.id(), value)).collect();
+            let found = LazyTensor::find(&roots, ids);
             for (at, theta, kept) in before {
                 // what somebody has evaluated meanwhile stands, with all that belongs to it
                 let kept = kept.into_iter().map(|value| value.back(&found)).collect::<Option<Vec<_>>>();

@@ -315,7 +315,9 @@ impl Backend {
             .with_path(&inner.path));
         }
         let values = dequantize(&mut inner.file.lock(), mapped).map_err(|e| e.with_path(&inner.path))?;
-        Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(dev)
+        let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(dev)?;
+        self.pages.note(&tensor);
+        Ok(tensor)
     }
 }
 
@@ -394,11 +396,11 @@ fn read_rows(
 
 impl SimpleBackend for Backend {
     fn get(&self, s: Shape, name: &str, _: Init, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
-        self.read(name, Some(&s), dtype, dev).inspect(|tensor| self.pages.note(tensor))
+        self.read(name, Some(&s), dtype, dev)
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
-        self.read(name, None, dtype, dev).inspect(|tensor| self.pages.note(tensor))
+        self.read(name, None, dtype, dev)
     }
 
     fn contains_tensor(&self, name: &str) -> bool {

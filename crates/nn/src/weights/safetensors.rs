@@ -214,8 +214,8 @@ struct Shards {
 }
 
 impl Shards {
-    fn noted(&self, tensor: candle_core::Result<Tensor>) -> candle_core::Result<Tensor> {
-        tensor.inspect(|tensor| self.pages.note(tensor))
+    fn read(&self, name: &str, expected: Option<&Shape>, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
+        self.file_of(name)?.read(name, expected, dtype, dev).inspect(|tensor| self.pages.note(tensor))
     }
 
     fn file_of(&self, name: &str) -> candle_core::Result<&SafetensorsFile> {
@@ -230,11 +230,11 @@ impl Shards {
 
 impl SimpleBackend for Shards {
     fn get(&self, s: Shape, name: &str, _: Init, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
-        self.noted(self.file_of(name)?.read(name, Some(&s), dtype, dev))
+        self.read(name, Some(&s), dtype, dev)
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
-        self.noted(self.file_of(name)?.read(name, None, dtype, dev))
+        self.read(name, None, dtype, dev)
     }
 
     fn contains_tensor(&self, name: &str) -> bool {

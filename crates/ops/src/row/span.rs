@@ -1,7 +1,7 @@
 //! Loops over a run of elements, cut so that the stores of the body lie on boundaries of cache lines.
 //!
 //! What stands before the first boundary and behind the last whole line is done with the elements beside it, as a whole line that laps
-//! over the body (of a run that is shorter than a line, as a padded one; one element of one or two operands is done alone), in the same vector code: left to the compiler, it would run
+//! over the body (of a run that is shorter than a line, as a padded one), in the same vector code: left to the compiler, it would run
 //! element by element, which for an exponential costs as much as a line each. No run is written where it is read.
 
 use crate::math::Real;
@@ -89,11 +89,6 @@ fn padded<T: Real>(x: &[T]) -> [T; LINE] {
 pub(super) fn one<T: Real>(dst: &mut [T], x: &[T], f: impl Map1<T>) {
     let n = dst.len().min(x.len());
     let (dst, x) = (&mut dst[..n], &x[..n]);
-    // a number of its own, as losses and rates are, needs no line
-    if let ([d], [x]) = (&mut *dst, x) {
-        *d = f.call(*x);
-        return;
-    }
     let Some(parts) = parts(dst) else {
         let mut line = padded(x);
         for l in &mut line {
@@ -113,10 +108,6 @@ pub(super) fn one<T: Real>(dst: &mut [T], x: &[T], f: impl Map1<T>) {
 pub(super) fn two<T: Real>(dst: &mut [T], x: &[T], y: &[T], f: impl Map2<T>) {
     let n = dst.len().min(x.len()).min(y.len());
     let (dst, x, y) = (&mut dst[..n], &x[..n], &y[..n]);
-    if let ([d], [x], [y]) = (&mut *dst, x, y) {
-        *d = f.call(*x, *y);
-        return;
-    }
     let Some(parts) = parts(dst) else {
         let mut line = padded(x);
         for (l, y) in line.iter_mut().zip(padded(y)) {
